@@ -46,24 +46,24 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache, partial
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import pydantic
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, FastAPI, Form, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import OAuth2PasswordBearer
-from fastapi.telemetry import TelemetryConfig
 from jose import jwk, jwt
 from jose.utils import base64url_encode
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
-from pydantic_core import PydanticSerializationError, from_json, to_json
-from pydantic_settings import BaseSettings, NoDecode
+from pydantic_core import PydanticSerializationError, to_json
+from pydantic_settings import BaseSettings, NoDecode, SettingsError
 from redis.asyncio import BlockingConnectionPool, Redis, RedisError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm.exc import StaleDataError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -72,37 +72,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 # --- Settings -------------------------------------------------------------------------
 # What an operator can set. Nothing below reads the environment.
 
-DRIVERS = dict.fromkeys(("postgres", "postgresql"), "postgresql+psycopg")
-DRIVERS["sqlite"] = "sqlite+aiosqlite"
+PSYCOPG, AIOSQLITE = "postgresql+psycopg", "sqlite+aiosqlite"
+DRIVERS = {"postgres": PSYCOPG, "postgresql": PSYCOPG, "sqlite": AIOSQLITE}
 
 
 def parse_database_url(text: str | sa.URL) -> sa.URL:
     """The URL as platforms hand it out, with the async driver filled in."""
     try:
         url = sa.make_url(text)
-    except (sa.exc.ArgumentError, ValueError):
-        raise ValueError("is not a database URL") from None
-    backend = url.drivername.partition("+")[0]
-    if backend not in DRIVERS:
-        raise ValueError("should start with sqlite:// or postgresql://")
-    if backend == "sqlite" and url.database in {None, "", ":memory:"}:
+        driver = DRIVERS[url.drivername.partition("+")[0]]
+    except (sa.exc.ArgumentError, ValueError, KeyError):
+        raise ValueError("should be a sqlite:// or postgresql:// URL") from None
+    if driver == AIOSQLITE and url.database in {None, "", ":memory:"}:
         raise ValueError("should name a file, which all connections share")
-    return url.set(drivername=DRIVERS[backend])
-
-
-def parse_list(value: object) -> object:
-    return from_json(value) if isinstance(value, str) else value
+    return url.set(drivername=driver)
 
 
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
-Origins = Annotated[list[Origin], NoDecode, BeforeValidator(parse_list)]
 RequestCount = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Settings(BaseSettings):
-    """Each variable, its type and its default; `.env.example` says what it is for."""
-
     model_config = {"env_file": ".env", "env_ignore_empty": True, "extra": "ignore"}
     PROJECT_NAME: str = "Items"
     PROJECT_DESCRIPTION: str = "Users and their items."
@@ -116,7 +107,7 @@ class Settings(BaseSettings):
     DATABASE_URL: DatabaseUrl = sa.make_url("sqlite:///./app.db")
     DATABASE_POOL_SIZE: int = Field(5, ge=1)
     DATABASE_MAX_OVERFLOW: int = Field(10, ge=0)
-    CORS_ORIGINS: Origins = []
+    CORS_ORIGINS: list[Origin] = []
     RATE_LIMIT_REQUESTS: RequestCount = 100
     RATE_LIMIT_WINDOW_SECONDS: int = Field(60, gt=0)
     RATE_LIMIT_LOGIN_REQUESTS: RequestCount = 10
@@ -149,6 +140,8 @@ def load_settings(secrets_dir: str = "/run/secrets") -> Settings:
         )
         line = "; ".join(faults).replace("Value error, ", "")
         raise SystemExit(f"bad settings: {line}") from None
+    except SettingsError as error:  # a list that is not JSON; it names the variable
+        raise SystemExit(f"bad settings: {error}") from None
 
 
 # --- Logging --------------------------------------------------------------------------
@@ -209,7 +202,7 @@ def set_up_logging(settings: Settings) -> None:
         logger.propagate = False
     if settings.DEBUG:
         logging.getLogger("sqlalchemy.engine").setLevel("INFO")
-    # Of a response that breaks off the request's own line has told.
+    # The request's own line has said why its response breaks off.
     silent = "ASGI callable returned without completing response."
     logging.getLogger("uvicorn.error").addFilter(lambda record: record.msg != silent)
     logging.captureWarnings(True)
@@ -265,13 +258,8 @@ class ServiceError(HTTPException):
         super().__init__(*self.row)
 
 
-class NoToken(ServiceError):
-    row = 401, "", {"WWW-Authenticate": "Bearer"}
-
-
 class InvalidToken(ServiceError):
-    # RFC 6750 § 3.1. All that can be wrong with a token is answered alike, lest a forger
-    # learns how far he got.
+    # RFC 6750 § 3.1. One for all faults of a token, or a forger learns how far he got.
     row = 401, "", {"WWW-Authenticate": 'Bearer error="invalid_token"'}
 
 
@@ -301,8 +289,8 @@ async def answer(request: Request, error: Any, details: Sequence[Any] = ()) -> R
     """The one form of errors."""
     status = error.status_code
     slug, text = USUAL.get(status, (f"http_{status}", error.detail))
-    # Other texts are the status's reason phrase, which varies by Python's version.
-    own = error.detail if isinstance(error, ServiceError) else ""
+    # Starlette's own texts are the statuses' reason phrases, which vary by version.
+    own = error.detail if type(error) is not HTTPException else None
     body = {"error": slug, "message": own or text, "details": details or None}
     # ASCII: the name of an unknown field may hold lone surrogates.
     content = json.dumps(body | {"request_id": REQUEST_ID.get()})
@@ -310,8 +298,7 @@ async def answer(request: Request, error: Any, details: Sequence[Any] = ()) -> R
 
 
 async def answer_invalid(request: Request, error: Any) -> Response:
-    # Of a fault neither input nor context may leave: it can be a password. A body of a
-    # megabyte can be wrong in a hundred thousand places.
+    # Neither input nor context may leave: it can be a password. Nor may 100,000 faults.
     details = [
         {"field": ".".join(map(str, e["loc"])), "message": e["msg"], "type": e["type"]}
         for e in error.errors()[:100]
@@ -322,22 +309,21 @@ async def answer_invalid(request: Request, error: Any) -> Response:
 # --- Database -------------------------------------------------------------------------
 # Connections are in autocommit; who writes says BEGIN. Who waits for one waits in line.
 
-BEGIN = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "BEGIN"}
-# SQLite's BEGIN IMMEDIATE has locked all of its file.
-LOCK_SCHEMA = {"sqlite": "SELECT 1", "postgresql": "SELECT pg_advisory_xact_lock(7411)"}
-OUTAGES = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
+# Away, full, too slow; and a row that was deleted between read and write.
+TRY_AGAIN: Any = (sa.exc.OperationalError, sa.exc.InterfaceError, StaleDataError)
 PATIENCE_SECONDS, CHECK_SECONDS, RETRY_SECONDS = 5, 2, 1
 
 now = partial(datetime.now, UTC)
+TYPES = {
+    int: sa.BigInteger().with_variant(sa.Integer, "sqlite"),
+    datetime: sa.DateTime(True),
+}
 
 
 class Base(DeclarativeBase):
-    # Without it SQLite gives the id of a deleted user, which tokens name, to the next.
-    __table_args__: ClassVar[Any] = {"sqlite_autoincrement": True}
-    type_annotation_map: ClassVar[dict[Any, Any]] = {
-        int: sa.BigInteger().with_variant(sa.Integer, "sqlite"),
-        datetime: sa.DateTime(timezone=True),
-    }
+    type_annotation_map = TYPES
+    # Or SQLite would give the id of a deleted user, which tokens name, to the next one.
+    __table_args__: Any = {"sqlite_autoincrement": True}  # noqa: RUF012
     id: Mapped[int] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(default=now)
 
@@ -354,27 +340,22 @@ class Item(Base):
     owner_id: Mapped[int] = mapped_column(sa.ForeignKey(User.id, ondelete="CASCADE"))
     title: Mapped[str] = mapped_column(sa.String(200))
     description: Mapped[str | None] = mapped_column(sa.String(2000))
-    updated_at: Mapped[datetime]
+    updated_at: Mapped[datetime] = mapped_column(onupdate=now)
 
 
 sa.Index("items_of_owner", Item.owner_id, Item.id)
 
 
 class FairPool(sa.AsyncAdaptedQueuePool):
-    """First come, first served: in SQLAlchemy's queue newcomers overtake, and at 200
-    clients 3 of 100 requests waited for over 5 s. Raises sqlalchemy.exc.TimeoutError.
-    """
+    """First come, first served, or TimeoutError: SQLAlchemy's own queue is not fair."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._turns = asyncio.Semaphore(options["pool_size"] + options["max_overflow"])
 
     async def _wait_in_line(self) -> None:
-        try:
-            async with asyncio.timeout(self._timeout):
-                await self._turns.acquire()
-        except TimeoutError:
-            raise sa.exc.TimeoutError("no connection became free") from None
+        async with asyncio.timeout(self._timeout):
+            await self._turns.acquire()
 
     def _do_get(self) -> Any:
         sa.util.await_(self._wait_in_line())
@@ -390,8 +371,8 @@ class FairPool(sa.AsyncAdaptedQueuePool):
 
 
 def prepare_sqlite(connection: Any, record: Any) -> None:
-    for pragma in ("busy_timeout = 5000", "journal_mode = WAL", "foreign_keys = ON"):
-        connection.execute(f"PRAGMA {pragma}")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA foreign_keys = ON")
 
 
 def refuse_closed(connection: Any, record: Any, proxy: Any) -> None:
@@ -404,29 +385,27 @@ def refuse_closed(connection: Any, record: Any, proxy: Any) -> None:
 
 
 class Database:
-    """A worker's engine, and the watch that makes the tables and tells of outages.
-
-    Made after the fork, which no open connection may cross.
-    """
+    """A worker's engine, made after the fork, and the watch over what it leads to."""
 
     def __init__(self, settings: Settings) -> None:
-        url, event = settings.DATABASE_URL, "connect"
-        listener: Any = prepare_sqlite
-        if (dialect := url.get_backend_name()) == "postgresql":
-            url = url.set(query={"connect_timeout": "5"} | dict(url.query))
-            event, listener = "checkout", refuse_closed
+        url = settings.DATABASE_URL
+        listener: Any = "checkout", refuse_closed
+        begin, patience = "BEGIN", "connect_timeout"
+        if url.get_backend_name() == "sqlite":
+            begin, patience = "BEGIN IMMEDIATE", "timeout"
+            listener = "connect", prepare_sqlite
         engine = create_async_engine(
             url,
             poolclass=FairPool,
             pool_size=settings.DATABASE_POOL_SIZE,
             max_overflow=settings.DATABASE_MAX_OVERFLOW,
             pool_timeout=PATIENCE_SECONDS,
+            connect_args={patience: PATIENCE_SECONDS},
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,  # or every error would log them
         )
-        sa.event.listen(engine.sync_engine, event, listener)
+        sa.event.listen(engine.sync_engine, *listener)
         self.engine = engine.execution_options()  # for writing, with the same pool
-        begin, self.lock_schema = BEGIN[dialect], sa.text(LOCK_SCHEMA[dialect])
         writing = self.engine.sync_engine
         sa.event.listen(writing, "begin", lambda c: c.exec_driver_sql(begin))
         self.reader = async_sessionmaker(engine, expire_on_commit=False)
@@ -437,7 +416,8 @@ class Database:
     async def make_tables(self) -> None:
         """Once, however many workers and hosts start together."""
         async with asyncio.timeout(PATIENCE_SECONDS), self.engine.begin() as connection:
-            await connection.execute(self.lock_schema)
+            if connection.dialect.name == "postgresql":  # SQLite is locked by now
+                await connection.execute(sa.text("SELECT pg_advisory_xact_lock(7411)"))
             await connection.run_sync(Base.metadata.create_all)
 
     async def watch(self) -> None:
@@ -459,10 +439,9 @@ class Database:
                 await self.suspect.wait()
 
     async def answers(self) -> bool:
-        """Whether the database has its tables; known after 2 s.
+        """Whether the database has its tables; known after 2 s, whatever it does.
 
-        Callers share a check, so that the public cannot fill the pool with them. One
-        that hangs is not awaited: on a frozen server it takes 10 s to cancel it.
+        Callers share a check, lest the public fills the pool with them.
         """
         if self._check is None or self._check.done():
             self._check = asyncio.create_task(self._has_tables())
@@ -481,29 +460,27 @@ class Database:
 
 
 async def answer_database_error(request: Request, error: Any) -> Response:
-    """Away, full or too slow is a 503; a fault in the SQL goes on, to be a 500."""
-    if not (
-        isinstance(error, OUTAGES) or getattr(error, "connection_invalidated", False)
-    ):
+    """What may go better soon is a 503; a fault in the SQL goes on, to be a 500."""
+    lost = getattr(error, "connection_invalidated", False)
+    if not lost and not isinstance(error, (TimeoutError, *TRY_AGAIN)):
         raise error
     request.app.state.parts.database.suspect.set()
     return await answer(request, Unavailable())
 
 
 # --- Schemas --------------------------------------------------------------------------
-# What is checked here need not be feared below: PostgreSQL cannot store NUL, a length
-# bound makes pydantic refuse lone surrogates, and an id has 64 bits.
+# What is checked here need not be feared below. PostgreSQL cannot store NUL; a length
+# bound makes pydantic refuse lone surrogates.
 
 MAX_ID = 2**63 - 1
 NO_NUL = r"^[^\x00]*$"
 
 
-def as_utc(time: datetime) -> datetime:
-    """PostgreSQL answers in its own zone, SQLite in none; what was stored is UTC."""
-    return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
-
-
-UtcTime = Annotated[datetime, AfterValidator(as_utc)]
+# PostgreSQL answers in a zone of its own, SQLite in none; what was stored is UTC.
+UtcTime = Annotated[
+    datetime,
+    AfterValidator(lambda t: t.astimezone(UTC) if t.tzinfo else t.replace(tzinfo=UTC)),
+]
 Lower = AfterValidator(str.lower)
 AnyName = Annotated[str, Field(max_length=1024, pattern=NO_NUL), Lower]
 NewName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$"), Lower]
@@ -603,13 +580,6 @@ async def verify_password(password: str, known: str) -> tuple[bool, str | None]:
     return await loop.run_in_executor(HASHING, verify, password, known)
 
 
-class Claims(BaseModel):
-    sub: int = Field(ge=1, le=MAX_ID)
-    iat: int
-    exp: int
-    version: int
-
-
 class Tokens:
     """Signs access tokens (JWT, RFC 7519), and reads what it has signed."""
 
@@ -618,9 +588,8 @@ class Tokens:
         self.seconds = settings.ACCESS_TOKEN_EXPIRE_MINUTES * 60
         # Given as text, jose would take some secrets for JSON or PEM.
         secret = base64url_encode(settings.SECRET_KEY.get_secret_value().encode())
-        self.key: Any = jwk.construct(
-            {"kty": "oct", "k": secret.decode()}, self.algorithm
-        )
+        secret_jwk = {"kty": "oct", "k": secret.decode()}
+        self.key: Any = jwk.construct(secret_jwk, self.algorithm)
 
     def issue(self, user: User) -> str:
         issued = int(time.time())
@@ -628,11 +597,12 @@ class Tokens:
         claims["version"] = user.token_version
         return jwt.encode(claims, self.key, self.algorithm)
 
-    def read(self, token: str) -> Claims:
-        """Raises InvalidToken."""
+    def read(self, token: str) -> tuple[int, int]:
+        """The user's id and the token's version. Raises InvalidToken."""
+        require = {"require_sub": True, "require_iat": True, "require_exp": True}
         try:
-            claims = jwt.decode(token, self.key, algorithms=[self.algorithm])
-            return Claims.model_validate(claims)
+            claims = jwt.decode(token, self.key, [self.algorithm], require)
+            return int(claims["sub"]), claims["version"]
         except Exception:  # noqa: BLE001 - jose raises TypeError, RecursionError, ...
             raise InvalidToken from None
 
@@ -641,7 +611,6 @@ class Tokens:
 # SQL and nothing else: rows or None come back, no rule is decided, nothing committed.
 
 Rows = Sequence[Any]
-OWNED = (Item.id == sa.bindparam("id_")) & (Item.owner_id == sa.bindparam("owner"))
 # Statements of hot paths, built once: to build one takes longer than to run it.
 FIND_USER = sa.select(User).where(User.id == sa.bindparam("id"))
 LIST_ITEMS = (
@@ -650,12 +619,6 @@ LIST_ITEMS = (
     .order_by(Item.id)
     .limit(sa.bindparam("limit"))
 )
-
-
-async def add(db: AsyncSession, row: User | Item) -> None:
-    """Raises IntegrityError: the name is taken, the owner is gone."""
-    db.add(row)
-    await db.flush()
 
 
 async def find_user(db: AsyncSession, user_id: int) -> User | None:
@@ -678,14 +641,9 @@ async def set_password(db: AsyncSession, user: User, **changes: Any) -> bool:
     return await db.scalar(query) is not None
 
 
-async def remove_user(db: AsyncSession, user_id: int) -> None:
-    """With all items, by the foreign key."""
-    await db.execute(sa.delete(User).where(User.id == user_id))
-
-
 async def find_item(db: AsyncSession, owner_id: int, item_id: int) -> Item | None:
-    query = sa.select(Item).where(OWNED)
-    return await db.scalar(query, {"id_": item_id, "owner": owner_id})
+    query = sa.select(Item).where(Item.id == item_id, Item.owner_id == owner_id)
+    return await db.scalar(query)
 
 
 async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) -> Rows:
@@ -694,46 +652,26 @@ async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) ->
     return (await db.execute(LIST_ITEMS, page)).all()
 
 
-async def set_item(
-    db: AsyncSession, owner_id: int, item_id: int, changes: dict[str, Any]
-) -> Item | None:
-    query = sa.update(Item).where(OWNED).values(changes).returning(Item)
-    return await db.scalar(query, {"id_": item_id, "owner": owner_id})
-
-
-async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> int | None:
-    query = sa.delete(Item).where(OWNED).returning(Item.id)
-    return await db.scalar(query, {"id_": item_id, "owner": owner_id})
-
-
 # --- Services -------------------------------------------------------------------------
 # The rules. A service commits as its last act, and before that only to give the
 # connection back while a password is hashed.
 
 Page = tuple[Rows, int | None]  # and what to send as `after` for the next, if any
-Found = TypeVar("Found")
 
 
 def page_of(rows: Rows, limit: int) -> Page:
     return rows[:limit], rows[limit - 1].id if len(rows) > limit else None
 
 
-def found(row: Found | None) -> Found:
-    """Raises NotFound."""
-    if row is None:
-        raise NotFound
-    return row
-
-
 async def register_user(db: AsyncSession, user_in: UserIn) -> User:
     """Raises UsernameTaken."""
     password_hash = await hash_password(user_in.password)
     user = User(username=user_in.username, password_hash=password_hash)
+    db.add(user)
     try:
-        await add(db, user)
+        await db.commit()
     except sa.exc.IntegrityError:
         raise UsernameTaken from None
-    await db.commit()
     return user
 
 
@@ -752,13 +690,16 @@ async def authenticate_user(db: AsyncSession, username: str, password: str) -> U
 
 
 async def read_user(db: AsyncSession, user_id: int) -> User:
-    return found(await find_user(db, user_id))
+    """Raises NotFound."""
+    if (user := await find_user(db, user_id)) is None:
+        raise NotFound
+    return user
 
 
-async def read_token_owner(db: AsyncSession, claims: Claims) -> User:
+async def read_token_owner(db: AsyncSession, user_id: int, version: int) -> User:
     """Raises InvalidToken if the user is gone or has changed the password since."""
-    user = await find_user(db, claims.sub)
-    if user is None or user.token_version != claims.version:
+    user = await find_user(db, user_id)
+    if user is None or user.token_version != version:
         raise InvalidToken
     return user
 
@@ -781,25 +722,27 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
 
 
 async def discard_user(db: AsyncSession, user: User) -> None:
-    await remove_user(db, user.id)
+    await db.delete(user)  # the items go too, by their foreign key
     await db.commit()
 
 
 async def create_item(db: AsyncSession, owner: User, item_in: ItemIn) -> Item:
     """Raises InvalidToken if the owner has been deleted meanwhile."""
-    time = now()
-    item = Item(**item_in.model_dump(), created_at=time, updated_at=time)
-    item.owner_id = owner.id
+    values = item_in.model_dump() | dict.fromkeys(("created_at", "updated_at"), now())
+    item = Item(**values, owner_id=owner.id)
+    db.add(item)
     try:
-        await add(db, item)
+        await db.commit()
     except sa.exc.IntegrityError:
         raise InvalidToken from None
-    await db.commit()
     return item
 
 
 async def read_item(db: AsyncSession, owner: User, item_id: int) -> Item:
-    return found(await find_item(db, owner.id, item_id))
+    """Raises NotFound."""
+    if (item := await find_item(db, owner.id, item_id)) is None:
+        raise NotFound
+    return item
 
 
 async def read_items(db: AsyncSession, owner: User, after: int, limit: int) -> Page:
@@ -809,17 +752,15 @@ async def read_items(db: AsyncSession, owner: User, after: int, limit: int) -> P
 async def change_item(
     db: AsyncSession, owner: User, item_id: int, patch: ItemPatch
 ) -> Item:
-    """Change what was sent, if anything."""
-    changes = patch.model_dump(exclude_unset=True)
-    if not changes:
-        return await read_item(db, owner, item_id)
-    item = found(await set_item(db, owner.id, item_id, changes | {"updated_at": now()}))
+    item = await read_item(db, owner, item_id)
+    for name, value in patch.model_dump(exclude_unset=True).items():
+        setattr(item, name, value)
     await db.commit()
     return item
 
 
 async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
-    found(await remove_item(db, owner.id, item_id))
+    await db.delete(await read_item(db, owner, item_id))
     await db.commit()
 
 
@@ -827,7 +768,6 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 # Exact sliding windows: a log of admissions a client, in memory or in Redis.
 
 WAYS, MAX_ROWS = 16, 65_536  # rows in a bucket, rows in a table
-LOGIN_TABLE_BYTES, API_TABLE_BYTES = 16 * 2**20, 48 * 2**20
 REDIS_SECONDS = 0.1
 # MemoryWindow's rule on a list of admission times, in microseconds of Redis's clock.
 REDIS_SCRIPT = """
@@ -864,9 +804,10 @@ def client_of(address: str) -> str:
         ip = ipaddress.ip_address(address)
     except ValueError:
         return "unknown"  # one for all, or a client would invent one for each request
-    if isinstance(ip, ipaddress.IPv6Address) and not ip.ipv4_mapped:
-        return str(ipaddress.IPv6Network((int(ip) >> 64 << 64, 64)))
-    return str(getattr(ip, "ipv4_mapped", None) or ip)
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    return str(
+        ip if ip.version == 4 else ipaddress.ip_network((int(ip) >> 64 << 64, 64))
+    )
 
 
 class MemoryWindow:
@@ -874,18 +815,14 @@ class MemoryWindow:
 
     Shared by the processes forked after it. Each client has a row in anonymous shared
     memory: who, when last seen, and a ring of admission times, of which those numbered
-    `first` to `past` are in the window. Cost: a hash, a lock and a few comparisons,
-    whatever the limit and the number of clients. When a bucket is full, who has been
-    idle for longest gives up the row; there exactness ends. A process may be killed
-    anywhere: the kernel releases its lock, and what is half done admits nobody.
+    `first` to `past` are in the window. Cost: a hash, a lock and a few comparisons. Of a
+    full bucket the row idle for longest is given away; there exactness ends. A process
+    may be killed anywhere: the kernel frees its lock, what is half done admits nobody.
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
-        self.limit, self.window_ns, self.clock = (
-            limit,
-            seconds * 10**9,
-            time.monotonic_ns,
-        )
+        self.limit, self.window_ns = limit, seconds * 10**9
+        self.clock = time.monotonic_ns
         rows = min(MAX_ROWS, table_bytes // (8 * (4 + limit)))
         self.ways = min(WAYS, rows)
         self.buckets = rows // self.ways
@@ -936,55 +873,41 @@ class MemoryWindow:
 class Limiter:
     """Two budgets a client: "api" for all requests, "login" for logins besides.
 
-    Kept in Redis where that is set and answers, else in this machine's memory. After
-    a failure Redis is left alone for a second; then one request tries it again.
+    In Redis where that is set and answers, else in memory. What failed rests a second.
     """
 
     def __init__(self, settings: Settings) -> None:
         seconds = settings.RATE_LIMIT_WINDOW_SECONDS
         login, api = settings.RATE_LIMIT_LOGIN_REQUESTS, settings.RATE_LIMIT_REQUESTS
-        self.windows = {
-            "login": MemoryWindow(login, seconds, LOGIN_TABLE_BYTES),
-            "api": MemoryWindow(api, seconds, API_TABLE_BYTES),
-        }
+        self.windows = {"login": MemoryWindow(login, seconds, 16 * 2**20)}
+        self.windows["api"] = MemoryWindow(api, seconds, 48 * 2**20)
         self.redis: Redis | None = None
         self.away, self.retry_at = False, 0.0
         if settings.REDIS_URL:
             # The plain pool raises when it is empty. Connections come after the fork.
             pool = BlockingConnectionPool.from_url(str(settings.REDIS_URL))
-            self.redis = Redis(connection_pool=pool)
+            self.redis = Redis.from_pool(pool)
             self.script = self.redis.register_script(REDIS_SCRIPT)
 
     async def admit(self, budget: str, address: str) -> Verdict:
         window, client = self.windows[budget], client_of(address)
-        if self.redis and (started := time.monotonic()) >= self.retry_at:
-            if self.away:
-                self.retry_at = started + RETRY_SECONDS
+        if self.redis and time.monotonic() >= self.retry_at:
             try:
-                async with asyncio.timeout(REDIS_SECONDS):
-                    verdict = await self._ask_redis(window, f"{budget}:{client}")
+                return await self._ask_redis(window, f"rate-limit:{budget}:{client}")
             except (RedisError, OSError) as error:  # TimeoutError is one, too
                 tell_change("Redis", self.away, error)
                 self.away, self.retry_at = True, time.monotonic() + RETRY_SECONDS
-            else:
-                tell_change("Redis", self.away, None)
-                self.away = False
-                return verdict
         return window.admit(client)
 
     async def _ask_redis(self, window: MemoryWindow, key: str) -> Verdict:
-        arguments = [window.limit, window.window_ns // 1000]
-        reply = await self.script([f"rate-limit:{key}"], arguments)
+        if self.away:  # one tries, the others do not wait for it
+            self.retry_at = time.monotonic() + RETRY_SECONDS
+        async with asyncio.timeout(REDIS_SECONDS):
+            reply = await self.script([key], [window.limit, window.window_ns // 1000])
+        tell_change("Redis", self.away, None)
+        self.away = False
         reset = math.ceil(int(reply[1]) / 10**6)
         return Verdict(int(reply[0]), reset, window.limit, bool(reply[2]))
-
-    async def redis_answers(self) -> bool:
-        assert self.redis is not None
-        try:
-            async with asyncio.timeout(CHECK_SECONDS):
-                return bool(await self.redis.ping())
-        except (RedisError, OSError):
-            return False
 
 
 # --- Middleware -----------------------------------------------------------------------
@@ -1020,10 +943,6 @@ LIMIT_HEADERS = ("X-RateLimit-Remaining", "X-RateLimit-Reset", "X-RateLimit-Limi
 OTHER_HEADERS = ("X-Request-ID", "X-Response-Time", "Location", "Retry-After")
 LIMIT_NAMES = [name.lower().encode() for name in LIMIT_HEADERS]
 EXPOSED = [*OTHER_HEADERS, *LIMIT_HEADERS, *SECURITY_HEADERS, *HTTPS_HEADERS]
-UNTRUSTED_PROXY = (
-    "X-Forwarded-For came from a peer that FORWARDED_ALLOW_IPS does not name. "
-    "If that is a proxy, all its clients share one budget."
-)
 
 
 def encode(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
@@ -1044,18 +963,28 @@ class Exchange:
         """Raises HTTPException (429)."""
         self.verdict = min(verdict, self.verdict or verdict)
         if not verdict.admitted:
-            raise HTTPException(
-                429, headers={"Retry-After": f"{verdict.reset_seconds}"}
-            )
+            wait = {"Retry-After": str(verdict.reset_seconds)}
+            raise HTTPException(429, headers=wait)
 
 
-class Envelope:
-    """Gives each request an id and a log line, each response its headers."""
+class Edge:
+    """What every request and response passes: id, log line, limits, headers, last resort.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app, self.warned = app, False
+    One layer: a crash, too, is answered inside of CORS, or no browser could read it.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, limiter: Limiter) -> None:
+        self.app, self.settings, self.limiter = app, settings, limiter
+        self.cors = CORSMiddleware(
+            self.guard,
+            allow_origins=settings.CORS_ORIGINS,
+            allow_methods=["GET", "POST", "PATCH", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+            expose_headers=EXPOSED,
+        )
         self.usual, self.https = encode(SECURITY_HEADERS), encode(HTTPS_HEADERS)
         self.docs = dict.fromkeys(DOCS_PATHS, encode(DOCS_HEADERS))
+        self.warned = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -1069,11 +998,8 @@ class Envelope:
         REQUEST_ID.set(request_id.decode())
         client = scope["client"][0] if scope["client"] else ""
         scope["exchange"] = exchange = Exchange(headers, client)
-        forwarded_for = headers.get(b"x-forwarded-for", b"").decode("latin-1")
-        # From a peer that it trusts uvicorn has taken the client out of the header.
-        if forwarded_for and client not in forwarded_for and not self.warned:
-            self.warned = True
-            LOG.warning(UNTRUSTED_PROXY, extra={"client": client})
+        if b"x-forwarded-for" in headers and not self.warned:
+            self.warn_of_proxy(headers[b"x-forwarded-for"].decode("latin-1"), client)
 
         async def send_enveloped(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -1088,8 +1014,9 @@ class Envelope:
                 message["headers"] = lines
             await send(message)
 
+        app = self.cors if b"origin" in headers else self.guard
         try:
-            await self.app(scope, receive, send_enveloped)
+            await app(scope, receive, send_enveloped)
         finally:
             fields = {"method": scope["method"], "path": scope["path"]}
             fields |= {"status_code": exchange.status, "client": client}
@@ -1097,38 +1024,14 @@ class Envelope:
             level = logging.ERROR if exchange.error else logging.INFO
             LOG.log(level, "request", exc_info=exchange.error, extra=fields)
 
-
-class Cors(CORSMiddleware):
-    """Starlette's, for the requests that concern it."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and b"origin" in scope["exchange"].headers:
-            return await super().__call__(scope, receive, send)
-        await self.app(scope, receive, send)
-
-
-class Guard:
-    """Bounds how often, how long and how much, and answers for what goes wrong inside.
-
-    Inside of CORS, or browsers could not read these answers. Starlette would catch a
-    crash outside of all layers, and answer without any of their headers.
-    """
-
-    def __init__(self, app: ASGIApp, settings: Settings, limiter: Limiter) -> None:
-        self.app, self.limiter = app, limiter
-        self.prefix = settings.API_V1_PREFIX + "/"
-        self.seconds = settings.REQUEST_TIMEOUT_SECONDS
-        self.max_bytes = settings.MAX_BODY_BYTES
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+    async def guard(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Bounds how often, how long and how much, and answers for what goes wrong."""
         exchange: Exchange = scope["exchange"]
         failure = HTTPException(500)
         try:
-            async with asyncio.timeout(self.seconds) as timer:
-                # Counted before any of the body is read, and whatever becomes of it.
-                if scope["path"].startswith(self.prefix):
+            async with asyncio.timeout(self.settings.REQUEST_TIMEOUT_SECONDS) as timer:
+                # Before any of the body is read, and whatever becomes of the request.
+                if scope["path"].startswith(self.settings.API_V1_PREFIX + "/"):
                     exchange.count(await self.limiter.admit("api", exchange.client))
                 return await self.app(scope, self.bounded(receive, exchange), send)
         except HTTPException as refusal:
@@ -1146,30 +1049,26 @@ class Guard:
             await response(scope, receive, send)
 
     def bounded(self, receive: Receive, exchange: Exchange) -> Receive:
+        bound = self.settings.MAX_BODY_BYTES
         declared = int(exchange.headers.get(b"content-length", 0))
-        size = declared if declared > self.max_bytes else 0
+        size = declared if declared > bound else 0
 
         async def receive_bounded() -> Message:
             nonlocal size
-            message = await receive() if size <= self.max_bytes else {}
+            message = await receive() if size <= bound else {}
             size += len(message.get("body", b""))
-            if size > self.max_bytes:
+            if size > bound:
                 raise HTTPException(413)
             return message
 
         return receive_bounded
 
-
-def middleware_stack(settings: Settings, limiter: Limiter) -> list[Middleware]:
-    """Outermost first: what an inner layer answers passes through the outer ones."""
-    cors: dict[str, Any] = {
-        "allow_origins": settings.CORS_ORIGINS,
-        "allow_methods": ["GET", "POST", "PATCH", "DELETE"],
-        "allow_headers": ["Authorization", "Content-Type", "X-Request-ID"],
-        "expose_headers": EXPOSED,
-    }
-    guard = Middleware(Guard, settings=settings, limiter=limiter)
-    return [Middleware(Envelope), Middleware(Cors, **cors), guard]
+    def warn_of_proxy(self, forwarded_for: str, client: str) -> None:
+        # From a peer that it trusts uvicorn has taken the client out of the header.
+        if client not in forwarded_for:
+            self.warned = True
+            text = "X-Forwarded-For from %s, whom FORWARDED_ALLOW_IPS does not name: %s"
+            LOG.warning(text, client, "all clients behind a proxy share one budget")
 
 
 # --- Dependencies ---------------------------------------------------------------------
@@ -1182,9 +1081,8 @@ class Parts(NamedTuple):
     database: Database
 
 
-async def get_parts(request: Request) -> Parts:
-    parts: Parts = request.app.state.parts
-    return parts
+async def get_parts(request: Request) -> Any:
+    return request.app.state.parts
 
 
 PartsDep = Annotated[Parts, Depends(get_parts)]
@@ -1192,26 +1090,23 @@ PartsDep = Annotated[Parts, Depends(get_parts)]
 
 async def get_session(request: Request, parts: PartsDep) -> AsyncIterator[AsyncSession]:
     """One a request, in a transaction where the method may write."""
-    database = parts.database
-    if not database.up.is_set():
+    if not parts.database.up.is_set():
         raise Unavailable
     reads = request.method in {"GET", "HEAD"}  # RFC 9110 § 9.2.1: the safe ones
-    async with database.reader() if reads else database.writer() as session:
+    async with (parts.database.reader if reads else parts.database.writer)() as session:
         yield session
 
 
 # "function": closed before the response is sent, not after it.
 SessionDep = Annotated[AsyncSession, Depends(get_session, scope="function")]
-bearer = OAuth2PasswordBearer("auth/token", auto_error=False)
+bearer = OAuth2PasswordBearer("auth/token")  # raises a 401 where there is no token
 
 
 async def get_current_user(
-    token: Annotated[str | None, Depends(bearer)], parts: PartsDep, db: SessionDep
+    token: Annotated[str, Depends(bearer)], parts: PartsDep, db: SessionDep
 ) -> User:
-    """Raises NoToken, InvalidToken."""
-    if token is None:
-        raise NoToken
-    return await read_token_owner(db, parts.tokens.read(token))
+    """Raises InvalidToken."""
+    return await read_token_owner(db, *parts.tokens.read(token))
 
 
 CurrentUser = Annotated[User, Depends(get_current_user)]
@@ -1225,10 +1120,8 @@ async def limit_logins(request: Request, parts: PartsDep) -> None:
 # --- Health routes --------------------------------------------------------------------
 # For orchestrators and monitors: not limited, and silent about why.
 
-Responses = dict[int | str, dict[str, Any]]
 
-
-def errors(*statuses: int) -> Responses:
+def errors(*statuses: int) -> dict[int | str, Any]:
     """What a route may answer besides, for its documentation."""
     texts = {status: USUAL[status][1] for status in statuses}
     return {s: {"model": ErrorResponse, "description": t} for s, t in texts.items()}
@@ -1248,17 +1141,20 @@ async def get_readiness(response: Response, parts: PartsDep) -> Probe:
 
 async def get_health(request: Request, response: Response, parts: PartsDep) -> Health:
     """How are the service and what it depends on?"""
-    checks = {"database": parts.database.answers()}
+    checks: dict[str, Any] = {"database": parts.database.answers()}
     if parts.limiter.redis:
-        checks["redis"] = parts.limiter.redis_answers()
-    well = dict(zip(checks, await asyncio.gather(*checks.values()), strict=True))
-    response.status_code = 200 if well["database"] else 503
+        checks["redis"] = asyncio.wait_for(parts.limiter.redis.ping(), CHECK_SECONDS)
+    answers = await asyncio.gather(*checks.values(), return_exceptions=True)
+    words: list[Any] = [
+        "healthy" if answer is True else "unhealthy" for answer in answers
+    ]
+    response.status_code = 200 if answers[0] is True else 503
     return Health(
-        status="healthy" if all(well.values()) else "degraded",
+        status="degraded" if "unhealthy" in words else "healthy",
         timestamp=now(),
         version=request.app.version,
         checks={
-            k: {"status": "healthy" if v else "unhealthy"} for k, v in well.items()
+            name: {"status": word} for name, word in zip(checks, words, strict=True)
         },
     )
 
@@ -1272,13 +1168,11 @@ def add_health_routes(app: FastAPI) -> None:
     ):
         responses = errors(500, 504) | more
         app.add_api_route(path, endpoint, responses=responses, tags=["health"])
-        # Uptime monitors send it.
         app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 # --- API routes -----------------------------------------------------------------------
-# HTTP and nothing else: a signature and up to three lines, no `if`. Docstrings are for
-# callers: they stand in the docs.
+# HTTP and nothing else: a signature and up to three lines. Callers read the docstrings.
 
 Id = Annotated[int, Path(ge=1, le=MAX_ID)]
 After = Annotated[int, Query(ge=0, le=MAX_ID, description="`next` of the last page")]
@@ -1384,13 +1278,11 @@ async def delete_item(item_id: Id, user: CurrentUser, db: SessionDep) -> None:
 # --- Application ----------------------------------------------------------------------
 # The parts list.
 
-# Asked for at each request, in vain unless there is an exporter; the README has how.
-NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
 ANSWERS: dict[Any, Any] = {
     HTTPException: answer,
     RequestValidationError: answer_invalid,
-    sa.exc.SQLAlchemyError: answer_database_error,
 }
+ANSWERS |= dict.fromkeys((sa.exc.SQLAlchemyError, TimeoutError), answer_database_error)
 
 
 @asynccontextmanager
@@ -1424,18 +1316,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         openapi_url=f"{prefix}/openapi.json",
         redirect_slashes=False,  # it would redirect to whatever host a client names
         generate_unique_id_function=lambda route: route.name,
-        middleware=middleware_stack(settings, limiter),
+        middleware=[Middleware(Edge, settings=settings, limiter=limiter)],
         exception_handlers=ANSWERS,
         lifespan=lifespan,
-        telemetry=NO_TELEMETRY,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # see README
     )
     app.state.settings, app.state.limiter = settings, limiter
     docs = app.router.routes.copy()
-    app.router.routes.clear()
     add_health_routes(app)
     for router in (users, auth, items):
         app.include_router(router, prefix=prefix, responses=errors(429, 500, 503, 504))
-    app.router.routes.extend(docs)  # the least asked for last: each is tried in turn
+    app.router.routes.sort(key=docs.__contains__)  # last: one is tried after the other
     scheme = app.openapi()["components"]["securitySchemes"]["OAuth2PasswordBearer"]
     scheme["flows"]["password"]["tokenUrl"] = f"{prefix}/auth/token"
     return app
