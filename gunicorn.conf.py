@@ -12,6 +12,7 @@ import signal
 import sys
 from http import HTTPStatus
 from pathlib import Path
+from typing import ClassVar
 
 from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
@@ -23,6 +24,7 @@ from uvicorn_worker import UvicornWorker
 HEAD_BYTES = 64 * 1024
 HEAD_SECONDS = 10  # also for the rest of a body that was answered before it had come
 STALL_SECONDS = 60  # without a byte taken from an answer
+PIPELINED = 64  # requests that wait for the answers before theirs
 LINGER_SECONDS = 0.5
 
 
@@ -49,9 +51,10 @@ def usable_cpus() -> int:
     return max(1, min(len(affinity(0)), math.ceil(min(share, 1024))))
 
 
-def address(text: str) -> str:
+def addresses(text: str) -> str:
     try:
-        parse_address(text)
+        for part in text.split(","):
+            parse_address(part)
     except RuntimeError as error:
         raise SystemExit(f"bad settings: BIND: {error}") from None
     return text
@@ -60,14 +63,14 @@ def address(text: str) -> str:
 class Protocol(HttpToolsProtocol):
     """uvicorn's, with the bounds that it lacks: a proxy usually has them.
 
-    A head may have 64 KiB and 10 s; the rest of a body that nobody reads has 10 s, and
-    an answer that is not taken 60 s. (nginx: large_client_header_buffers 32 KiB,
-    client_header_timeout, client_body_timeout and send_timeout 60 s.)
+    A head may have 64 KiB and 10 s, so may trailers; the rest of a body that nobody reads
+    has 10 s, an answer that is not taken 60 s. (nginx: large_client_header_buffers
+    32 KiB; client_header_timeout, client_body_timeout and send_timeout 60 s.)
     """
 
     in_head = True  # or between two requests
-    head_bytes = 0
-    deadline = stall = None
+    overhead = 0  # bytes that are not of a body: of a head, of chunks, of trailers
+    deadline = stall = running = None
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
@@ -77,33 +80,46 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, error) -> None:
         self.forget_deadline()
-        self.resume_writing()
+        self.forget_stall()
+        if self.running is not None:  # uvicorn tells only the last of a pipeline
+            self.running.disconnected = True
+            self.running.message_event.set()
+        self.pipeline.clear()
         super().connection_lost(error)
 
+    def _start_asgi_task(self, cycle, app) -> None:
+        self.running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def data_received(self, data: bytes) -> None:
-        if self.in_head:
-            self.head_bytes += len(data)
-            if self.deadline is None:
-                self.await_client()
+        self.overhead += len(data)
+        if self.in_head and self.deadline is None:
+            self.await_client()
         super().data_received(data)
-        if self.in_head and self.head_bytes > HEAD_BYTES:
+        if self.overhead > HEAD_BYTES and not self.transport.is_closing():
             self.refuse(431)
 
     def on_headers_complete(self) -> None:
-        # The bytes may be those of the body, too; only then is it worth to count again.
+        # The bytes may be those of the body, too; only then is it worth counting again.
         sizes = (len(name) + len(value) + 4 for name, value in self.headers)
-        if self.head_bytes > HEAD_BYTES < len(self.url) + sum(sizes):
-            raise ValueError("the head is too large")  # the parser stops: see below
-        self.in_head = False
+        too_large = self.overhead > HEAD_BYTES < len(self.url) + sum(sizes)
+        if too_large or len(self.pipeline) >= PIPELINED:
+            raise ValueError  # which stops the parser: see send_400_response
+        self.in_head, self.overhead = False, 0
         self.forget_deadline()
         super().on_headers_complete()
+        self.headers = []  # for trailers, which are nobody's
 
-    def send_400_response(self, message: str) -> None:
-        self.refuse(431 if self.in_head and self.head_bytes > HEAD_BYTES else 400)
+    def on_body(self, body: bytes) -> None:
+        self.overhead -= len(body)
+        super().on_body(body)
+
+    def on_chunk_complete(self) -> None:
+        self.overhead -= 5  # a digit and two ends of lines: small chunks are no attack
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self.in_head, self.head_bytes = True, 0
+        self.in_head, self.overhead = True, 0
         if self.cycle.response_complete:
             self.await_client()
         else:
@@ -111,8 +127,12 @@ class Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self.pipeline:
+            self.flow.pause_reading()  # uvicorn reads on, however many wait
         if not self.in_head:
             self.await_client()
+        if self.transport.is_closing() and self.stall is None:
+            self.stall = self.loop.call_later(STALL_SECONDS, self.transport.abort)
 
     def await_client(self) -> None:
         self.forget_deadline()
@@ -126,10 +146,13 @@ class Protocol(HttpToolsProtocol):
     def on_deadline(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
             self.await_client()  # the next head has begun while this answer is made
-        elif self.in_head and self.head_bytes:
+        elif self.in_head and self.overhead:
             self.refuse(408)
         else:
             self.transport.abort()
+
+    def send_400_response(self, message: str) -> None:
+        self.refuse(431 if self.in_head and self.overhead > HEAD_BYTES else 400)
 
     def refuse(self, status: int) -> None:
         phrase = HTTPStatus(status).phrase.encode()
@@ -150,19 +173,42 @@ class Protocol(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        if not self.transport.is_closing():
+            self.forget_stall()
+
+    def forget_stall(self) -> None:
         if self.stall is not None:
             self.stall.cancel()
             self.stall = None
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Servers may ignore it, and there is one line a request already."""
 
     def shutdown(self) -> None:
         # Requests that are on their way to an idle connection still get their answer.
         self.loop.call_later(LINGER_SECONDS, super().shutdown)
 
 
+class PatientServer(Server):
+    """uvicorn's, which would end before those whom it cancels have answered."""
+
+    async def _wait_tasks_to_complete(self) -> None:
+        try:
+            await super()._wait_tasks_to_complete()
+        except asyncio.CancelledError:  # the grace is over
+            patience = min(1, self.config.timeout_graceful_shutdown / 3)
+            for _ in range(2):  # the second time they let go of a statement that hangs
+                if tasks := set(self.server_state.tasks):
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.wait(tasks, timeout=patience)
+            raise
+
+
 class Worker(UvicornWorker):
     """uvicorn's, which ends in time and on every signal that gunicorn sends."""
 
-    CONFIG_KWARGS = {
+    CONFIG_KWARGS: ClassVar = {
         "loop": "uvloop",
         "http": Protocol,
         "ws": "none",
@@ -174,11 +220,12 @@ class Worker(UvicornWorker):
         self.config.app = self.wsgi
         grace = self.cfg.graceful_timeout
         # What is cancelled then needs a moment before gunicorn's SIGKILL.
-        self.config.timeout_graceful_shutdown = max(grace - 3, grace / 2)
-        server = self.config.server = Server(self.config)
-        # The master's word for SIGINT and SIGQUIT; the worker's own handler ignores it.
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGQUIT, setattr, server, "should_exit", True)
+        self.config.timeout_graceful_shutdown = max(grace - 4, grace / 2)
+        server = self.config.server = PatientServer(self.config)
+        # The master's word for SIGINT and SIGQUIT; the worker's own handler ignores it. As
+        # SIGTERM, because that ends without waiting for the threads of a database.
+        loop, handle = asyncio.get_running_loop(), server.handle_exit
+        loop.add_signal_handler(signal.SIGQUIT, handle, signal.SIGTERM, None)
         await server.serve(sockets=self.sockets)
         if not server.started:
             sys.exit(Arbiter.WORKER_BOOT_ERROR)
@@ -197,7 +244,7 @@ def when_ready(server: Arbiter) -> None:
 
 
 wsgi_app = "main:app"
-bind = address(os.getenv("BIND") or f"0.0.0.0:{number('PORT', 8000, 1)}")
+bind = addresses(os.getenv("BIND") or f"0.0.0.0:{number('PORT', 8000, 1)}")
 workers = number("WORKERS", usable_cpus(), 1)
 worker_class = Worker
 logger_class = ServiceLogger

@@ -39,13 +39,13 @@ import sys
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import pydantic
@@ -60,7 +60,7 @@ from pwdlib.hashers.argon2 import Argon2Hasher
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
 from pydantic_core import PydanticSerializationError, to_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsError
-from redis.asyncio import BlockingConnectionPool, Redis, RedisError
+from redis.asyncio import BlockingConnectionPool, Redis
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.orm.exc import StaleDataError
@@ -118,11 +118,10 @@ class Settings(BaseSettings):
 
     @pydantic.model_validator(mode="after")
     def refuse_unsafe(self) -> Self:
-        if self.ENVIRONMENT == "development":
-            return self
-        if "SECRET_KEY" not in self.model_fields_set:
+        strict = self.ENVIRONMENT != "development"
+        if strict and "SECRET_KEY" not in self.model_fields_set:
             raise ValueError("SECRET_KEY: is required outside development")
-        if "*" in self.CORS_ORIGINS:
+        if strict and "*" in self.CORS_ORIGINS:
             raise ValueError("CORS_ORIGINS: * is for development only")
         if self.DEBUG and self.ENVIRONMENT == "production":
             raise ValueError("DEBUG: is refused in production, for it logs SQL")
@@ -154,17 +153,13 @@ COMMON_FIELDS = {*vars(logging.makeLogRecord({})), "taskName", "color_message"}
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a record: the usual fields, then the record's own."""
-
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, UTC)
-        fields = {
-            "timestamp": moment.isoformat(timespec="milliseconds"),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-            "request_id": REQUEST_ID.get(),
+        fields: dict[str, Any] = {
+            "timestamp": moment.isoformat(timespec="milliseconds")
         }
+        fields |= {"level": record.levelname, "logger": record.name}
+        fields |= {"message": record.getMessage(), "request_id": REQUEST_ID.get()}
         fields |= {k: v for k, v in vars(record).items() if k not in COMMON_FIELDS}
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
@@ -177,9 +172,7 @@ class JsonFormatter(logging.Formatter):
             return json.dumps(fields, default=str)
 
 
-class TextFormatter(JsonFormatter):
-    """Short lines for people; control characters are escaped, in tracebacks too."""
-
+class TextFormatter(JsonFormatter):  # for people; control characters are escaped
     def write(self, fields: dict[str, Any]) -> str:
         traceback = fields.pop("exception", "").splitlines()
         head = [fields.pop(name) for name in ("timestamp", "level", "message")]
@@ -188,12 +181,13 @@ class TextFormatter(JsonFormatter):
 
 
 def set_up_logging(settings: Settings) -> None:
-    """Give the service, its servers and its libraries one handler and one form."""
     handler = logging.StreamHandler(sys.stdout)
     readable = settings.ENVIRONMENT == "development"
     handler.setFormatter(TextFormatter() if readable else JsonFormatter())
     # Libraries only warn: at DEBUG aiosqlite prints parameters.
     logging.basicConfig(handlers=[handler], level="WARNING", force=True)
+    for name in ("psycopg", "python_multipart"):  # they warn again with each request
+        logging.getLogger(name).setLevel("ERROR")
     for name in ("service", "gunicorn.error", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)
         logger.setLevel("DEBUG" if settings.DEBUG else settings.LOG_LEVEL)
@@ -208,8 +202,7 @@ def set_up_logging(settings: Settings) -> None:
     logging.captureWarnings(True)
 
 
-def tell_change(of: str, was_away: bool, error: Exception | None) -> None:
-    """Tell of an outage once, and of its end."""
+def tell_change(of: str, was_away: bool, error: BaseException | None) -> None:
     if error and not was_away:
         reason = str(getattr(error, "orig", error)).partition("\n")[0]
         LOG.warning("%s is away", of, extra={"reason": reason or "no answer in time"})
@@ -236,23 +229,15 @@ USUAL = {  # status: slug, text
 }
 
 
-class ErrorDetail(BaseModel):
-    field: str
-    message: str
-    type: str
-
-
 class ErrorResponse(BaseModel):
     error: str
     message: str
-    details: list[ErrorDetail] | None
+    details: list[dict[Literal["field", "message", "type"], str]] | None
     request_id: str
 
 
 class ServiceError(HTTPException):
-    """Status, text (the usual one where it is empty), headers."""
-
-    row: ClassVar[tuple[int, str, dict[str, str]]]
+    row: ClassVar[tuple[int, str, dict[str, str]]]  # status, text or "", headers
 
     def __init__(self) -> None:
         super().__init__(*self.row)
@@ -286,7 +271,6 @@ class Unavailable(ServiceError):
 
 
 async def answer(request: Request, error: Any, details: Sequence[Any] = ()) -> Response:
-    """The one form of errors."""
     status = error.status_code
     slug, text = USUAL.get(status, (f"http_{status}", error.detail))
     # Starlette's own texts are the statuses' reason phrases, which vary by version.
@@ -309,15 +293,13 @@ async def answer_invalid(request: Request, error: Any) -> Response:
 # --- Database -------------------------------------------------------------------------
 # Connections are in autocommit; who writes says BEGIN. Who waits for one waits in line.
 
-# Away, full, too slow; and a row that was deleted between read and write.
-TRY_AGAIN: Any = (sa.exc.OperationalError, sa.exc.InterfaceError, StaleDataError)
+# Away, full, too slow, a standby; and a row that was deleted between read and write.
+TRY_AGAIN: Any = (sa.exc.OperationalError, sa.exc.InternalError, StaleDataError)
 PATIENCE_SECONDS, CHECK_SECONDS, RETRY_SECONDS = 5, 2, 1
 
 now = partial(datetime.now, UTC)
-TYPES = {
-    int: sa.BigInteger().with_variant(sa.Integer, "sqlite"),
-    datetime: sa.DateTime(True),
-}
+ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+TYPES = {int: ID, datetime: sa.DateTime(True)}
 
 
 class Base(DeclarativeBase):
@@ -337,13 +319,11 @@ class User(Base):
 
 class Item(Base):
     __tablename__ = "items"
+    __table_args__ = (sa.Index("items_of_owner", "owner_id", "id"), Base.__table_args__)
     owner_id: Mapped[int] = mapped_column(sa.ForeignKey(User.id, ondelete="CASCADE"))
     title: Mapped[str] = mapped_column(sa.String(200))
     description: Mapped[str | None] = mapped_column(sa.String(2000))
     updated_at: Mapped[datetime] = mapped_column(onupdate=now)
-
-
-sa.Index("items_of_owner", Item.owner_id, Item.id)
 
 
 class FairPool(sa.AsyncAdaptedQueuePool):
@@ -384,38 +364,46 @@ def refuse_closed(connection: Any, record: Any, proxy: Any) -> None:
         raise sa.exc.InvalidatePoolError
 
 
-class Database:
-    """A worker's engine, made after the fork, and the watch over what it leads to."""
+def open_engine(url: sa.URL, pool_size: int, max_overflow: int) -> Any:
+    sqlite = url.get_backend_name() == "sqlite"
+    engine = create_async_engine(
+        url,
+        poolclass=FairPool,
+        pool_size=pool_size,
+        max_overflow=max_overflow,
+        pool_timeout=PATIENCE_SECONDS,
+        connect_args={"timeout" if sqlite else "connect_timeout": PATIENCE_SECONDS},
+        isolation_level="AUTOCOMMIT",
+        hide_parameters=True,  # or every error would log them
+    )
+    listener: Any = (
+        ("connect", prepare_sqlite) if sqlite else ("checkout", refuse_closed)
+    )
+    sa.event.listen(engine.sync_engine, *listener)
+    return engine
 
+
+class Database:  # of one worker: made after the fork, which no connection may cross
     def __init__(self, settings: Settings) -> None:
-        url = settings.DATABASE_URL
-        listener: Any = "checkout", refuse_closed
-        begin, patience = "BEGIN", "connect_timeout"
+        url, size = settings.DATABASE_URL, settings.DATABASE_POOL_SIZE
+        self.reading = open_engine(url, size, settings.DATABASE_MAX_OVERFLOW)
+        self.writing, begin = self.reading.execution_options(), "BEGIN"  # one pool
         if url.get_backend_name() == "sqlite":
-            begin, patience = "BEGIN IMMEDIATE", "timeout"
-            listener = "connect", prepare_sqlite
-        engine = create_async_engine(
-            url,
-            poolclass=FairPool,
-            pool_size=settings.DATABASE_POOL_SIZE,
-            max_overflow=settings.DATABASE_MAX_OVERFLOW,
-            pool_timeout=PATIENCE_SECONDS,
-            connect_args={patience: PATIENCE_SECONDS},
-            isolation_level="AUTOCOMMIT",
-            hide_parameters=True,  # or every error would log them
-        )
-        sa.event.listen(engine.sync_engine, *listener)
-        self.engine = engine.execution_options()  # for writing, with the same pool
-        writing = self.engine.sync_engine
-        sa.event.listen(writing, "begin", lambda c: c.exec_driver_sql(begin))
-        self.reader = async_sessionmaker(engine, expire_on_commit=False)
-        self.writer = async_sessionmaker(self.engine, expire_on_commit=False)
+            # Whoever waits for SQLite's lock is not in a line; for this connection, yes.
+            self.writing, begin = open_engine(url, 1, 0), "BEGIN IMMEDIATE"
+        writer = self.writing.sync_engine
+        sa.event.listen(writer, "begin", lambda c: c.exec_driver_sql(begin))
+        self.reader = async_sessionmaker(self.reading, expire_on_commit=False)
+        self.writer = async_sessionmaker(self.writing, expire_on_commit=False)
         self.up, self.suspect = asyncio.Event(), asyncio.Event()
         self._check: asyncio.Task[bool] | None = None
 
     async def make_tables(self) -> None:
         """Once, however many workers and hosts start together."""
-        async with asyncio.timeout(PATIENCE_SECONDS), self.engine.begin() as connection:
+        async with (
+            asyncio.timeout(PATIENCE_SECONDS),
+            self.writing.begin() as connection,
+        ):
             if connection.dialect.name == "postgresql":  # SQLite is locked by now
                 await connection.execute(sa.text("SELECT pg_advisory_xact_lock(7411)"))
             await connection.run_sync(Base.metadata.create_all)
@@ -439,10 +427,7 @@ class Database:
                 await self.suspect.wait()
 
     async def answers(self) -> bool:
-        """Whether the database has its tables; known after 2 s, whatever it does.
-
-        Callers share a check, lest the public fills the pool with them.
-        """
+        """Whether the tables are there; known after 2 s. Callers share one check."""
         if self._check is None or self._check.done():
             self._check = asyncio.create_task(self._has_tables())
         done, _ = await asyncio.wait({self._check}, timeout=CHECK_SECONDS)
@@ -453,9 +438,10 @@ class Database:
             async with asyncio.timeout(CHECK_SECONDS), self.reader() as session:
                 for table in Base.metadata.sorted_tables:
                     await session.execute(sa.select(table).limit(0))
-        except (sa.exc.SQLAlchemyError, OSError):  # TimeoutError is one, too
+        except Exception:  # noqa: BLE001 - no reason is a reason to answer 500
             self.suspect.set()
             return False
+        self.up.set()
         return True
 
 
@@ -464,18 +450,15 @@ async def answer_database_error(request: Request, error: Any) -> Response:
     lost = getattr(error, "connection_invalidated", False)
     if not lost and not isinstance(error, (TimeoutError, *TRY_AGAIN)):
         raise error
-    request.app.state.parts.database.suspect.set()
+    request.app.state.database.suspect.set()
     return await answer(request, Unavailable())
 
 
 # --- Schemas --------------------------------------------------------------------------
-# What is checked here need not be feared below. PostgreSQL cannot store NUL; a length
-# bound makes pydantic refuse lone surrogates.
+# What is refused here need not be feared below: NUL, and by length, lone surrogates.
 
 MAX_ID = 2**63 - 1
 NO_NUL = r"^[^\x00]*$"
-
-
 # PostgreSQL answers in a zone of its own, SQLite in none; what was stored is UTC.
 UtcTime = Annotated[
     datetime,
@@ -512,9 +495,7 @@ class PasswordChange(BaseModel, extra="forbid"):
     new_password: NewPassword
 
 
-class PasswordGrant(BaseModel):
-    """The form of RFC 6749 § 4.3.2; what else it may hold is ignored."""
-
+class PasswordGrant(BaseModel):  # RFC 6749 § 4.3.2; what else a form holds is ignored
     grant_type: Literal["password"] = "password"
     username: AnyName
     password: AnyPassword
@@ -569,20 +550,11 @@ DECOY_HASH = f"$argon2id$v=19$m=19456,t=2,p=1${'A' * 22}${'A' * 43}"
 HASHING = ThreadPoolExecutor(2, "argon2")
 
 
-async def hash_password(password: str) -> str:
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(HASHING, PASSWORDS.hash, password)
+async def off_the_loop(work: Callable[..., Any], *texts: str) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(HASHING, work, *texts)
 
 
-async def verify_password(password: str, known: str) -> tuple[bool, str | None]:
-    """Whether it is right; and a new hash where the known one has old parameters."""
-    loop, verify = asyncio.get_running_loop(), PASSWORDS.verify_and_update
-    return await loop.run_in_executor(HASHING, verify, password, known)
-
-
-class Tokens:
-    """Signs access tokens (JWT, RFC 7519), and reads what it has signed."""
-
+class Tokens:  # JWT, RFC 7519
     def __init__(self, settings: Settings) -> None:
         self.algorithm = settings.ALGORITHM
         self.seconds = settings.ACCESS_TOKEN_EXPIRE_MINUTES * 60
@@ -611,12 +583,16 @@ class Tokens:
 # SQL and nothing else: rows or None come back, no rule is decided, nothing committed.
 
 Rows = Sequence[Any]
+Page = dict[str, Any]
 # Statements of hot paths, built once: to build one takes longer than to run it.
 FIND_USER = sa.select(User).where(User.id == sa.bindparam("id"))
+OWNER, AFTER = sa.bindparam("owner", type_=ID), sa.bindparam("after", type_=ID)
+# With `owner_id = 1 AND id > 2 ORDER BY id` PostgreSQL may walk all owners' rows by key.
 LIST_ITEMS = (
     sa.select(Item.id, Item.title, Item.description, Item.created_at, Item.updated_at)
-    .where(Item.owner_id == sa.bindparam("owner_id"), Item.id > sa.bindparam("after"))
-    .order_by(Item.id)
+    .where(sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER))
+    .where(Item.owner_id <= OWNER)
+    .order_by(Item.owner_id, Item.id)
     .limit(sa.bindparam("limit"))
 )
 
@@ -648,24 +624,21 @@ async def find_item(db: AsyncSession, owner_id: int, item_id: int) -> Item | Non
 
 async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) -> Rows:
     """Columns, not entities: they are written as JSON and forgotten."""
-    page = {"owner_id": owner_id, "after": after, "limit": limit}
+    page = {"owner": owner_id, "after": after, "limit": limit}
     return (await db.execute(LIST_ITEMS, page)).all()
 
 
 # --- Services -------------------------------------------------------------------------
-# The rules. A service commits as its last act, and before that only to give the
-# connection back while a password is hashed.
-
-Page = tuple[Rows, int | None]  # and what to send as `after` for the next, if any
+# The rules. A service commits as its last act, or to lend no connection to a hash.
 
 
-def page_of(rows: Rows, limit: int) -> Page:
-    return rows[:limit], rows[limit - 1].id if len(rows) > limit else None
+def page_of(what: str, rows: Rows, limit: int) -> Page:
+    return {what: rows[:limit], "next": rows[limit - 1].id if rows[limit:] else None}
 
 
 async def register_user(db: AsyncSession, user_in: UserIn) -> User:
     """Raises UsernameTaken."""
-    password_hash = await hash_password(user_in.password)
+    password_hash = await off_the_loop(PASSWORDS.hash, user_in.password)
     user = User(username=user_in.username, password_hash=password_hash)
     db.add(user)
     try:
@@ -680,7 +653,7 @@ async def authenticate_user(db: AsyncSession, username: str, password: str) -> U
     user = await find_user_named(db, username)
     await db.commit()
     known = user.password_hash if user else DECOY_HASH
-    valid, renewed = await verify_password(password, known)
+    valid, renewed = await off_the_loop(PASSWORDS.verify_and_update, password, known)
     if user is None or not valid:
         raise WrongCredentials
     if renewed:
@@ -690,7 +663,6 @@ async def authenticate_user(db: AsyncSession, username: str, password: str) -> U
 
 
 async def read_user(db: AsyncSession, user_id: int) -> User:
-    """Raises NotFound."""
     if (user := await find_user(db, user_id)) is None:
         raise NotFound
     return user
@@ -705,16 +677,16 @@ async def read_token_owner(db: AsyncSession, user_id: int, version: int) -> User
 
 
 async def read_users(db: AsyncSession, after: int, limit: int) -> Page:
-    return page_of(await list_users(db, after, limit + 1), limit)
+    return page_of("users", await list_users(db, after, limit + 1), limit)
 
 
 async def change_password(db: AsyncSession, user: User, change: PasswordChange) -> None:
     """Kill all tokens of the user. Raises WrongPassword."""
     await db.commit()
-    valid, _ = await verify_password(change.current_password, user.password_hash)
-    if not valid:
+    current, known = change.current_password, user.password_hash
+    if not await off_the_loop(PASSWORDS.verify, current, known):
         raise WrongPassword
-    new_hash = await hash_password(change.new_password)
+    new_hash = await off_the_loop(PASSWORDS.hash, change.new_password)
     version = user.token_version + 1
     if not await set_password(db, user, password_hash=new_hash, token_version=version):
         raise WrongPassword  # it has been changed meanwhile
@@ -739,14 +711,14 @@ async def create_item(db: AsyncSession, owner: User, item_in: ItemIn) -> Item:
 
 
 async def read_item(db: AsyncSession, owner: User, item_id: int) -> Item:
-    """Raises NotFound."""
     if (item := await find_item(db, owner.id, item_id)) is None:
         raise NotFound
     return item
 
 
 async def read_items(db: AsyncSession, owner: User, after: int, limit: int) -> Page:
-    return page_of(await list_items(db, owner.id, after, limit + 1), limit)
+    rows = await list_items(db, owner.id, after, limit + 1)
+    return page_of("items", rows, limit)
 
 
 async def change_item(
@@ -769,6 +741,7 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 
 WAYS, MAX_ROWS = 16, 65_536  # rows in a bucket, rows in a table
 REDIS_SECONDS = 0.1
+open_lock_file = cache(tempfile.TemporaryFile)  # one, before the fork
 # MemoryWindow's rule on a list of admission times, in microseconds of Redis's clock.
 REDIS_SCRIPT = """
 local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -788,9 +761,7 @@ return {limit - count, (oldest or now) + window - now, admitted}
 """
 
 
-class Verdict(NamedTuple):
-    """Ordered so that `min` is the stricter of two."""
-
+class Verdict(NamedTuple):  # in an order in which `min` is the stricter of two
     remaining: int
     reset_seconds: int  # until the oldest request leaves the window, and another fits
     limit: int
@@ -813,11 +784,10 @@ def client_of(address: str) -> str:
 class MemoryWindow:
     """Admits at most `limit` requests of a client in any `seconds`, exactly.
 
-    Shared by the processes forked after it. Each client has a row in anonymous shared
-    memory: who, when last seen, and a ring of admission times, of which those numbered
-    `first` to `past` are in the window. Cost: a hash, a lock and a few comparisons. Of a
-    full bucket the row idle for longest is given away; there exactness ends. A process
-    may be killed anywhere: the kernel frees its lock, what is half done admits nobody.
+    Each client has a row in memory that forked processes share: who, when last seen, and
+    a ring of admission times, those numbered `first` to `past` in the window. The longest
+    idle of a full bucket is forgotten; there exactness ends. A process may be killed
+    anywhere: the kernel frees its lock, and what is half done admits nobody.
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
@@ -831,7 +801,7 @@ class MemoryWindow:
         self.first, self.past = cells[2 * rows : 3 * rows], cells[3 * rows : 4 * rows]
         self.rings = cells[4 * rows :]
         self.hash_key = secrets.token_bytes()
-        self.lock_file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this
+        self.lock_file = open_lock_file()
 
     def admit(self, client: str) -> Verdict:
         # Keyed, lest somebody picks addresses that share a victim's bucket.
@@ -870,12 +840,7 @@ class MemoryWindow:
         return Verdict(self.limit - past + first, reset, self.limit, admitted)
 
 
-class Limiter:
-    """Two budgets a client: "api" for all requests, "login" for logins besides.
-
-    In Redis where that is set and answers, else in memory. What failed rests a second.
-    """
-
+class Limiter:  # two budgets a client, in Redis while it answers, else in memory
     def __init__(self, settings: Settings) -> None:
         seconds = settings.RATE_LIMIT_WINDOW_SECONDS
         login, api = settings.RATE_LIMIT_LOGIN_REQUESTS, settings.RATE_LIMIT_REQUESTS
@@ -884,30 +849,45 @@ class Limiter:
         self.redis: Redis | None = None
         self.away, self.retry_at = False, 0.0
         if settings.REDIS_URL:
-            # The plain pool raises when it is empty. Connections come after the fork.
-            pool = BlockingConnectionPool.from_url(str(settings.REDIS_URL))
-            self.redis = Redis.from_pool(pool)
+            # In RESP3 redis-py does not look whether a connection was closed meanwhile.
+            options: Any = {"max_connections": 8, "protocol": 2}
+            pool = BlockingConnectionPool.from_url(str(settings.REDIS_URL), **options)
+            self.redis, self.turns = Redis.from_pool(pool), asyncio.Semaphore(8)
             self.script = self.redis.register_script(REDIS_SCRIPT)
 
     async def admit(self, budget: str, address: str) -> Verdict:
         window, client = self.windows[budget], client_of(address)
-        if self.redis and time.monotonic() >= self.retry_at:
-            try:
-                return await self._ask_redis(window, f"rate-limit:{budget}:{client}")
-            except (RedisError, OSError) as error:  # TimeoutError is one, too
-                tell_change("Redis", self.away, error)
-                self.away, self.retry_at = True, time.monotonic() + RETRY_SECONDS
+        if self.redis and (
+            verdict := await self._ask_redis(window, f"{budget}:{client}")
+        ):
+            return verdict
         return window.admit(client)
 
-    async def _ask_redis(self, window: MemoryWindow, key: str) -> Verdict:
-        if self.away:  # one tries, the others do not wait for it
-            self.retry_at = time.monotonic() + RETRY_SECONDS
-        async with asyncio.timeout(REDIS_SECONDS):
-            reply = await self.script([key], [window.limit, window.window_ns // 1000])
-        tell_change("Redis", self.away, None)
-        self.away = False
-        reset = math.ceil(int(reply[1]) / 10**6)
-        return Verdict(int(reply[0]), reset, window.limit, bool(reply[2]))
+    async def _ask_redis(self, window: MemoryWindow, key: str) -> Verdict | None:
+        async with self.turns:  # whoever waits for a connection does not wait for Redis
+            started, retries = time.monotonic(), self.away
+            if started < self.retry_at:
+                return None
+            if retries:  # meanwhile the others do without
+                self.retry_at = started + RETRY_SECONDS
+            arguments = [window.limit, window.window_ns // 1000]
+            call = asyncio.ensure_future(self.script([f"rate-limit:{key}"], arguments))
+            for _ in range(5):  # a step for which the loop itself is late counts once
+                if not call.done():
+                    await asyncio.wait({call}, timeout=REDIS_SECONDS / 5)
+            error = call.exception() if call.done() else TimeoutError()
+            call.cancel()
+        if error or retries:
+            tell_change("Redis", self.away, error)
+            self.away, self.retry_at = (
+                bool(error),
+                started + RETRY_SECONDS * bool(error),
+            )
+        if error:
+            return None
+        remaining, wait_us, admitted = map(int, call.result())
+        reset = math.ceil(wait_us / 10**6)
+        return Verdict(remaining, reset, window.limit, bool(admitted))
 
 
 # --- Middleware -----------------------------------------------------------------------
@@ -950,9 +930,7 @@ def encode(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
 
 
 @dataclass(slots=True)
-class Exchange:
-    """One request and its response, as the layers tell each other."""
-
+class Exchange:  # a request and its response, as the layers tell each other
     headers: dict[bytes, bytes]  # the request's
     client: str
     verdict: Verdict | None = None
@@ -967,12 +945,13 @@ class Exchange:
             raise HTTPException(429, headers=wait)
 
 
-class Edge:
-    """What every request and response passes: id, log line, limits, headers, last resort.
+@cache  # so once a process
+def warn_of_proxy() -> None:
+    text = "X-Forwarded-For came from a peer that FORWARDED_ALLOW_IPS does not name: %s"
+    LOG.warning(text, "behind a proxy that is not named all clients share one budget")
 
-    One layer: a crash, too, is answered inside of CORS, or no browser could read it.
-    """
 
+class Edge:  # what every request passes, and every response
     def __init__(self, app: ASGIApp, settings: Settings, limiter: Limiter) -> None:
         self.app, self.settings, self.limiter = app, settings, limiter
         self.cors = CORSMiddleware(
@@ -984,7 +963,6 @@ class Edge:
         )
         self.usual, self.https = encode(SECURITY_HEADERS), encode(HTTPS_HEADERS)
         self.docs = dict.fromkeys(DOCS_PATHS, encode(DOCS_HEADERS))
-        self.warned = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -998,12 +976,13 @@ class Edge:
         REQUEST_ID.set(request_id.decode())
         client = scope["client"][0] if scope["client"] else ""
         scope["exchange"] = exchange = Exchange(headers, client)
-        if b"x-forwarded-for" in headers and not self.warned:
-            self.warn_of_proxy(headers[b"x-forwarded-for"].decode("latin-1"), client)
+        forwarded_for = headers.get(b"x-forwarded-for")
+        # From a peer that it trusts uvicorn has taken the client out of this header.
+        if forwarded_for and client not in forwarded_for.decode("latin-1"):
+            warn_of_proxy()
 
         async def send_enveloped(message: Message) -> None:
             if message["type"] == "http.response.start":
-                exchange.status = message["status"]
                 lines = [*message["headers"], *self.docs.get(scope["path"], self.usual)]
                 if scope["scheme"] == "https":
                     lines += self.https
@@ -1013,6 +992,7 @@ class Edge:
                 lines += (b"x-request-id", request_id), (b"x-response-time", duration)
                 message["headers"] = lines
             await send(message)
+            exchange.status = message.get("status", exchange.status)
 
         app = self.cors if b"origin" in headers else self.guard
         try:
@@ -1063,58 +1043,43 @@ class Edge:
 
         return receive_bounded
 
-    def warn_of_proxy(self, forwarded_for: str, client: str) -> None:
-        # From a peer that it trusts uvicorn has taken the client out of the header.
-        if client not in forwarded_for:
-            self.warned = True
-            text = "X-Forwarded-For from %s, whom FORWARDED_ALLOW_IPS does not name: %s"
-            LOG.warning(text, client, "all clients behind a proxy share one budget")
-
 
 # --- Dependencies ---------------------------------------------------------------------
 # What a route asks for. All are coroutines: plain functions would each cost a thread.
 
 
-class Parts(NamedTuple):
-    limiter: Limiter
-    tokens: Tokens
-    database: Database
+async def get_state(request: Request) -> Any:
+    return request.app.state
 
 
-async def get_parts(request: Request) -> Any:
-    return request.app.state.parts
+StateDep = Annotated[Any, Depends(get_state)]
 
 
-PartsDep = Annotated[Parts, Depends(get_parts)]
-
-
-async def get_session(request: Request, parts: PartsDep) -> AsyncIterator[AsyncSession]:
+async def get_session(request: Request, state: StateDep) -> AsyncIterator[AsyncSession]:
     """One a request, in a transaction where the method may write."""
-    if not parts.database.up.is_set():
+    if not state.database.up.is_set():
         raise Unavailable
     reads = request.method in {"GET", "HEAD"}  # RFC 9110 § 9.2.1: the safe ones
-    async with (parts.database.reader if reads else parts.database.writer)() as session:
+    async with (state.database.reader if reads else state.database.writer)() as session:
         yield session
 
 
 # "function": closed before the response is sent, not after it.
 SessionDep = Annotated[AsyncSession, Depends(get_session, scope="function")]
-bearer = OAuth2PasswordBearer("auth/token")  # raises a 401 where there is no token
+BearerDep = Annotated[str, Depends(OAuth2PasswordBearer("auth/token"))]
 
 
-async def get_current_user(
-    token: Annotated[str, Depends(bearer)], parts: PartsDep, db: SessionDep
-) -> User:
-    """Raises InvalidToken."""
-    return await read_token_owner(db, *parts.tokens.read(token))
+async def get_current_user(token: BearerDep, state: StateDep, db: SessionDep) -> User:
+    """Raises InvalidToken, or a plain 401 where there is no token."""
+    return await read_token_owner(db, *state.tokens.read(token))
 
 
 CurrentUser = Annotated[User, Depends(get_current_user)]
 
 
-async def limit_logins(request: Request, parts: PartsDep) -> None:
+async def limit_logins(request: Request, state: StateDep) -> None:
     exchange: Exchange = request.scope["exchange"]
-    exchange.count(await parts.limiter.admit("login", exchange.client))
+    exchange.count(await state.limiter.admit("login", exchange.client))
 
 
 # --- Health routes --------------------------------------------------------------------
@@ -1132,18 +1097,18 @@ async def get_liveness() -> Probe:
     return Probe(status="alive")
 
 
-async def get_readiness(response: Response, parts: PartsDep) -> Probe:
+async def get_readiness(response: Response, state: StateDep) -> Probe:
     """Can it serve requests? If not, send them elsewhere."""
-    ready = await parts.database.answers()
+    ready = await state.database.answers()
     response.status_code = 200 if ready else 503
     return Probe(status="ready" if ready else "not_ready")
 
 
-async def get_health(request: Request, response: Response, parts: PartsDep) -> Health:
+async def get_health(request: Request, response: Response, state: StateDep) -> Health:
     """How are the service and what it depends on?"""
-    checks: dict[str, Any] = {"database": parts.database.answers()}
-    if parts.limiter.redis:
-        checks["redis"] = asyncio.wait_for(parts.limiter.redis.ping(), CHECK_SECONDS)
+    checks: dict[str, Any] = {"database": state.database.answers()}
+    if state.limiter.redis:
+        checks["redis"] = asyncio.wait_for(state.limiter.redis.ping(), CHECK_SECONDS)
     answers = await asyncio.gather(*checks.values(), return_exceptions=True)
     words: list[Any] = [
         "healthy" if answer is True else "unhealthy" for answer in answers
@@ -1177,6 +1142,7 @@ def add_health_routes(app: FastAPI) -> None:
 Id = Annotated[int, Path(ge=1, le=MAX_ID)]
 After = Annotated[int, Query(ge=0, le=MAX_ID, description="`next` of the last page")]
 Limit = Annotated[int, Query(ge=1, le=100)]
+Grant = Annotated[PasswordGrant, Form()]
 
 users = APIRouter(prefix="/users", tags=["users"])
 auth = APIRouter(prefix="/auth", tags=["auth"], dependencies=[Depends(limit_logins)])
@@ -1198,8 +1164,7 @@ async def get_users(
     user: CurrentUser, db: SessionDep, after: After = 0, limit: Limit = 20
 ) -> UserPage:
     """All users, in the order of their ids."""
-    page, following = await read_users(db, after, limit)
-    return UserPage.model_validate({"users": page, "next": following})
+    return UserPage.model_validate(await read_users(db, after, limit))
 
 
 @users.get("/me", responses=errors(401))
@@ -1227,12 +1192,10 @@ async def get_user(user_id: Id, user: CurrentUser, db: SessionDep) -> UserOut:
 
 
 @auth.post("/token", responses=errors(400, 401, 413, 422))
-async def post_token(
-    form: Annotated[PasswordGrant, Form()], db: SessionDep, parts: PartsDep
-) -> TokenOut:
+async def post_token(form: Grant, db: SessionDep, state: StateDep) -> TokenOut:
     """Log in. The token goes into `Authorization: Bearer`."""
     user = await authenticate_user(db, form.username, form.password)
-    token, seconds = parts.tokens.issue(user), parts.tokens.seconds
+    token, seconds = state.tokens.issue(user), state.tokens.seconds
     return TokenOut(access_token=token, expires_in=seconds)
 
 
@@ -1251,8 +1214,7 @@ async def get_items(
     user: CurrentUser, db: SessionDep, after: After = 0, limit: Limit = 20
 ) -> ItemPage:
     """Your own items, in the order of their ids."""
-    page, following = await read_items(db, user, after, limit)
-    return ItemPage.model_validate({"items": page, "next": following})
+    return ItemPage.model_validate(await read_items(db, user, after, limit))
 
 
 @items.get("/{item_id}", responses=errors(404, 422))
@@ -1288,19 +1250,17 @@ ANSWERS |= dict.fromkeys((sa.exc.SQLAlchemyError, TimeoutError), answer_database
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open what has connections, and close it; a database may delay it by a second."""
-    settings, limiter = app.state.settings, app.state.limiter
-    database = Database(settings)
-    app.state.parts = Parts(limiter, Tokens(settings), database)
-    # Awaited, because a worker that has just come would else answer 503.
-    tasks = [asyncio.create_task(c) for c in (database.up.wait(), database.watch())]
-    await asyncio.wait(tasks[:1], timeout=1)
+    database = app.state.database = Database(app.state.settings)
+    watch = asyncio.create_task(database.watch())
+    with suppress(TimeoutError):  # else a worker that has just come would answer 503
+        await asyncio.wait_for(database.up.wait(), 1)
     yield
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks, timeout=1)
-    await database.engine.dispose()
-    if limiter.redis:
-        await limiter.redis.aclose()
+    watch.cancel()
+    await asyncio.wait({watch}, timeout=1)
+    await database.reading.dispose()
+    await database.writing.dispose()
+    if app.state.limiter.redis:
+        await app.state.limiter.redis.aclose()
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -1322,6 +1282,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},  # see README
     )
     app.state.settings, app.state.limiter = settings, limiter
+    app.state.tokens = Tokens(settings)
     docs = app.router.routes.copy()
     add_health_routes(app)
     for router in (users, auth, items):
