@@ -326,9 +326,7 @@ class Item(Base):
     updated_at: Mapped[datetime] = mapped_column(onupdate=now)
 
 
-class FairPool(sa.AsyncAdaptedQueuePool):
-    """First come, first served, or TimeoutError: SQLAlchemy's own queue is not fair."""
-
+class FairPool(sa.AsyncAdaptedQueuePool):  # SQLAlchemy's own lets newcomers overtake
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._turns = asyncio.Semaphore(options["pool_size"] + options["max_overflow"])
@@ -465,13 +463,12 @@ UtcTime = Annotated[
     AfterValidator(lambda t: t.astimezone(UTC) if t.tzinfo else t.replace(tzinfo=UTC)),
 ]
 Lower = AfterValidator(str.lower)
-AnyName = Annotated[str, Field(max_length=1024, pattern=NO_NUL), Lower]
+AnyName = Annotated[str, Field(min_length=1, max_length=1024, pattern=NO_NUL), Lower]
 NewName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$"), Lower]
-AnyPassword = Annotated[str, Field(max_length=1024)]
+AnyPassword = Annotated[str, Field(min_length=1, max_length=1024)]
 # NIST SP 800-63B-4 § 3.1.1.2: 15 where nothing else is asked for, no composition rules.
 NewPassword = Annotated[str, Field(min_length=15, max_length=128)]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
-Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
 
 
 class UserIn(BaseModel, extra="forbid"):
@@ -503,13 +500,13 @@ class PasswordGrant(BaseModel):  # RFC 6749 § 4.3.2; what else a form holds is 
 
 class TokenOut(BaseModel):
     access_token: str
-    token_type: Literal["bearer"] = "bearer"
+    token_type: Literal["bearer"]
     expires_in: int = Field(description="in seconds")
 
 
 class ItemIn(BaseModel, extra="forbid"):
     title: Title
-    description: Description | None = None
+    description: Annotated[str, Field(max_length=2000, pattern=NO_NUL)] | None = None
 
 
 class ItemPatch(ItemIn):
@@ -856,12 +853,10 @@ class Limiter:  # two budgets a client, in Redis while it answers, else in memor
             self.script = self.redis.register_script(REDIS_SCRIPT)
 
     async def admit(self, budget: str, address: str) -> Verdict:
-        window, client = self.windows[budget], client_of(address)
-        if self.redis and (
-            verdict := await self._ask_redis(window, f"{budget}:{client}")
-        ):
-            return verdict
-        return window.admit(client)
+        window, client, verdict = self.windows[budget], client_of(address), None
+        if self.redis:
+            verdict = await self._ask_redis(window, f"rate-limit:{budget}:{client}")
+        return verdict or window.admit(client)
 
     async def _ask_redis(self, window: MemoryWindow, key: str) -> Verdict | None:
         async with self.turns:  # whoever waits for a connection does not wait for Redis
@@ -871,7 +866,7 @@ class Limiter:  # two budgets a client, in Redis while it answers, else in memor
             if retries:  # meanwhile the others do without
                 self.retry_at = started + RETRY_SECONDS
             arguments = [window.limit, window.window_ns // 1000]
-            call = asyncio.ensure_future(self.script([f"rate-limit:{key}"], arguments))
+            call = asyncio.ensure_future(self.script([key], arguments))
             for _ in range(5):  # a step for which the loop itself is late counts once
                 if not call.done():
                     await asyncio.wait({call}, timeout=REDIS_SECONDS / 5)
@@ -879,11 +874,9 @@ class Limiter:  # two budgets a client, in Redis while it answers, else in memor
             call.cancel()
         if error or retries:
             tell_change("Redis", self.away, error)
-            self.away, self.retry_at = (
-                bool(error),
-                started + RETRY_SECONDS * bool(error),
-            )
+            self.away = error is not None
         if error:
+            self.retry_at = started + RETRY_SECONDS
             return None
         remaining, wait_us, admitted = map(int, call.result())
         reset = math.ceil(wait_us / 10**6)
@@ -907,14 +900,16 @@ SECURITY_HEADERS = {
     "X-XSS-Protection": "0",  # the filter that it switches on was a hole itself
     "Cache-Control": "no-store",
 }
-# Swagger UI and ReDoc come from a CDN, with inline script and style.
+# What Swagger UI and ReDoc load: scripts and styles of a CDN and inline, icons, fonts.
 DOCS_HEADERS = SECURITY_HEADERS | {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; "
-    "script-src 'unsafe-inline' https://cdn.jsdelivr.net; worker-src blob:; "
-    "style-src 'unsafe-inline' https://cdn.jsdelivr.net https://fonts.googleapis.com; "
-    "font-src https://fonts.gstatic.com; img-src 'self' data: https:; "
+    "script-src 'unsafe-inline' https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/ "
+    "https://cdn.jsdelivr.net/npm/redoc@2/; worker-src blob:; style-src 'unsafe-inline' "
+    "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/ https://fonts.googleapis.com/css; "
+    "font-src https://fonts.gstatic.com/s/; img-src data: https://cdn.redoc.ly/redoc/ "
+    "https://fastapi.tiangolo.com/img/; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    "Cross-Origin-Embedder-Policy": "unsafe-none",
+    "Cross-Origin-Embedder-Policy": "credentialless",
 }
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
 # RFC 6797 § 7.2: over https only. Subdomains may be somebody else's.
@@ -933,6 +928,7 @@ def encode(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
 class Exchange:  # a request and its response, as the layers tell each other
     headers: dict[bytes, bytes]  # the request's
     client: str
+    path: str  # without the root path of a proxy
     verdict: Verdict | None = None
     status: int | None = None  # set when the response begins
     error: BaseException | None = None  # for the log
@@ -975,7 +971,8 @@ class Edge:  # what every request passes, and every response
         # Always set: the requests of one connection share their context.
         REQUEST_ID.set(request_id.decode())
         client = scope["client"][0] if scope["client"] else ""
-        scope["exchange"] = exchange = Exchange(headers, client)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        scope["exchange"] = exchange = Exchange(headers, client, path)
         forwarded_for = headers.get(b"x-forwarded-for")
         # From a peer that it trusts uvicorn has taken the client out of this header.
         if forwarded_for and client not in forwarded_for.decode("latin-1"):
@@ -983,7 +980,7 @@ class Edge:  # what every request passes, and every response
 
         async def send_enveloped(message: Message) -> None:
             if message["type"] == "http.response.start":
-                lines = [*message["headers"], *self.docs.get(scope["path"], self.usual)]
+                lines = [*message["headers"], *self.docs.get(path, self.usual)]
                 if scope["scheme"] == "https":
                     lines += self.https
                 if exchange.verdict:
@@ -1011,7 +1008,7 @@ class Edge:  # what every request passes, and every response
         try:
             async with asyncio.timeout(self.settings.REQUEST_TIMEOUT_SECONDS) as timer:
                 # Before any of the body is read, and whatever becomes of the request.
-                if scope["path"].startswith(self.settings.API_V1_PREFIX + "/"):
+                if exchange.path.startswith(self.settings.API_V1_PREFIX + "/"):
                     exchange.count(await self.limiter.admit("api", exchange.client))
                 return await self.app(scope, self.bounded(receive, exchange), send)
         except HTTPException as refusal:
@@ -1196,7 +1193,7 @@ async def post_token(form: Grant, db: SessionDep, state: StateDep) -> TokenOut:
     """Log in. The token goes into `Authorization: Bearer`."""
     user = await authenticate_user(db, form.username, form.password)
     token, seconds = state.tokens.issue(user), state.tokens.seconds
-    return TokenOut(access_token=token, expires_in=seconds)
+    return TokenOut(access_token=token, token_type="bearer", expires_in=seconds)
 
 
 @items.post("", status_code=201, responses=errors(400, 413, 422))
@@ -1274,6 +1271,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description=settings.PROJECT_DESCRIPTION,
         version=settings.VERSION,
         openapi_url=f"{prefix}/openapi.json",
+        servers=[{"url": "/"}],
         redirect_slashes=False,  # it would redirect to whatever host a client names
         generate_unique_id_function=lambda route: route.name,
         middleware=[Middleware(Edge, settings=settings, limiter=limiter)],
@@ -1288,7 +1286,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for router in (users, auth, items):
         app.include_router(router, prefix=prefix, responses=errors(429, 500, 503, 504))
     app.router.routes.sort(key=docs.__contains__)  # last: one is tried after the other
-    scheme = app.openapi()["components"]["securitySchemes"]["OAuth2PasswordBearer"]
+    document = app.openapi()
+    document["security"] = []  # but where a route says otherwise
+    scheme = document["components"]["securitySchemes"]["OAuth2PasswordBearer"]
     scheme["flows"]["password"]["tokenUrl"] = f"{prefix}/auth/token"
     return app
 
