@@ -28,17 +28,16 @@ PIPELINED = 64  # requests that wait for the answers before theirs
 LINGER_SECONDS = 0.5
 
 
-def number(name: str, default: int, least: int) -> int:
+def number(name: str, default: int, least: int, most: int = 1_000_000_000) -> int:
     text = os.getenv(name) or str(default)
-    if not text.isdecimal() or int(text) < least:
-        raise SystemExit(f"bad settings: {name}: should be a number from {least} on")
+    if not (text.isascii() and text.isdecimal() and least <= int(text) <= most):
+        raise SystemExit(f"bad settings: {name}: should be from {least} to {most}")
     return int(text)
 
 
-def usable_cpus() -> int:
+def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """What the container may use: its affinity and cgroup quota, not its host's count."""
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    cgroup = Path("/sys/fs/cgroup")
     try:
         quota, period = (cgroup / "cpu.max").read_text().split()
     except OSError:
@@ -54,7 +53,9 @@ def usable_cpus() -> int:
 def addresses(text: str) -> str:
     try:
         for part in text.split(","):
-            parse_address(part)
+            place = parse_address(part)
+            if not isinstance(place, str) and place[1] > 65535:
+                raise RuntimeError(f"{place[1]} is not a port")
     except RuntimeError as error:
         raise SystemExit(f"bad settings: BIND: {error}") from None
     return text
@@ -230,6 +231,11 @@ class Worker(UvicornWorker):
         if not server.started:
             sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
+    async def callback_notify(self) -> None:
+        await super().callback_notify()
+        if os.getppid() != self.ppid:  # killed: nobody would ever end this one
+            self.config.server.should_exit = True
+
 
 class ServiceLogger(Logger):
     """main.py has set its handlers up; gunicorn would add its own at each SIGHUP."""
@@ -244,7 +250,7 @@ def when_ready(server: Arbiter) -> None:
 
 
 wsgi_app = "main:app"
-bind = addresses(os.getenv("BIND") or f"0.0.0.0:{number('PORT', 8000, 1)}")
+bind = addresses(os.getenv("BIND") or f"0.0.0.0:{number('PORT', 8000, 1, 65535)}")
 workers = number("WORKERS", usable_cpus(), 1)
 worker_class = Worker
 logger_class = ServiceLogger

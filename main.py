@@ -140,7 +140,7 @@ def load_settings(secrets_dir: str = "/run/secrets") -> Settings:
         line = "; ".join(faults).replace("Value error, ", "")
         raise SystemExit(f"bad settings: {line}") from None
     except SettingsError as error:  # a list that is not JSON; it names the variable
-        raise SystemExit(f"bad settings: {error}") from None
+        raise SystemExit(f"bad settings: {error}: no JSON") from None
 
 
 # --- Logging --------------------------------------------------------------------------
@@ -571,7 +571,7 @@ class Tokens:  # JWT, RFC 7519
         require = {"require_sub": True, "require_iat": True, "require_exp": True}
         try:
             claims = jwt.decode(token, self.key, [self.algorithm], require)
-            return int(claims["sub"]), claims["version"]
+            return min(max(0, int(claims["sub"])), MAX_ID), claims["version"]
         except Exception:  # noqa: BLE001 - jose raises TypeError, RecursionError, ...
             raise InvalidToken from None
 
@@ -874,7 +874,7 @@ class Limiter:  # two budgets a client, in Redis while it answers, else in memor
             call.cancel()
         if error or retries:
             tell_change("Redis", self.away, error)
-            self.away = error is not None
+            self.away, self.retry_at = error is not None, 0.0
         if error:
             self.retry_at = started + RETRY_SECONDS
             return None
@@ -1096,9 +1096,10 @@ async def get_liveness() -> Probe:
 
 async def get_readiness(response: Response, state: StateDep) -> Probe:
     """Can it serve requests? If not, send them elsewhere."""
-    ready = await state.database.answers()
-    response.status_code = 200 if ready else 503
-    return Probe(status="ready" if ready else "not_ready")
+    if await state.database.answers():
+        return Probe(status="ready")
+    response.status_code = 503
+    return Probe(status="not_ready")
 
 
 async def get_health(request: Request, response: Response, state: StateDep) -> Health:
