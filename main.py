@@ -299,11 +299,10 @@ PATIENCE_SECONDS, CHECK_SECONDS, RETRY_SECONDS = 5, 2, 1
 
 now = partial(datetime.now, UTC)
 ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
-TYPES = {int: ID, datetime: sa.DateTime(True)}
 
 
 class Base(DeclarativeBase):
-    type_annotation_map = TYPES
+    type_annotation_map = {int: ID, datetime: sa.DateTime(True)}  # noqa: RUF012
     # Or SQLite would give the id of a deleted user, which tokens name, to the next one.
     __table_args__: Any = {"sqlite_autoincrement": True}  # noqa: RUF012
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -887,9 +886,9 @@ class Limiter:  # two budgets a client, in Redis while it answers, else in memor
 # Pure ASGI. What the layers tell each other lies in the scope, as an Exchange.
 
 ACCEPTABLE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+NEVER = "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 SECURITY_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; "
-    "base-uri 'none'; form-action 'none'",
+    "Content-Security-Policy": f"default-src 'none'; {NEVER}",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -907,8 +906,7 @@ DOCS_HEADERS = SECURITY_HEADERS | {
     "https://cdn.jsdelivr.net/npm/redoc@2/; worker-src blob:; style-src 'unsafe-inline' "
     "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/ https://fonts.googleapis.com/css; "
     "font-src https://fonts.gstatic.com/s/; img-src data: https://cdn.redoc.ly/redoc/ "
-    "https://fastapi.tiangolo.com/img/; "
-    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    f"https://fastapi.tiangolo.com/img/; {NEVER}",
     "Cross-Origin-Embedder-Policy": "credentialless",
 }
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
@@ -1005,11 +1003,12 @@ class Edge:  # what every request passes, and every response
         """Bounds how often, how long and how much, and answers for what goes wrong."""
         exchange: Exchange = scope["exchange"]
         failure = HTTPException(500)
+        timer = asyncio.timeout(self.settings.REQUEST_TIMEOUT_SECONDS)
         try:
-            async with asyncio.timeout(self.settings.REQUEST_TIMEOUT_SECONDS) as timer:
-                # Before any of the body is read, and whatever becomes of the request.
-                if exchange.path.startswith(self.settings.API_V1_PREFIX + "/"):
-                    exchange.count(await self.limiter.admit("api", exchange.client))
+            # Before any of the body is read, and whatever becomes of the request.
+            if exchange.path.startswith(self.settings.API_V1_PREFIX + "/"):
+                exchange.count(await self.limiter.admit("api", exchange.client))
+            async with timer:
                 return await self.app(scope, self.bounded(receive, exchange), send)
         except HTTPException as refusal:
             failure = refusal
@@ -1022,8 +1021,7 @@ class Edge:  # what every request passes, and every response
                 exchange.error = error
         # A response that has begun can only be broken off, which the server does.
         if exchange.status is None:
-            response = await answer(Request(scope), failure)
-            await response(scope, receive, send)
+            await (await answer(Request(scope), failure))(scope, receive, send)
 
     def bounded(self, receive: Receive, exchange: Exchange) -> Receive:
         bound = self.settings.MAX_BODY_BYTES
