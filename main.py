@@ -134,10 +134,8 @@ def load_settings(secrets_dir: str = "/run/secrets") -> Settings:
     try:
         return Settings(**folder)
     except pydantic.ValidationError as error:
-        faults = (
-            ": ".join([*map(str, e["loc"][:1]), e["msg"]]) for e in error.errors()
-        )
-        line = "; ".join(faults).replace("Value error, ", "")
+        bad = (": ".join([*map(str, e["loc"][:1]), e["msg"]]) for e in error.errors())
+        line = "; ".join(bad).replace("Value error, ", "")
         raise SystemExit(f"bad settings: {line}") from None
     except SettingsError as error:  # a list that is not JSON; it names the variable
         raise SystemExit(f"bad settings: {error}: no JSON") from None
@@ -155,9 +153,7 @@ COMMON_FIELDS = {*vars(logging.makeLogRecord({})), "taskName", "color_message"}
 class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, UTC)
-        fields: dict[str, Any] = {
-            "timestamp": moment.isoformat(timespec="milliseconds")
-        }
+        fields: Any = {"timestamp": moment.isoformat(timespec="milliseconds")}
         fields |= {"level": record.levelname, "logger": record.name}
         fields |= {"message": record.getMessage(), "request_id": REQUEST_ID.get()}
         fields |= {k: v for k, v in vars(record).items() if k not in COMMON_FIELDS}
@@ -181,6 +177,7 @@ class TextFormatter(JsonFormatter):  # for people; control characters are escape
 
 
 def set_up_logging(settings: Settings) -> None:
+    """Give the service, its servers and its libraries one handler and one form."""
     handler = logging.StreamHandler(sys.stdout)
     readable = settings.ENVIRONMENT == "development"
     handler.setFormatter(TextFormatter() if readable else JsonFormatter())
@@ -203,6 +200,7 @@ def set_up_logging(settings: Settings) -> None:
 
 
 def tell_change(of: str, was_away: bool, error: BaseException | None) -> None:
+    """Tell of an outage once, and of its end."""
     if error and not was_away:
         reason = str(getattr(error, "orig", error)).partition("\n")[0]
         LOG.warning("%s is away", of, extra={"reason": reason or "no answer in time"})
@@ -271,6 +269,7 @@ class Unavailable(ServiceError):
 
 
 async def answer(request: Request, error: Any, details: Sequence[Any] = ()) -> Response:
+    """The one form of all errors."""
     status = error.status_code
     slug, text = USUAL.get(status, (f"http_{status}", error.detail))
     # Starlette's own texts are the statuses' reason phrases, which vary by version.
@@ -294,7 +293,8 @@ async def answer_invalid(request: Request, error: Any) -> Response:
 # Connections are in autocommit; who writes says BEGIN. Who waits for one waits in line.
 
 # Away, full, too slow, a standby; and a row that was deleted between read and write.
-TRY_AGAIN: Any = (sa.exc.OperationalError, sa.exc.InternalError, StaleDataError)
+TRY_AGAIN: Any = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError)
+TRY_AGAIN += (sa.exc.TimeoutError, TimeoutError, StaleDataError)
 PATIENCE_SECONDS, CHECK_SECONDS, RETRY_SECONDS = 5, 2, 1
 
 now = partial(datetime.now, UTC)
@@ -325,7 +325,9 @@ class Item(Base):
     updated_at: Mapped[datetime] = mapped_column(onupdate=now)
 
 
-class FairPool(sa.AsyncAdaptedQueuePool):  # SQLAlchemy's own lets newcomers overtake
+class FairPool(sa.AsyncAdaptedQueuePool):
+    """First come, first served, or TimeoutError; SQLAlchemy lets newcomers overtake."""
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._turns = asyncio.Semaphore(options["pool_size"] + options["max_overflow"])
@@ -373,10 +375,8 @@ def open_engine(url: sa.URL, pool_size: int, max_overflow: int) -> Any:
         isolation_level="AUTOCOMMIT",
         hide_parameters=True,  # or every error would log them
     )
-    listener: Any = (
-        ("connect", prepare_sqlite) if sqlite else ("checkout", refuse_closed)
-    )
-    sa.event.listen(engine.sync_engine, *listener)
+    when: Any = ("connect", prepare_sqlite) if sqlite else ("checkout", refuse_closed)
+    sa.event.listen(engine.sync_engine, *when)
     return engine
 
 
@@ -397,13 +397,10 @@ class Database:  # of one worker: made after the fork, which no connection may c
 
     async def make_tables(self) -> None:
         """Once, however many workers and hosts start together."""
-        async with (
-            asyncio.timeout(PATIENCE_SECONDS),
-            self.writing.begin() as connection,
-        ):
-            if connection.dialect.name == "postgresql":  # SQLite is locked by now
-                await connection.execute(sa.text("SELECT pg_advisory_xact_lock(7411)"))
-            await connection.run_sync(Base.metadata.create_all)
+        async with asyncio.timeout(PATIENCE_SECONDS), self.writing.begin() as db:
+            if db.dialect.name == "postgresql":  # SQLite is locked by now
+                await db.execute(sa.text("SELECT pg_advisory_xact_lock(7411)"))
+            await db.run_sync(Base.metadata.create_all)
 
     async def watch(self) -> None:
         """Make the tables at the start and after each outage, whenever that ends."""
@@ -445,7 +442,7 @@ class Database:  # of one worker: made after the fork, which no connection may c
 async def answer_database_error(request: Request, error: Any) -> Response:
     """What may go better soon is a 503; a fault in the SQL goes on, to be a 500."""
     lost = getattr(error, "connection_invalidated", False)
-    if not lost and not isinstance(error, (TimeoutError, *TRY_AGAIN)):
+    if not lost and not isinstance(error, TRY_AGAIN):
         raise error
     request.app.state.database.suspect.set()
     return await answer(request, Unavailable())
