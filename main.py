@@ -380,7 +380,9 @@ def open_engine(url: sa.URL, pool_size: int, max_overflow: int) -> Any:
     return engine
 
 
-class Database:  # of one worker: made after the fork, which no connection may cross
+class Database:
+    """A worker's engines, made after the fork, and the watch over what they lead to."""
+
     def __init__(self, settings: Settings) -> None:
         url, size = settings.DATABASE_URL, settings.DATABASE_POOL_SIZE
         self.reading = open_engine(url, size, settings.DATABASE_MAX_OVERFLOW)
@@ -449,7 +451,8 @@ async def answer_database_error(request: Request, error: Any) -> Response:
 
 
 # --- Schemas --------------------------------------------------------------------------
-# What is refused here need not be feared below: NUL, and by length, lone surrogates.
+# What is refused here need not be feared below. PostgreSQL cannot store NUL; a length
+# bound makes pydantic refuse lone surrogates.
 
 MAX_ID = 2**63 - 1
 NO_NUL = r"^[^\x00]*$"
@@ -622,7 +625,8 @@ async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) ->
 
 
 # --- Services -------------------------------------------------------------------------
-# The rules. A service commits as its last act, or to lend no connection to a hash.
+# The rules. A service commits as its last act, and before that only to give the
+# connection back while a password is hashed.
 
 
 def page_of(what: str, rows: Rows, limit: int) -> Page:
@@ -1103,17 +1107,13 @@ async def get_health(request: Request, response: Response, state: StateDep) -> H
     if state.limiter.redis:
         checks["redis"] = asyncio.wait_for(state.limiter.redis.ping(), CHECK_SECONDS)
     answers = await asyncio.gather(*checks.values(), return_exceptions=True)
-    words: list[Any] = [
-        "healthy" if answer is True else "unhealthy" for answer in answers
-    ]
+    words: Any = ["healthy" if well is True else "unhealthy" for well in answers]
     response.status_code = 200 if answers[0] is True else 503
     return Health(
         status="degraded" if "unhealthy" in words else "healthy",
         timestamp=now(),
         version=request.app.version,
-        checks={
-            name: {"status": word} for name, word in zip(checks, words, strict=True)
-        },
+        checks={k: {"status": word} for k, word in zip(checks, words, strict=True)},
     )
 
 
