@@ -94,18 +94,19 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self.overhead += len(data)
-        if self.in_head and self.deadline is None:
-            self.await_client()
         super().data_received(data)
+        if self.in_head and self.overhead and self.deadline is None:
+            self.await_client()  # not for a head that came whole, as nearly all do
         if self.overhead > HEAD_BYTES and not self.transport.is_closing():
             self.refuse(431)
 
     def on_headers_complete(self) -> None:
-        # The bytes may be those of the body, too; only then is it worth counting again.
-        sizes = (len(name) + len(value) + 4 for name, value in self.headers)
-        too_large = self.overhead > HEAD_BYTES < len(self.url) + sum(sizes)
-        if too_large or len(self.pipeline) >= PIPELINED:
-            raise ValueError  # which stops the parser: see send_400_response
+        if self.overhead > HEAD_BYTES:  # with some of the body, perhaps
+            sizes = (len(name) + len(value) + 4 for name, value in self.headers)
+            if len(self.url) + sum(sizes) > HEAD_BYTES:
+                raise ValueError  # which stops the parser: see send_400_response
+        if len(self.pipeline) >= PIPELINED:
+            raise ValueError
         self.in_head, self.overhead = False, 0
         self.forget_deadline()
         super().on_headers_complete()

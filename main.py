@@ -35,6 +35,7 @@ import os
 import re
 import secrets
 import select
+import sqlite3
 import sys
 import tempfile
 import time
@@ -350,7 +351,9 @@ class FairPool(sa.AsyncAdaptedQueuePool):
 
 
 def prepare_sqlite(connection: Any, record: Any) -> None:
-    connection.execute("PRAGMA journal_mode = WAL")
+    # Of two who switch at once one fails at once; that the other does it is enough.
+    with suppress(sqlite3.OperationalError):
+        connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA foreign_keys = ON")
 
 
