@@ -60,6 +60,7 @@ from uvicorn.server import ServerState
 import main
 
 pytestmark = pytest.mark.anyio
+gc.set_threshold(100_000, 50, 50)  # a tenth of the time would go into collecting
 PASSWORD = "correct horse battery staple"
 
 
