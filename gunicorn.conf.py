@@ -1,7 +1,8 @@
 """gunicorn reads this file by itself, in the folder in which it is started.
 
-BIND or PORT, WORKERS, MAX_REQUESTS, GRACEFUL_TIMEOUT and FORWARDED_ALLOW_IPS (gunicorn's
-own) come from the environment, and only from there: `.env` is read later, by main.py.
+BIND or PORT, WORKERS, MAX_REQUESTS, GRACEFUL_TIMEOUT and gunicorn's own
+FORWARDED_ALLOW_IPS come from the environment, and only from there: `.env` is read
+later, by main.py.
 """
 
 import asyncio
@@ -36,7 +37,7 @@ def number(name: str, default: int, least: int, most: int = 1_000_000_000) -> in
 
 
 def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the container may use: its affinity and cgroup quota, not its host's count."""
+    """What the container may use: its affinity and cgroup quota, not the host's."""
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     try:
         quota, period = (cgroup / "cpu.max").read_text().split()
@@ -64,9 +65,10 @@ def addresses(text: str) -> str:
 class Protocol(HttpToolsProtocol):
     """uvicorn's, with the bounds that it lacks: a proxy usually has them.
 
-    A head may have 64 KiB and 10 s, so may trailers; the rest of a body that nobody reads
-    has 10 s, an answer that is not taken 60 s. (nginx: large_client_header_buffers
-    32 KiB; client_header_timeout, client_body_timeout and send_timeout 60 s.)
+    A head may have 64 KiB and 10 s, so may trailers; the rest of a body that nobody
+    reads has 10 s, an answer that is not taken 60 s. (nginx:
+    large_client_header_buffers 32 KiB; client_header_timeout, client_body_timeout and
+    send_timeout 60 s.)
     """
 
     in_head = True  # or between two requests
@@ -224,7 +226,7 @@ class Worker(UvicornWorker):
         # What is cancelled then needs a moment before gunicorn's SIGKILL.
         self.config.timeout_graceful_shutdown = max(grace - 4, grace / 2)
         server = self.config.server = PatientServer(self.config)
-        # The master's word for SIGINT and SIGQUIT; the worker's own handler ignores it. As
+        # The master's word for SIGINT and SIGQUIT; the worker's handler ignores it. As
         # SIGTERM, because that ends without waiting for the threads of a database.
         loop, handle = asyncio.get_running_loop(), server.handle_exit
         loop.add_signal_handler(signal.SIGQUIT, handle, signal.SIGTERM, None)

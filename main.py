@@ -391,7 +391,7 @@ class Database:
         self.reading = open_engine(url, size, settings.DATABASE_MAX_OVERFLOW)
         self.writing, begin = self.reading.execution_options(), "BEGIN"  # one pool
         if url.get_backend_name() == "sqlite":
-            # Whoever waits for SQLite's lock is not in a line; for this connection, yes.
+            # Who waits for SQLite's lock is in no line; who waits for this one is.
             self.writing, begin = open_engine(url, 1, 0), "BEGIN IMMEDIATE"
         writer = self.writing.sync_engine
         sa.event.listen(writer, "begin", lambda c: c.exec_driver_sql(begin))
@@ -413,7 +413,7 @@ class Database:
         while True:
             try:
                 await self.make_tables()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the watch goes on
+            except Exception as error:  # noqa: BLE001 - the watch goes on
                 tell_change("the database", away, error)
                 away = True
                 self.up.clear()
@@ -586,7 +586,7 @@ Page = dict[str, Any]
 # Statements of hot paths, built once: to build one takes longer than to run it.
 FIND_USER = sa.select(User).where(User.id == sa.bindparam("id"))
 OWNER, AFTER = sa.bindparam("owner", type_=ID), sa.bindparam("after", type_=ID)
-# With `owner_id = 1 AND id > 2 ORDER BY id` PostgreSQL may walk all owners' rows by key.
+# For `owner_id = 1 AND id > 2 ORDER BY id` PostgreSQL may walk all owners' rows.
 LIST_ITEMS = (
     sa.select(Item.id, Item.title, Item.description, Item.created_at, Item.updated_at)
     .where(sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER))
@@ -770,7 +770,7 @@ class Verdict(NamedTuple):  # in an order in which `min` is the stricter of two
 
 @lru_cache(8192)
 def client_of(address: str) -> str:
-    """Who has a budget: an IPv4 address, or an IPv6 /64, which is what one site gets."""
+    """Who has a budget: an IPv4 address, or an IPv6 /64, which is what a site gets."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -784,10 +784,10 @@ def client_of(address: str) -> str:
 class MemoryWindow:
     """Admits at most `limit` requests of a client in any `seconds`, exactly.
 
-    Each client has a row in memory that forked processes share: who, when last seen, and
-    a ring of admission times, those numbered `first` to `past` in the window. The longest
-    idle of a full bucket is forgotten; there exactness ends. A process may be killed
-    anywhere: the kernel frees its lock, and what is half done admits nobody.
+    Each client has a row in memory that forked processes share: who, when last seen,
+    and a ring of admission times, those numbered `first` to `past` in the window. Of a
+    full bucket the longest idle is forgotten; there exactness ends. A process may be
+    killed anywhere: the kernel frees its lock, and what is half done admits nobody.
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
@@ -887,7 +887,7 @@ class Limiter:  # two budgets a client, in Redis while it answers, else in memor
 
 
 # --- Middleware -----------------------------------------------------------------------
-# Pure ASGI. What the layers tell each other lies in the scope, as an Exchange.
+# One layer of pure ASGI. What it and the routes share lies in the scope: an Exchange.
 
 ACCEPTABLE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 NEVER = "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -907,10 +907,10 @@ SECURITY_HEADERS = {
 DOCS_HEADERS = SECURITY_HEADERS | {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; "
     "script-src 'unsafe-inline' https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/ "
-    "https://cdn.jsdelivr.net/npm/redoc@2/; worker-src blob:; style-src 'unsafe-inline' "
-    "https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/ https://fonts.googleapis.com/css; "
-    "font-src https://fonts.gstatic.com/s/; img-src data: https://cdn.redoc.ly/redoc/ "
-    f"https://fastapi.tiangolo.com/img/; {NEVER}",
+    "https://cdn.jsdelivr.net/npm/redoc@2/; worker-src blob:; style-src "
+    "'unsafe-inline' https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/ "
+    "https://fonts.googleapis.com/css; font-src https://fonts.gstatic.com/s/; img-src "
+    f"data: https://cdn.redoc.ly/redoc/ https://fastapi.tiangolo.com/img/; {NEVER}",
     "Cross-Origin-Embedder-Policy": "credentialless",
 }
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
@@ -927,7 +927,7 @@ def encode(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
 
 
 @dataclass(slots=True)
-class Exchange:  # a request and its response, as the layers tell each other
+class Exchange:  # a request and its response, as far as both need to know
     headers: dict[bytes, bytes]  # the request's
     client: str
     path: str  # without the root path of a proxy
