@@ -51,21 +51,21 @@ def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return max(1, min(len(affinity(0)), math.ceil(min(share, 1024))))
 
 
-def addresses(text: str) -> str:
+def addresses(text: str) -> list[str]:
     try:
         for part in text.split(","):
             place = parse_address(part)
-            if not isinstance(place, str) and place[1] > 65535:
+            if isinstance(place, tuple) and not 0 <= place[1] <= 65535:
                 raise RuntimeError(f"{place[1]} is not a port")
     except RuntimeError as error:
         raise SystemExit(f"bad settings: BIND: {error}") from None
-    return text
+    return text.split(",")
 
 
 class Protocol(HttpToolsProtocol):
     """uvicorn's, with the bounds that it lacks: a proxy usually has them.
 
-    A head may have 64 KiB and 10 s, so may trailers; the rest of a body that nobody
+    A head may have 64 KiB and 10 s, trailers 64 KiB; the rest of a body that nobody
     reads has 10 s, an answer that is not taken 60 s. (nginx:
     large_client_header_buffers 32 KiB; client_header_timeout, client_body_timeout and
     send_timeout 60 s.)
@@ -73,11 +73,17 @@ class Protocol(HttpToolsProtocol):
 
     in_head = True  # or between two requests
     overhead = 0  # bytes that are not of a body: of a head, of chunks, of trailers
+    counted = True  # whether `overhead` has all bytes of the head
+    lingers = False  # until the body of who wants to close is read
     deadline = stall = running = None
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
         self.await_client()
+        if self.server and self.server[1] is None:  # a unix socket: as local as that
+            self.client = "127.0.0.1", 0
+        elif self.client:  # on [::] IPv4 comes mapped, in FORWARDED_ALLOW_IPS it is not
+            self.client = self.client[0].removeprefix("::ffff:"), self.client[1]
         if self.config.server.should_exit:  # accepted in the very moment
             self.shutdown()
 
@@ -94,6 +100,19 @@ class Protocol(HttpToolsProtocol):
         self.running = cycle
         super()._start_asgi_task(cycle, app)
 
+    def eof_received(self) -> bool:
+        # Who has asked, and has no more to say, may still listen.
+        waits = self.cycle is not None and not self.cycle.response_complete
+        listens = waits and self.in_head
+        if listens:
+            self.cycle.keep_alive = False
+        return listens
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.counted = self.overhead > 0  # not behind another one in the same segment
+        self.overhead = self.overhead or 1
+
     def data_received(self, data: bytes) -> None:
         self.overhead += len(data)
         super().data_received(data)
@@ -103,9 +122,10 @@ class Protocol(HttpToolsProtocol):
             self.refuse(431)
 
     def on_headers_complete(self) -> None:
-        if self.overhead > HEAD_BYTES:  # with some of the body, perhaps
+        if self.overhead > HEAD_BYTES or not self.counted:  # with a body, perhaps
             sizes = (len(name) + len(value) + 4 for name, value in self.headers)
-            if len(self.url) + sum(sizes) > HEAD_BYTES:
+            if (size := len(self.url) + sum(sizes)) > HEAD_BYTES:
+                self.overhead = size
                 raise ValueError  # which stops the parser: see send_400_response
         if len(self.pipeline) >= PIPELINED:
             raise ValueError
@@ -113,6 +133,9 @@ class Protocol(HttpToolsProtocol):
         self.forget_deadline()
         super().on_headers_complete()
         self.headers = []  # for trailers, which are nobody's
+        # To close before all is read would reset the connection, the answer with it.
+        self.lingers = not self.cycle.keep_alive
+        self.cycle.keep_alive = True
 
     def on_body(self, body: bytes) -> None:
         self.overhead -= len(body)
@@ -124,10 +147,16 @@ class Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self.in_head, self.overhead = True, 0
-        if self.cycle.response_complete:
-            self.await_client()
+        self.forget_deadline()
+        if not self.cycle.response_complete:
+            self.cycle.keep_alive &= not self.lingers
+        elif self.lingers:
+            self.transport.close()
+            self.await_reader()
         else:
-            self.forget_deadline()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -135,14 +164,19 @@ class Protocol(HttpToolsProtocol):
             self.flow.pause_reading()  # uvicorn reads on, however many wait
         if not self.in_head:
             self.await_client()
-        if self.transport.is_closing() and self.stall is None:
-            self.stall = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+        if self.transport.is_closing():
+            self.await_reader()
 
     def await_client(self) -> None:
         self.forget_deadline()
         self.deadline = self.loop.call_later(HEAD_SECONDS, self.on_deadline)
 
+    def await_reader(self) -> None:
+        if self.stall is None:
+            self.stall = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
     def forget_deadline(self) -> None:
+        self._unset_keepalive_if_required()
         if self.deadline is not None:
             self.deadline.cancel()
             self.deadline = None
@@ -167,13 +201,14 @@ class Protocol(HttpToolsProtocol):
             STATUS_LINE[status] + head % len(phrase) + b"\r\n" + phrase
         )
         self.transport.close()
+        self.await_reader()
 
     def timeout_keep_alive_handler(self) -> None:
         self.transport.abort()  # close() would wait for ever until the answer is taken
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.stall = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+        self.await_reader()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -261,6 +296,7 @@ preload_app = True  # a bad setting ends the start; the limiter's memory is shar
 max_requests = number("MAX_REQUESTS", 0, 0)  # 0: never; see the README
 max_requests_jitter = max_requests // 10
 graceful_timeout = number("GRACEFUL_TIMEOUT", 30, 1)
+forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS") or "127.0.0.1,::1"
 timeout = graceful_timeout + 30  # of a loop that stands still, not of a request
 keepalive = 75  # longer than a load balancer's 60, which else sends into the closing
 control_socket_disable = True  # it would need a home to write to
