@@ -25,7 +25,6 @@ to follow a request, which enters at Application and ends in Repositories.
 
 import asyncio
 import fcntl
-import hashlib
 import ipaddress
 import json
 import logging
@@ -35,6 +34,7 @@ import os
 import re
 import secrets
 import select
+import socket
 import sqlite3
 import sys
 import tempfile
@@ -48,6 +48,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, lru_cache, partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from weakref import WeakSet
 
 import pydantic
 import sqlalchemy as sa
@@ -55,7 +56,7 @@ from fastapi import APIRouter, Depends, FastAPI, Form, Path, Query, Request, Res
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import OAuth2PasswordBearer
 from jose import jwk, jwt
-from jose.utils import base64url_encode
+from jose.utils import base64url_decode, base64url_encode
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
@@ -64,9 +65,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsError
 from redis.asyncio import BlockingConnectionPool, Redis
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.orm.exc import StaleDataError
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -82,23 +81,26 @@ def parse_database_url(text: str | sa.URL) -> sa.URL:
     try:
         url = sa.make_url(text)
         driver = DRIVERS[url.drivername.partition("+")[0]]
+        if "@" in (url.host or "") or (url.port or 0) > 65535:
+            raise ValueError  # a password that is not encoded would show as the host
     except (sa.exc.ArgumentError, ValueError, KeyError):
-        raise ValueError("should be a sqlite:// or postgresql:// URL") from None
+        raise ValueError("should be a valid sqlite:// or postgresql:// URL") from None
     if driver == AIOSQLITE and url.database in {None, "", ":memory:"}:
         raise ValueError("should name a file, which all connections share")
     return url.set(drivername=driver)
 
 
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
+Text = Annotated[str, Field(max_length=1000)]  # bounded, it must be valid Unicode
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
 RequestCount = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Settings(BaseSettings):
     model_config = {"env_file": ".env", "env_ignore_empty": True, "extra": "ignore"}
-    PROJECT_NAME: str = "Items"
-    PROJECT_DESCRIPTION: str = "Users and their items."
-    VERSION: str = "1.0.0"
+    PROJECT_NAME: Text = "Items"
+    PROJECT_DESCRIPTION: Text = "Users and their items."
+    VERSION: Text = "1.0.0"
     ENVIRONMENT: Literal["development", "test", "production"] = "production"
     DEBUG: bool = False
     API_V1_PREFIX: str = Field("/api/v1", pattern=r"^(/[A-Za-z0-9._~-]+)+$")
@@ -138,15 +140,15 @@ def load_settings(secrets_dir: str = "/run/secrets") -> Settings:
         bad = (": ".join([*map(str, e["loc"][:1]), e["msg"]]) for e in error.errors())
         line = "; ".join(bad).replace("Value error, ", "")
         raise SystemExit(f"bad settings: {line}") from None
-    except SettingsError as error:  # a list that is not JSON; it names the variable
-        raise SystemExit(f"bad settings: {error}: no JSON") from None
+    except (SettingsError, UnicodeError) as error:  # a list, a file that is not UTF-8
+        raise SystemExit(f"bad settings: {error}: no JSON, or no UTF-8") from None
 
 
 # --- Logging --------------------------------------------------------------------------
 # Each record is one line on stdout. What clients wrote is encoded, never pasted.
 
-# Not called like the module: SQLAlchemy logs for FairPool under the module's name.
-LOG = logging.getLogger("service")
+LOG = logging.getLogger("service")  # SQLAlchemy takes the module's name, for FairPool
+WARN_ONCE = cache(LOG.warning)  # each text, in each process
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 COMMON_FIELDS = {*vars(logging.makeLogRecord({})), "taskName", "color_message"}
 
@@ -164,7 +166,8 @@ class JsonFormatter(logging.Formatter):
 
     def write(self, fields: dict[str, Any]) -> str:
         try:
-            return to_json(fields, fallback=str, inf_nan_mode="null").decode()
+            line = to_json(fields, ensure_ascii=True, fallback=str, inf_nan_mode="null")
+            return line.decode()
         except PydanticSerializationError:  # lone surrogates, bytes that are not UTF-8
             return json.dumps(fields, default=str)
 
@@ -194,9 +197,10 @@ def set_up_logging(settings: Settings) -> None:
         logger.propagate = False
     if settings.DEBUG:
         logging.getLogger("sqlalchemy.engine").setLevel("INFO")
-    # The request's own line has said why its response breaks off.
-    silent = "ASGI callable returned without completing response."
-    logging.getLogger("uvicorn.error").addFilter(lambda record: record.msg != silent)
+    told = (
+        "ASGI callable returned without completing response."  # by the request's line
+    )
+    logging.getLogger("uvicorn.error").addFilter(lambda record: record.msg != told)
     logging.captureWarnings(True)
 
 
@@ -257,8 +261,7 @@ class WrongPassword(ServiceError):
 
 
 class NotFound(ServiceError):
-    # Also for other people's items: a 403 would confirm that the id exists.
-    row = 404, "", {}
+    row = 404, "", {}  # for other people's items, too: 403 would say that they exist
 
 
 class UsernameTaken(ServiceError):
@@ -293,10 +296,12 @@ async def answer_invalid(request: Request, error: Any) -> Response:
 # --- Database -------------------------------------------------------------------------
 # Connections are in autocommit; who writes says BEGIN. Who waits for one waits in line.
 
-# Away, full, too slow, a standby; and a row that was deleted between read and write.
 TRY_AGAIN: Any = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError)
-TRY_AGAIN += (sa.exc.TimeoutError, TimeoutError, StaleDataError)
-PATIENCE_SECONDS, CHECK_SECONDS, RETRY_SECONDS = 5, 2, 1
+TRY_AGAIN += (sa.exc.TimeoutError, TimeoutError)  # away, full, slow, a standby
+PATIENCE_SECONDS, CHECK_SECONDS = 5, 2  # in line or with a server; in a health check
+RETRY_SECONDS, LOOK_SECONDS = 1, 10  # between looks: while it is away, while it is up
+# Routers forget connections that are idle for minutes, and do not tell their ends.
+LIBPQ = {"connect_timeout": 5, "keepalives_idle": 60, "tcp_user_timeout": 5_000}
 
 now = partial(datetime.now, UTC)
 ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
@@ -304,6 +309,7 @@ ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 class Base(DeclarativeBase):
     type_annotation_map = {int: ID, datetime: sa.DateTime(True)}  # noqa: RUF012
+    __mapper_args__: Any = {"confirm_deleted_rows": False}  # noqa: RUF012 - or it warns
     # Or SQLite would give the id of a deleted user, which tokens name, to the next one.
     __table_args__: Any = {"sqlite_autoincrement": True}  # noqa: RUF012
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -350,13 +356,6 @@ class FairPool(sa.AsyncAdaptedQueuePool):
         super()._do_return_conn(record)
 
 
-def prepare_sqlite(connection: Any, record: Any) -> None:
-    # Of two who switch at once one fails at once; that the other does it is enough.
-    with suppress(sqlite3.OperationalError):
-        connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA foreign_keys = ON")
-
-
 def refuse_closed(connection: Any, record: Any, proxy: Any) -> None:
     # What can be read from an idle connection is its end. To look costs a microsecond,
     # to ping (`pool_pre_ping`) would cost each request a round trip.
@@ -366,64 +365,84 @@ def refuse_closed(connection: Any, record: Any, proxy: Any) -> None:
         raise sa.exc.InvalidatePoolError
 
 
-def open_engine(url: sa.URL, pool_size: int, max_overflow: int) -> Any:
-    sqlite = url.get_backend_name() == "sqlite"
-    engine = create_async_engine(
-        url,
-        poolclass=FairPool,
-        pool_size=pool_size,
-        max_overflow=max_overflow,
-        pool_timeout=PATIENCE_SECONDS,
-        connect_args={"timeout" if sqlite else "connect_timeout": PATIENCE_SECONDS},
-        isolation_level="AUTOCOMMIT",
-        hide_parameters=True,  # or every error would log them
-    )
-    when: Any = ("connect", prepare_sqlite) if sqlite else ("checkout", refuse_closed)
-    sa.event.listen(engine.sync_engine, *when)
-    return engine
-
-
 class Database:
     """A worker's engines, made after the fork, and the watch over what they lead to."""
 
     def __init__(self, settings: Settings) -> None:
-        url, size = settings.DATABASE_URL, settings.DATABASE_POOL_SIZE
-        self.reading = open_engine(url, size, settings.DATABASE_MAX_OVERFLOW)
-        self.writing, begin = self.reading.execution_options(), "BEGIN"  # one pool
-        if url.get_backend_name() == "sqlite":
-            # Who waits for SQLite's lock is in no line; who waits for this one is.
-            self.writing, begin = open_engine(url, 1, 0), "BEGIN IMMEDIATE"
-        writer = self.writing.sync_engine
-        sa.event.listen(writer, "begin", lambda c: c.exec_driver_sql(begin))
+        self.url, self.connections = settings.DATABASE_URL, WeakSet[Any]()
+        self.sqlite = self.url.get_backend_name() == "sqlite"
+        size, more = settings.DATABASE_POOL_SIZE, settings.DATABASE_MAX_OVERFLOW
+        self.reading, self.alone = self._open(size, more), self._open(1, 0)
+        # The watch is alone, in no line behind those who wait in vain. SQLite's writers
+        # share its connection: there is a line for that, and none for SQLite's lock.
+        self.writing = self.alone if self.sqlite else self.reading.execution_options()
+        sql = "BEGIN IMMEDIATE" if self.sqlite else "BEGIN"
+        for each in {self.writing, self.alone}:
+            sa.event.listen(each.sync_engine, "begin", lambda c: c.exec_driver_sql(sql))
         self.reader = async_sessionmaker(self.reading, expire_on_commit=False)
         self.writer = async_sessionmaker(self.writing, expire_on_commit=False)
         self.up, self.suspect = asyncio.Event(), asyncio.Event()
         self._check: asyncio.Task[bool] | None = None
 
+    def _open(self, pool_size: int, max_overflow: int) -> Any:
+        engine = create_async_engine(
+            self.url,
+            poolclass=FairPool,
+            pool_size=pool_size,
+            max_overflow=max_overflow,
+            pool_timeout=PATIENCE_SECONDS,
+            connect_args={} if self.sqlite else LIBPQ,
+            isolation_level="AUTOCOMMIT",
+            hide_parameters=True,  # or every error would log them
+        )
+        sa.event.listen(engine.sync_engine, "connect", self._prepare)
+        if not self.sqlite:
+            sa.event.listen(engine.sync_engine, "checkout", refuse_closed)
+        return engine
+
+    def _prepare(self, connection: Any, record: Any) -> None:
+        if self.sqlite:
+            # Of two who switch at once one fails at once; that one does it is enough.
+            with suppress(sqlite3.OperationalError):
+                connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA foreign_keys = ON")
+        else:
+            self.connections.add(connection.driver_connection)
+            # What a host locked before it vanished would stay so until TCP gives up.
+            connection.execute("SET idle_in_transaction_session_timeout = '1min'")
+
+    def hang_up(self) -> None:
+        """Who waits gets 503. To cancel would be to ask a silent server, for 10 s."""
+        for each in [c for c in self.connections if not c.closed]:
+            with suppress(OSError), socket.socket(fileno=os.dup(each.fileno())) as line:
+                line.shutdown(socket.SHUT_RDWR)
+
     async def make_tables(self) -> None:
         """Once, however many workers and hosts start together."""
-        async with asyncio.timeout(PATIENCE_SECONDS), self.writing.begin() as db:
-            if db.dialect.name == "postgresql":  # SQLite is locked by now
+        async with self.alone.begin() as db:
+            if not self.sqlite:  # which is locked by now
                 await db.execute(sa.text("SELECT pg_advisory_xact_lock(7411)"))
             await db.run_sync(Base.metadata.create_all)
 
     async def watch(self) -> None:
-        """Make the tables at the start and after each outage, whenever that ends."""
-        away = False
+        """Make missing tables, tell of outages, and hang up when it is silent."""
+        away, loop = False, asyncio.get_running_loop()
         while True:
+            self.suspect.clear()
+            error: Exception | None = None
+            silence = loop.call_later(PATIENCE_SECONDS, self.hang_up)
             try:
                 await self.make_tables()
-            except Exception as error:  # noqa: BLE001 - the watch goes on
-                tell_change("the database", away, error)
-                away = True
-                self.up.clear()
-                await asyncio.sleep(RETRY_SECONDS)
-            else:
-                tell_change("the database", away, None)
-                away = False
-                self.suspect.clear()
-                self.up.set()
-                await self.suspect.wait()
+            except Exception as reason:  # noqa: BLE001 - the watch goes on
+                error = reason if loop.time() < silence.when() else TimeoutError()
+            silence.cancel()
+            tell_change("the database", away, error)
+            away = error is not None
+            (self.up.clear if away else self.up.set)()
+            await asyncio.sleep(RETRY_SECONDS)
+            if not away:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.suspect.wait(), LOOK_SECONDS)
 
     async def answers(self) -> bool:
         """Whether the tables are there; known after 2 s. Callers share one check."""
@@ -446,6 +465,8 @@ class Database:
 
 async def answer_database_error(request: Request, error: Any) -> Response:
     """What may go better soon is a 503; a fault in the SQL goes on, to be a 500."""
+    if isinstance(error, sa.orm.exc.StaleDataError):  # deleted between read and write
+        return await answer(request, NotFound())
     lost = getattr(error, "connection_invalidated", False)
     if not lost and not isinstance(error, TRY_AGAIN):
         raise error
@@ -454,17 +475,14 @@ async def answer_database_error(request: Request, error: Any) -> Response:
 
 
 # --- Schemas --------------------------------------------------------------------------
-# What is refused here need not be feared below. PostgreSQL cannot store NUL; a length
-# bound makes pydantic refuse lone surrogates.
+# What is refused here (NUL, and where a length is bounded, surrogates) is not below.
 
 MAX_ID = 2**63 - 1
 NO_NUL = r"^[^\x00]*$"
 # PostgreSQL answers in a zone of its own, SQLite in none; what was stored is UTC.
-UtcTime = Annotated[
-    datetime,
-    AfterValidator(lambda t: t.astimezone(UTC) if t.tzinfo else t.replace(tzinfo=UTC)),
-]
+Utc = AfterValidator(lambda t: t.astimezone(UTC) if t.tzinfo else t.replace(tzinfo=UTC))
 Lower = AfterValidator(str.lower)
+UtcTime = Annotated[datetime, Utc]
 AnyName = Annotated[str, Field(min_length=1, max_length=1024, pattern=NO_NUL), Lower]
 NewName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$"), Lower]
 AnyPassword = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -558,7 +576,7 @@ class Tokens:  # JWT, RFC 7519
         self.algorithm = settings.ALGORITHM
         self.seconds = settings.ACCESS_TOKEN_EXPIRE_MINUTES * 60
         # Given as text, jose would take some secrets for JSON or PEM.
-        secret = base64url_encode(settings.SECRET_KEY.get_secret_value().encode())
+        secret = base64url_encode(os.fsencode(settings.SECRET_KEY.get_secret_value()))
         secret_jwk = {"kty": "oct", "k": secret.decode()}
         self.key: Any = jwk.construct(secret_jwk, self.algorithm)
 
@@ -572,6 +590,9 @@ class Tokens:  # JWT, RFC 7519
         """The user's id and the token's version. Raises InvalidToken."""
         require = {"require_sub": True, "require_iat": True, "require_exp": True}
         try:
+            signature = token.rpartition(".")[2].encode()
+            if base64url_encode(base64url_decode(signature)) != signature:
+                raise InvalidToken  # jose skips what is no base64, and its spare bits
             claims = jwt.decode(token, self.key, [self.algorithm], require)
             return min(max(0, int(claims["sub"])), MAX_ID), claims["version"]
         except Exception:  # noqa: BLE001 - jose raises TypeError, RecursionError, ...
@@ -628,8 +649,7 @@ async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) ->
 
 
 # --- Services -------------------------------------------------------------------------
-# The rules. A service commits as its last act, and before that only to give the
-# connection back while a password is hashed.
+# The rules. A service commits as its last act, or before a password is hashed.
 
 
 def page_of(what: str, rows: Rows, limit: int) -> Page:
@@ -747,23 +767,27 @@ REDIS_SCRIPT = """
 local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
-local oldest
-repeat
-    oldest = tonumber(redis.call('LINDEX', key, 0))
-until not oldest or oldest > now - window or not redis.call('LPOP', key)
+local low, high, middle = 0, redis.call('LLEN', key), 0
+while low < high do
+    local gone = tonumber(redis.call('LINDEX', key, middle)) <= now - window
+    if gone then low = middle + 1 else high = middle end
+    middle = math.floor((low + high) / 2)
+end
+redis.call('LTRIM', key, low, -1)
 local count, admitted = redis.call('LLEN', key), 0
 if count < limit then
-    redis.call('RPUSH', key, string.format('%.0f', now))
-    redis.call('PEXPIRE', key, math.ceil(window / 1000))
-    count, admitted = count + 1, 1
+    count = redis.call('RPUSH', key, string.format('%.0f', now))
+    admitted = redis.call('PEXPIRE', key, math.ceil(window / 1000))
 end
-return {limit - count, (oldest or now) + window - now, admitted}
+-- Hosts may differ in their limits: one fits here when all beyond this one's are gone.
+local last = redis.call('LINDEX', key, math.max(0, count - limit))
+return {math.max(0, limit - count), last + window - now, admitted}
 """
 
 
 class Verdict(NamedTuple):  # in an order in which `min` is the stricter of two
     remaining: int
-    reset_seconds: int  # until the oldest request leaves the window, and another fits
+    wait_seconds: int  # until the oldest request leaves the window, and another fits
     limit: int
     admitted: bool
 
@@ -772,13 +796,11 @@ class Verdict(NamedTuple):  # in an order in which `min` is the stricter of two
 def client_of(address: str) -> str:
     """Who has a budget: an IPv4 address, or an IPv6 /64, which is what a site gets."""
     try:
-        ip = ipaddress.ip_address(address)
+        ip = ipaddress.ip_address(address.partition("%")[0])  # without its zone
     except ValueError:
         return "unknown"  # one for all, or a client would invent one for each request
     ip = getattr(ip, "ipv4_mapped", None) or ip
-    return str(
-        ip if ip.version == 4 else ipaddress.ip_network((int(ip) >> 64 << 64, 64))
-    )
+    return str(ip) if ip.version == 4 else f"{ip.exploded[:19]}::/64"
 
 
 class MemoryWindow:
@@ -800,13 +822,11 @@ class MemoryWindow:
         self.who, self.seen = cells[:rows], cells[rows : 2 * rows]
         self.first, self.past = cells[2 * rows : 3 * rows], cells[3 * rows : 4 * rows]
         self.rings = cells[4 * rows :]
-        self.hash_key = secrets.token_bytes()
         self.lock_file = open_lock_file()
 
     def admit(self, client: str) -> Verdict:
-        # Keyed, lest somebody picks addresses that share a victim's bucket.
-        digest = hashlib.blake2b(client.encode(), key=self.hash_key, digest_size=8)
-        who = int.from_bytes(digest.digest()) | 1  # 0 is nobody
+        # SipHash, keyed alike in forked processes: nobody can choose a victim's bucket.
+        who = hash(client) % 2**64 | 1  # 0 is nobody
         bucket = (who >> 1) % self.buckets
         fcntl.lockf(self.lock_file, fcntl.LOCK_EX, 1, bucket)
         try:
@@ -856,18 +876,18 @@ class Limiter:  # two budgets a client, in Redis while it answers, else in memor
             self.script = self.redis.register_script(REDIS_SCRIPT)
 
     async def admit(self, budget: str, address: str) -> Verdict:
-        window, client, verdict = self.windows[budget], client_of(address), None
-        if self.redis:
-            verdict = await self._ask_redis(window, f"rate-limit:{budget}:{client}")
-        return verdict or window.admit(client)
+        client = client_of(address)
+        verdict = await self.ask_redis(budget, client) if self.redis else None
+        return verdict or self.windows[budget].admit(client)
 
-    async def _ask_redis(self, window: MemoryWindow, key: str) -> Verdict | None:
+    async def ask_redis(self, budget: str, client: str) -> Verdict | None:
+        """None while Redis is away; every second one request tries whether it is."""
         async with self.turns:  # whoever waits for a connection does not wait for Redis
             started, retries = time.monotonic(), self.away
-            if started < self.retry_at:
+            if retries and started < self.retry_at:
                 return None
-            if retries:  # meanwhile the others do without
-                self.retry_at = started + RETRY_SECONDS
+            self.retry_at = started + RETRY_SECONDS
+            window, key = self.windows[budget], f"rate-limit:{budget}:{client}"
             arguments = [window.limit, window.window_ns // 1000]
             call = asyncio.ensure_future(self.script([key], arguments))
             for _ in range(5):  # a step for which the loop itself is late counts once
@@ -877,9 +897,8 @@ class Limiter:  # two budgets a client, in Redis while it answers, else in memor
             call.cancel()
         if error or retries:
             tell_change("Redis", self.away, error)
-            self.away, self.retry_at = error is not None, 0.0
+            self.away = error is not None
         if error:
-            self.retry_at = started + RETRY_SECONDS
             return None
         remaining, wait_us, admitted = map(int, call.result())
         reset = math.ceil(wait_us / 10**6)
@@ -905,12 +924,11 @@ SECURITY_HEADERS = {
 }
 # What Swagger UI and ReDoc load: scripts and styles of a CDN and inline, icons, fonts.
 DOCS_HEADERS = SECURITY_HEADERS | {
-    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; "
-    "script-src 'unsafe-inline' https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/ "
-    "https://cdn.jsdelivr.net/npm/redoc@2/; worker-src blob:; style-src "
-    "'unsafe-inline' https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/ "
-    "https://fonts.googleapis.com/css; font-src https://fonts.gstatic.com/s/; img-src "
-    f"data: https://cdn.redoc.ly/redoc/ https://fastapi.tiangolo.com/img/; {NEVER}",
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; worker-src "
+    "blob:; script-src 'unsafe-inline' https://cdn.jsdelivr.net/npm/; style-src "
+    "'unsafe-inline' https://cdn.jsdelivr.net/npm/ https://fonts.googleapis.com/css; "
+    "font-src https://fonts.gstatic.com/s/; img-src data: "
+    f"https://cdn.redoc.ly/redoc/ https://fastapi.tiangolo.com/img/; {NEVER}",
     "Cross-Origin-Embedder-Policy": "credentialless",
 }
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
@@ -936,17 +954,9 @@ class Exchange:  # a request and its response, as far as both need to know
     error: BaseException | None = None  # for the log
 
     def count(self, verdict: Verdict) -> None:
-        """Raises HTTPException (429)."""
         self.verdict = min(verdict, self.verdict or verdict)
         if not verdict.admitted:
-            wait = {"Retry-After": str(verdict.reset_seconds)}
-            raise HTTPException(429, headers=wait)
-
-
-@cache  # so once a process
-def warn_of_proxy() -> None:
-    text = "X-Forwarded-For came from a peer that FORWARDED_ALLOW_IPS does not name: %s"
-    LOG.warning(text, "behind a proxy that is not named all clients share one budget")
+            raise HTTPException(429, headers={"Retry-After": str(verdict.wait_seconds)})
 
 
 class Edge:  # what every request passes, and every response
@@ -972,13 +982,13 @@ class Edge:  # what every request passes, and every response
             request_id = secrets.token_hex(16).encode()
         # Always set: the requests of one connection share their context.
         REQUEST_ID.set(request_id.decode())
-        client = scope["client"][0] if scope["client"] else ""
+        client = scope["client"][0][:64] if scope["client"] else "unknown"
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         scope["exchange"] = exchange = Exchange(headers, client, path)
         forwarded_for = headers.get(b"x-forwarded-for")
         # From a peer that it trusts uvicorn has taken the client out of this header.
         if forwarded_for and client not in forwarded_for.decode("latin-1"):
-            warn_of_proxy()
+            WARN_ONCE("FORWARDED_ALLOW_IPS lacks this proxy: its clients are as one")
 
         async def send_enveloped(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -1029,14 +1039,13 @@ class Edge:  # what every request passes, and every response
 
     def bounded(self, receive: Receive, exchange: Exchange) -> Receive:
         bound = self.settings.MAX_BODY_BYTES
-        declared = int(exchange.headers.get(b"content-length", 0))
-        size = declared if declared > bound else 0
+        declared, size = int(exchange.headers.get(b"content-length", 0)), 0
 
         async def receive_bounded() -> Message:
             nonlocal size
-            message = await receive() if size <= bound else {}
+            message = await receive() if declared <= bound else {}
             size += len(message.get("body", b""))
-            if size > bound:
+            if max(size, declared) > bound:
                 raise HTTPException(413)
             return message
 
@@ -1047,19 +1056,13 @@ class Edge:  # what every request passes, and every response
 # What a route asks for. All are coroutines: plain functions would each cost a thread.
 
 
-async def get_state(request: Request) -> Any:
-    return request.app.state
-
-
-StateDep = Annotated[Any, Depends(get_state)]
-
-
-async def get_session(request: Request, state: StateDep) -> AsyncIterator[AsyncSession]:
+async def get_session(request: Request) -> AsyncIterator[AsyncSession]:
     """One a request, in a transaction where the method may write."""
-    if not state.database.up.is_set():
+    database: Database = request.app.state.database
+    if not database.up.is_set():
         raise Unavailable
     reads = request.method in {"GET", "HEAD"}  # RFC 9110 § 9.2.1: the safe ones
-    async with (state.database.reader if reads else state.database.writer)() as session:
+    async with (database.reader if reads else database.writer)() as session:
         yield session
 
 
@@ -1068,17 +1071,17 @@ SessionDep = Annotated[AsyncSession, Depends(get_session, scope="function")]
 BearerDep = Annotated[str, Depends(OAuth2PasswordBearer("auth/token"))]
 
 
-async def get_current_user(token: BearerDep, state: StateDep, db: SessionDep) -> User:
+async def get_current_user(token: BearerDep, request: Request, db: SessionDep) -> User:
     """Raises InvalidToken, or a plain 401 where there is no token."""
-    return await read_token_owner(db, *state.tokens.read(token))
+    return await read_token_owner(db, *request.app.state.tokens.read(token))
 
 
 CurrentUser = Annotated[User, Depends(get_current_user)]
 
 
-async def limit_logins(request: Request, state: StateDep) -> None:
+async def limit_logins(request: Request) -> None:
     exchange: Exchange = request.scope["exchange"]
-    exchange.count(await state.limiter.admit("login", exchange.client))
+    exchange.count(await request.app.state.limiter.admit("login", exchange.client))
 
 
 # --- Health routes --------------------------------------------------------------------
@@ -1087,8 +1090,7 @@ async def limit_logins(request: Request, state: StateDep) -> None:
 
 def errors(*statuses: int) -> dict[int | str, Any]:
     """What a route may answer besides, for its documentation."""
-    texts = {status: USUAL[status][1] for status in statuses}
-    return {s: {"model": ErrorResponse, "description": t} for s, t in texts.items()}
+    return {s: {"model": ErrorResponse, "description": USUAL[s][1]} for s in statuses}
 
 
 async def get_liveness() -> Probe:
@@ -1096,22 +1098,22 @@ async def get_liveness() -> Probe:
     return Probe(status="alive")
 
 
-async def get_readiness(response: Response, state: StateDep) -> Probe:
+async def get_readiness(request: Request, response: Response) -> Probe:
     """Can it serve requests? If not, send them elsewhere."""
-    if await state.database.answers():
-        return Probe(status="ready")
-    response.status_code = 503
-    return Probe(status="not_ready")
+    ready = await request.app.state.database.answers()
+    response.status_code = 200 if ready else 503
+    return Probe(status="ready" if ready else "not_ready")
 
 
-async def get_health(request: Request, response: Response, state: StateDep) -> Health:
+async def get_health(request: Request, response: Response) -> Health:
     """How are the service and what it depends on?"""
-    checks: dict[str, Any] = {"database": state.database.answers()}
+    state = request.app.state
+    checks = {"database": state.database.answers()}
     if state.limiter.redis:
-        checks["redis"] = asyncio.wait_for(state.limiter.redis.ping(), CHECK_SECONDS)
-    answers = await asyncio.gather(*checks.values(), return_exceptions=True)
-    words: Any = ["healthy" if well is True else "unhealthy" for well in answers]
-    response.status_code = 200 if answers[0] is True else 503
+        checks["redis"] = state.limiter.ask_redis("login", "health")
+    answers = await asyncio.gather(*checks.values())
+    words: Any = ["healthy" if well else "unhealthy" for well in answers]
+    response.status_code = 200 if answers[0] else 503
     return Health(
         status="degraded" if "unhealthy" in words else "healthy",
         timestamp=now(),
@@ -1122,14 +1124,13 @@ async def get_health(request: Request, response: Response, state: StateDep) -> H
 
 def add_health_routes(app: FastAPI) -> None:
     """On the application itself: through a router each request takes 8 µs more."""
-    for path, endpoint, more in (
-        ("/health/live", get_liveness, errors()),
-        ("/health/ready", get_readiness, {503: {"model": Probe}}),
-        ("/health", get_health, {503: {"model": Health}}),
+    for path, get, responses in (
+        ("/health/live", get_liveness, errors(500, 504)),
+        ("/health/ready", get_readiness, errors(500, 504) | {503: {"model": Probe}}),
+        ("/health", get_health, errors(500, 504) | {503: {"model": Health}}),
     ):
-        responses = errors(500, 504) | more
-        app.add_api_route(path, endpoint, responses=responses, tags=["health"])
-        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+        app.add_api_route(path, get, responses=responses, tags=["health"])
+        app.add_api_route(path, get, methods=["HEAD"], include_in_schema=False)
 
 
 # --- API routes -----------------------------------------------------------------------
@@ -1188,10 +1189,11 @@ async def get_user(user_id: Id, user: CurrentUser, db: SessionDep) -> UserOut:
 
 
 @auth.post("/token", responses=errors(400, 401, 413, 422))
-async def post_token(form: Grant, db: SessionDep, state: StateDep) -> TokenOut:
+async def post_token(form: Grant, request: Request, db: SessionDep) -> TokenOut:
     """Log in. The token goes into `Authorization: Bearer`."""
     user = await authenticate_user(db, form.username, form.password)
-    token, seconds = state.tokens.issue(user), state.tokens.seconds
+    tokens: Tokens = request.app.state.tokens
+    token, seconds = tokens.issue(user), tokens.seconds
     return TokenOut(access_token=token, token_type="bearer", expires_in=seconds)
 
 
@@ -1236,10 +1238,7 @@ async def delete_item(item_id: Id, user: CurrentUser, db: SessionDep) -> None:
 # --- Application ----------------------------------------------------------------------
 # The parts list.
 
-ANSWERS: dict[Any, Any] = {
-    HTTPException: answer,
-    RequestValidationError: answer_invalid,
-}
+ANSWERS: Any = {HTTPException: answer, RequestValidationError: answer_invalid}
 ANSWERS |= dict.fromkeys((sa.exc.SQLAlchemyError, TimeoutError), answer_database_error)
 
 
@@ -1251,10 +1250,11 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     with suppress(TimeoutError):  # else a worker that has just come would answer 503
         await asyncio.wait_for(database.up.wait(), 1)
     yield
+    database.hang_up()
     watch.cancel()
     await asyncio.wait({watch}, timeout=1)
     await database.reading.dispose()
-    await database.writing.dispose()
+    await database.alone.dispose()
     if app.state.limiter.redis:
         await app.state.limiter.redis.aclose()
 
@@ -1273,18 +1273,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         servers=[{"url": "/"}],
         redirect_slashes=False,  # it would redirect to whatever host a client names
         generate_unique_id_function=lambda route: route.name,
-        middleware=[Middleware(Edge, settings=settings, limiter=limiter)],
         exception_handlers=ANSWERS,
         lifespan=lifespan,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # see README
     )
+    app.add_middleware(Edge, settings=settings, limiter=limiter)
     app.state.settings, app.state.limiter = settings, limiter
     app.state.tokens = Tokens(settings)
-    docs = app.router.routes.copy()
+    docs, app.router.routes = app.router.routes, []
     add_health_routes(app)
     for router in (users, auth, items):
         app.include_router(router, prefix=prefix, responses=errors(429, 500, 503, 504))
-    app.router.routes.sort(key=docs.__contains__)  # last: one is tried after the other
+    app.router.routes += docs  # last: one is tried after the other
     document = app.openapi()
     document["security"] = []  # but where a route says otherwise
     scheme = document["components"]["securitySchemes"]["OAuth2PasswordBearer"]

@@ -33,6 +33,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager, contextmanager, redirect_stdout, suppress
 from datetime import UTC, datetime, timedelta, timezone
 from functools import cache
+from http.client import HTTPConnection
 from io import StringIO
 from pathlib import Path
 from types import FrameType, MappingProxyType, ModuleType, SimpleNamespace
@@ -54,6 +55,7 @@ from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
 from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm.exc import StaleDataError
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
@@ -302,8 +304,8 @@ def engine_of(sessions: Any) -> AsyncEngine:
 
 
 async def close(database: main.Database) -> None:
-    for sessions in (database.reader, database.writer):
-        await engine_of(sessions).dispose()
+    for engine in (database.reading, database.alone):
+        await engine.dispose()
 
 
 async def see_threads_end() -> None:
@@ -367,6 +369,9 @@ REFUSED = {
     "an-unknown-database": ("DATABASE_URL", "mysql://u:hunter2@localhost/d"),
     "a-url-that-is-none": ("DATABASE_URL", "hunter2"),
     "a-port-that-is-no-number": ("DATABASE_URL", "postgres://u:hunter2@localhost:x/d"),
+    "a-port-beyond-all": ("DATABASE_URL", "postgres://u:hunter2@localhost:65536/d"),
+    "a-password-with-an-at": ("DATABASE_URL", "postgres://u:p@hunter2@localhost/d"),
+    "a-name-that-is-not-utf-8": ("PROJECT_NAME", "hunter2\udce9"),
     "sqlite-without-a-file": ("DATABASE_URL", "sqlite://"),
     "sqlite-in-memory": ("DATABASE_URL", "sqlite:///:memory:"),
     "an-empty-pool": ("DATABASE_POOL_SIZE", "0"),
@@ -422,6 +427,7 @@ def test_without_a_key_nothing_starts_outside_development(
 
 ACCEPTED = {
     "the-shortest-key": {"SECRET_KEY": "k" * 32},
+    "a-key-that-is-not-utf-8": {"SECRET_KEY": "k" * 31 + "\udce9"},
     "the-fewest-requests": {"RATE_LIMIT_REQUESTS": "1"},
     "the-most-requests": {"RATE_LIMIT_REQUESTS": "1000000"},
     "the-fewest-logins": {"RATE_LIMIT_LOGIN_REQUESTS": "1"},
@@ -480,6 +486,13 @@ DEFAULTS: dict[str, Any] = {
 def test_a_default_is_the_one_of_the_contract(name: str, value: Any) -> None:
     settings = main.Settings.model_validate({"SECRET_KEY": "k" * 32})
     assert getattr(settings, name) == value
+
+
+def test_a_file_that_is_not_utf_8_ends_the_process_with_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path(".env").write_bytes(b"PROJECT_NAME=caf\xe9")
+    assert "UTF-8" in refusal(monkeypatch)
 
 
 @pytest.fixture
@@ -684,6 +697,7 @@ hostile_values = cases("value", HOSTILE_VALUES)
 def test_whatever_is_logged_a_line_is_one_json_object(field: str, value: Any) -> None:
     line = main.JsonFormatter().format(record_of(**{field: value}))
     assert not re.search(r"[\x00-\x1f]", line)
+    assert line.splitlines() == [line]
     assert isinstance(json.loads(line), dict)
 
 
@@ -856,6 +870,7 @@ FAILURES = {
     "full-pool": TimeoutError("hunter2"),
     "no-connection": sa.exc.OperationalError("", {}, Exception("hunter2")),
     "lost-connection": sa.exc.DBAPIError("", {}, Exception("hunter2"), False, True),
+    "deleted-meanwhile": StaleDataError(),
     "forbidden": HTTPException(403),
     "teapot": HTTPException(418, "short and stout"),
 }
@@ -916,6 +931,7 @@ REQUESTS = {
         {"json": {"title": "x" * 1000}},
     ),
     "bad-body": ("POST", "/items", 422, "validation_error", {"json": {}}),
+    "deleted-meanwhile": ("GET", "/fail/deleted-meanwhile", 404, "not_found", {}),
     "crash": ("GET", "/fail/crash", 500, "internal_error", {}),
     "fault-in-the-sql": ("GET", "/fail/fault-in-the-sql", 500, "internal_error", {}),
     "full-pool": ("GET", "/fail/full-pool", 503, "service_unavailable", {}),
@@ -1349,17 +1365,14 @@ async def test_a_cancelled_request_gives_a_clean_connection_back(
 
 
 @pytest.fixture
-async def missing() -> AsyncIterator[Api]:
+async def missing(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Api]:
     """A client of an app whose database is away."""
     app, url = built_app(), "sqlite:///./no-such-folder/app.db"
-    settings = make_settings(DATABASE_URL=url)
-    database, tokens = main.Database(settings), main.Tokens(settings)
-    state = SimpleNamespace(limiter=app.state.limiter, tokens=tokens, database=database)
-    app.dependency_overrides[main.get_state] = lambda: state
+    database = main.Database(make_settings(DATABASE_URL=url))
+    monkeypatch.setattr(app.state, "database", database, raising=False)
     async with client_of(app) as api:
-        api.use(tokens.issue(main.User(id=1, token_version=0)))
+        api.use(app.state.tokens.issue(main.User(id=1, token_version=0)))
         yield api
-    app.dependency_overrides.clear()
     await close(database)
     await see_threads_end()
 
@@ -1522,6 +1535,141 @@ async def test_a_connection_that_postgresql_ends_in_a_request_is_a_503(
     async with app.router.lifespan_context(app), client_of(app) as api:
         response = await api.get("http://test/break-off")
     assert error_of(response)["error"] == "service_unavailable"
+
+
+@asynccontextmanager
+async def watched_postgres(
+    url: str, patience: float, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[main.Database]:
+    """A database whose watch looks all the time, and hangs up soon."""
+    monkeypatch.setattr(main, "PATIENCE_SECONDS", patience)
+    monkeypatch.setattr(main, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(main, "LOOK_SECONDS", 0)
+    database = main.Database(make_settings(DATABASE_URL=url, **ONE_CONNECTION))
+    await database.make_tables()
+    watch = asyncio.create_task(database.watch())
+    yield database
+    watch.cancel()
+    await asyncio.wait({watch})
+    await close(database)
+
+
+async def test_the_watch_waits_in_no_line(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = watched_postgres(postgres_url, 5, monkeypatch)
+    async with watched as database, database.reader() as db:
+        await db.execute(sa.text("SELECT 1"))  # on the only connection of requests
+        database.up.clear()
+        await soon(database.up.wait())
+
+
+async def test_the_watch_looks_though_nothing_is_suspect(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with watched_postgres(postgres_url, 5, monkeypatch) as database:
+        async with engine_of(database.writer).begin() as connection:
+            await connection.run_sync(main.Base.metadata.drop_all)
+        async with asyncio.timeout(5), database.reader() as db:
+            while not await db.scalar(sa.text("SELECT to_regclass('items')")):
+                await asyncio.sleep(0)
+
+
+SLEEP = sa.text("SELECT pg_sleep(60)")
+
+
+async def test_who_waits_for_a_silent_server_is_told_so(postgres_url: str) -> None:
+    database = main.Database(make_settings(DATABASE_URL=postgres_url))
+    async with database.reader() as db:
+        await db.execute(sa.text("SELECT 1"))
+        waiting = asyncio.create_task(db.execute(SLEEP))
+        await asyncio.sleep(0)
+        database.hang_up()
+        with pytest.raises(sa.exc.OperationalError):
+            await soon(waiting)
+    await close(database)
+
+
+async def test_who_hangs_up_does_not_use_the_idle_connections_either(
+    postgres_url: str,
+) -> None:
+    database = main.Database(make_settings(DATABASE_URL=postgres_url))
+    for _ in range(2):
+        async with database.reader() as db:
+            assert await db.scalar(sa.text("SELECT 1")) == 1
+        database.hang_up()
+    await close(database)
+
+
+async def test_the_watch_hangs_up_on_a_silent_server(
+    postgres_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    log_as: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log_as()
+    async with watched_postgres(postgres_url, 0.2, monkeypatch) as database:
+        await soon(database.up.wait())
+        async with database.reader() as db:
+            waiting = asyncio.create_task(db.execute(SLEEP))
+            with psycopg.connect(postgres_url) as other:  # holds the watch up
+                other.execute("SELECT pg_advisory_xact_lock(7411)")
+                with pytest.raises(sa.exc.OperationalError):
+                    await soon(waiting)
+        await soon(database.up.wait())
+    told = [(line["message"], line.get("reason")) for line in logged(capsys)]
+    assert told[0] == ("the database is away", "no answer in time")
+
+
+async def test_what_a_vanished_host_has_locked_is_free_after_a_minute(
+    postgres_url: str,
+) -> None:
+    database = main.Database(make_settings(DATABASE_URL=postgres_url))
+    async with database.writer() as db:
+        setting = sa.text("SHOW idle_in_transaction_session_timeout")
+        assert await db.scalar(setting) == "1min"
+    await close(database)
+
+
+async def test_an_idle_connection_is_kept_alive_and_a_dead_one_noticed(
+    postgres_url: str,
+) -> None:
+    database = main.Database(make_settings(DATABASE_URL=postgres_url))
+    async with database.reader() as db:
+        await db.execute(sa.text("SELECT 1"))
+        (connection,) = database.connections
+        options = {o.keyword.decode(): o.val for o in connection.pgconn.info}
+    assert options["keepalives_idle"] == b"60"
+    assert options["tcp_user_timeout"] == b"5000"
+    await close(database)
+
+
+async def test_of_two_who_delete_an_item_at_once_neither_fails(
+    database: main.Database,
+) -> None:
+    user = await add_user(database)
+    async with database.writer() as db:
+        item = await main.create_item(db, user, main.ItemIn(title="tea"))
+    async with database.reader() as one, database.reader() as two:
+        for db in (one, two):
+            await db.delete(await main.read_item(db, user, item.id))
+        await one.commit()
+        await two.commit()
+    async with database.reader() as db:
+        assert await db.scalar(count_of(main.Item)) == 0
+
+
+async def test_a_change_of_what_is_deleted_meanwhile_is_noticed(
+    database: main.Database,
+) -> None:
+    user = await add_user(database)
+    async with database.writer() as db:
+        item = await main.create_item(db, user, main.ItemIn(title="tea"))
+    async with database.reader() as one, database.reader() as two:
+        (await main.read_item(one, user, item.id)).title = "coffee"
+        await main.discard_item(two, user, item.id)
+        with pytest.raises(StaleDataError):
+            await one.commit()
 
 
 async def test_a_postgresql_that_lets_nobody_in_is_a_503(postgres_url: str) -> None:
@@ -2104,6 +2252,10 @@ BAD_TOKENS = {
     "of-another-key": token_of({}, key="j" * 32),
     "tampered": f"{HEAD}.{OTHER_BODY}.{SIGNATURE}",
     "cut-off": f"{HEAD}.{BODY}.{SIGNATURE[:-2]}",
+    "other-spare-bits": f"{HEAD}.{BODY}.{SIGNATURE[:-1]}{chr(ord(SIGNATURE[-1]) + 1)}",
+    "padded": f"{HEAD}.{BODY}.{SIGNATURE}=",
+    "with-what-is-no-base64": f"{HEAD}.{BODY}.{SIGNATURE[:9]}**{SIGNATURE[9:]}",
+    "with-a-tail": f"{HEAD}.{BODY}.{SIGNATURE}!!!!",
     "expired": token_of({"exp": int(time.time()) - 1}),
     "without-sub": token_of({"sub": None}),
     "without-iat": token_of({"iat": None}),
@@ -2531,9 +2683,9 @@ class Hand:
 
 
 def make_window(limit: int, clock: Callable[[], int], rows: int = 64) -> Any:
-    """Of 60 s. Its key is fixed, so that clients always meet in the same buckets."""
+    """Of 60 s."""
     window = main.MemoryWindow(limit, 60, 8 * (4 + limit) * rows)
-    window.clock, window.hash_key = clock, b"k" * 32
+    window.clock = clock
     return window
 
 
@@ -2585,9 +2737,9 @@ def test_reset_is_when_the_oldest_leaves_in_seconds_begun(
 ) -> None:
     clock = Hand()
     window = make_window(1, clock)
-    assert window.admit("a").reset_seconds == 60
+    assert window.admit("a").wait_seconds == 60
     clock.forward(later)
-    assert window.admit("a").reset_seconds == reset
+    assert window.admit("a").wait_seconds == reset
 
 
 def naive_verdict(log: list[int], now: int, limit: int) -> tuple[int, int, int, bool]:
@@ -2641,8 +2793,9 @@ def test_a_row_that_was_given_up_brings_its_heir_no_debts() -> None:
 def test_a_busy_client_stays_refused_while_twenty_thousand_others_come() -> None:
     window = make_window(100, Hand(), rows=60_000)
     assert admissions(window, "busy", 101) == 100
-    assert all(window.admit(f"c{n}").admitted for n in range(20_000))
-    assert not window.admit("busy").admitted
+    for thousand in range(20):
+        assert all(window.admit(f"c{thousand}.{n}").admitted for n in range(1000))
+        assert not window.admit("busy").admitted
 
 
 def test_a_quiet_client_is_admitted_among_twenty_thousand_in_a_small_table() -> None:
@@ -2680,9 +2833,10 @@ def bytes_of(window: main.MemoryWindow) -> mmap.mmap:
     [
         ("192.0.2.1", "192.0.2.1"),
         ("::ffff:192.0.2.1", "192.0.2.1"),
-        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
-        ("2001:db8:1:2:ffff::", "2001:db8:1:2::/64"),
-        ("2001:db8:1:3::", "2001:db8:1:3::/64"),
+        ("2001:db8:1:2:3:4:5:6", "2001:0db8:0001:0002::/64"),
+        ("2001:db8:1:2:ffff::", "2001:0db8:0001:0002::/64"),
+        ("2001:db8:1:3::", "2001:0db8:0001:0003::/64"),
+        ("fe80::1%eth0", "fe80:0000:0000:0000::/64"),
         ("garbage", "unknown"),
         ("192.0.2.1:80", "unknown"),
         ("", "unknown"),
@@ -3046,6 +3200,41 @@ async def test_keys_in_redis_expire_with_the_window() -> None:
         assert limiter.redis
         (key,) = await limiter.redis.keys(f"*{main.client_of(address)}")
         assert 50_000 < await limiter.redis.pttl(key) <= 60_000
+
+
+@needs_redis
+@pytest.mark.usefixtures("unhurried")
+async def test_in_redis_a_lower_limit_tells_when_it_admits_again() -> None:
+    address = new_address()
+    async with redis_limiter(REDIS_URL, 5) as wide, redis_limiter(REDIS_URL, 2) as low:
+        limiters = (wide, low)
+        for limiter in limiters:
+            limiter.windows["api"].window_ns = 1000 * SECOND
+        assert await admitted(wide, address, 5) == 5
+        assert wide.redis
+        (key,) = await wide.redis.keys(f"*{main.client_of(address)}")
+        for n in range(5):  # as if they had come 100 s after each other
+            moment = int(await wide.redis.lindex(key, n) or 0)
+            await wide.redis.lset(key, n, str(moment - (5 - n) * 100 * 10**6))
+        verdict = await low.admit("api", address)
+    # of the five four have to leave before one of two places is free
+    assert (verdict.remaining, verdict.admitted) == (0, False)
+    assert 799 <= verdict.wait_seconds <= 800
+
+
+@needs_redis
+@pytest.mark.usefixtures("unhurried")
+@pytest.mark.parametrize("gone", range(8))
+async def test_in_redis_all_that_have_left_the_window_make_room(gone: int) -> None:
+    address = new_address()
+    async with redis_limiter(REDIS_URL, 8) as limiter:
+        assert await admitted(limiter, address, 7) == 7
+        assert limiter.redis
+        (key,) = await limiter.redis.keys(f"*{main.client_of(address)}")
+        for n in range(gone):
+            await limiter.redis.lset(key, n, str(n))
+        assert (await limiter.admit("api", address)).remaining == gone
+        assert await limiter.redis.llen(key) == 8 - gone
 
 
 async def test_while_redis_is_away_memory_serves_with_one_warning(
@@ -3576,7 +3765,7 @@ async def test_a_declared_body_that_is_too_large_is_refused_unread() -> None:
 async def test_an_untrusted_proxy_is_told_of_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    main.warn_of_proxy.cache_clear()
+    main.WARN_ONCE.cache_clear()
     app = built_app(LOG_LEVEL="WARNING")
     main.set_up_logging(app.state.settings)
     async with connect(app, client=("192.0.2.1", 5)) as api:
@@ -3587,10 +3776,35 @@ async def test_an_untrusted_proxy_is_told_of_once(
     assert "FORWARDED_ALLOW_IPS" in line["message"]
 
 
+async def test_a_proxy_without_an_address_is_told_of(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main.WARN_ONCE.cache_clear()
+    main.set_up_logging(make_settings(LOG_LEVEL="WARNING"))
+    request = Raw(probed(), "/api/v1/nowhere")
+    request.scope["client"] = None
+    request.scope["headers"] = [(b"x-forwarded-for", b"192.0.2.1")]
+    await request.run()
+    assert ["FORWARDED_ALLOW_IPS" in line["message"] for line in logged(capsys)] == [
+        True
+    ]
+
+
+async def test_an_address_has_at_most_64_characters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main.set_up_logging(probed().state.settings)
+    request = Raw(probed(), "/api/v1/nowhere")
+    request.scope["client"] = ("x" * 60_000, 0)
+    await request.run()
+    (line,) = logged(capsys)
+    assert line["client"] == "x" * 64
+
+
 async def test_a_trusted_proxy_is_not_told_of(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    main.warn_of_proxy.cache_clear()
+    main.WARN_ONCE.cache_clear()
     app = built_app(LOG_LEVEL="WARNING")
     main.set_up_logging(app.state.settings)
     async with connect(app, client=("203.0.113.9", 0)) as api:
@@ -3617,11 +3831,9 @@ async def test_get_session_can_be_overridden(app: FastAPI) -> None:
         assert (await ada.get("/users/me")).status_code == 401
 
 
-async def test_get_state_can_be_overridden(app: FastAPI) -> None:
-    others = main.Tokens(make_settings(SECRET_KEY="o" * 32))
-    state = SimpleNamespace(tokens=others, database=app.state.database)
-    app.dependency_overrides[main.get_state] = lambda: state
+async def test_the_parts_of_an_app_can_be_exchanged(app: FastAPI) -> None:
     async with logged_in(app) as ada:
+        app.state.tokens = main.Tokens(make_settings(SECRET_KEY="o" * 32))
         assert (await ada.get("/users/me")).status_code == 401
 
 
@@ -3759,10 +3971,8 @@ async def test_checks_end_even_against_frozen_servers(
     frozen = make_settings(
         DATABASE_URL=f"postgresql://u@{address}/d", REDIS_URL=f"redis://{address}"
     )
-    state = SimpleNamespace(
-        limiter=main.Limiter(frozen), database=main.Database(frozen)
-    )
-    app.dependency_overrides[main.get_state] = lambda: state
+    monkeypatch.setattr(app.state, "limiter", main.Limiter(frozen))
+    monkeypatch.setattr(app.state, "database", main.Database(frozen))
     async with asyncio.timeout(2):  # psycopg alone would give up after 5
         health = await api.get("http://test/health")
         ready = await api.get("http://test/health/ready")
@@ -4344,6 +4554,23 @@ def test_a_head_may_have_64_kib(service: Service, size: int, status: bytes) -> N
         assert answer_to(client).split(b" ")[1] == status
 
 
+def test_who_shuts_the_sending_side_is_answered(service: Service) -> None:
+    with service.connect() as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nhost: test\r\n\r\n")
+        client.shutdown(socket.SHUT_WR)
+        assert answer_to(client).startswith(b"HTTP/1.1 200 ")
+
+
+def test_who_sends_too_much_and_wants_to_close_can_read_the_refusal(
+    service: Service,
+) -> None:
+    client = HTTPConnection("127.0.0.1", service.port, PATIENCE_SECONDS)
+    headers = {"Connection": "close", "X-Forwarded-For": "203.0.113.40"}
+    client.request("POST", "/api/v1/users", b"x" * 20_000_000, headers)
+    assert client.getresponse().status == 413
+    client.close()
+
+
 def test_a_killed_worker_is_replaced_and_nobody_notices(service: Service) -> None:
     before = service.workers()
     os.kill(before[-1], signal.SIGKILL)
@@ -4412,6 +4639,7 @@ def bare_server(monkeypatch: pytest.MonkeyPatch) -> None:
         ("PORT", "65536"),
         ("BIND", "127.0.0.1:http"),
         ("BIND", "127.0.0.1:65536"),
+        ("BIND", "127.0.0.1:-1"),
         ("GRACEFUL_TIMEOUT", "0"),
         ("GRACEFUL_TIMEOUT", "1.5"),
         ("MAX_REQUESTS", "-1"),
@@ -4438,15 +4666,17 @@ def test_a_bad_setting_ends_gunicorn_before_it_listens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variables", "bind"),
     [
-        ({}, "0.0.0.0:8000"),
-        ({"PORT": "80"}, "0.0.0.0:80"),
-        ({"PORT": "80", "BIND": "[::1]:9"}, "[::1]:9"),
-        ({"PORT": "", "BIND": ""}, "0.0.0.0:8000"),
+        ({}, ["0.0.0.0:8000"]),
+        ({"PORT": "80"}, ["0.0.0.0:80"]),
+        ({"PORT": "80", "BIND": "[::1]:9"}, ["[::1]:9"]),
+        ({"PORT": "", "BIND": ""}, ["0.0.0.0:8000"]),
+        ({"BIND": ":80,unix:/tmp/s"}, [":80", "unix:/tmp/s"]),
+        ({"BIND": "fd://3"}, ["fd://3"]),
     ],
-    ids=["default", "port", "bind", "empty"],
+    ids=["default", "port", "bind", "empty", "two", "descriptor"],
 )
 def test_bind_goes_before_port(
-    variables: dict[str, str], bind: str, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str], bind: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -4480,6 +4710,10 @@ class Timer(NamedTuple):
             self.pending.remove(self)
 
 
+class Task:
+    def add_done_callback(self, callback: Any) -> None: ...
+
+
 class HandLoop:
     """An event loop whose time is set by hand."""
 
@@ -4491,6 +4725,10 @@ class HandLoop:
         self.pending.append(timer)
         return timer
 
+    def create_task(self, request: Any) -> "Task":
+        request.close()  # the test itself says when it is answered
+        return Task()
+
     def forward(self, seconds: float) -> None:
         self.now += seconds
         for timer in [timer for timer in self.pending if timer.due <= self.now]:
@@ -4501,8 +4739,8 @@ class HandLoop:
 class Wire(asyncio.Transport):
     """A transport that remembers what is done to it."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **extra: Any) -> None:
+        super().__init__(extra)
         self.written, self.ending = b"", ""
 
     def write(self, data: Any) -> None:
@@ -4518,16 +4756,28 @@ class Wire(asyncio.Transport):
         return bool(self.ending)
 
 
-@pytest.fixture
-def connection() -> tuple[Any, HandLoop, Wire]:
-    """A connection that has just been made, its loop, and the wire."""
-    uvicorn_config: Any = uvicorn.Config(Raw, log_config=None)
+def connect_wire(wire: Wire) -> tuple[Any, HandLoop, Wire]:
+    uvicorn_config: Any = uvicorn.Config(Raw, log_config=None, timeout_keep_alive=75)
     uvicorn_config.load()
     uvicorn_config.server = SimpleNamespace(should_exit=False)
-    loop, wire = HandLoop(), Wire()
+    loop = HandLoop()
     protocol = load_config().Protocol(uvicorn_config, ServerState(), {}, loop)
     protocol.connection_made(wire)
     return protocol, loop, wire
+
+
+@pytest.fixture
+def connection() -> tuple[Any, HandLoop, Wire]:
+    """A connection that has just been made, its loop, and the wire."""
+    return connect_wire(Wire())
+
+
+def finish(protocol: Any) -> None:
+    """What uvicorn does when the last of an answer has been written."""
+    protocol.cycle.response_complete = True
+    if not protocol.cycle.keep_alive:
+        protocol.transport.close()
+    protocol.on_response_complete()
 
 
 @pytest.mark.usefixtures("bare_server")
@@ -4573,3 +4823,131 @@ def test_an_answer_that_nobody_takes_is_broken_off_after_a_minute(
     assert wire.ending == ""
     loop.forward(0.1)
     assert wire.ending == "aborted"
+
+
+GET = b"GET / HTTP/1.1\r\nhost: test\r\n\r\n"
+POST = b"POST / HTTP/1.1\r\nhost: test\r\ncontent-length: 2\r\n"
+
+
+@pytest.mark.usefixtures("bare_server")
+def test_a_head_that_begins_behind_another_has_10_s(connection: Any) -> None:
+    protocol, loop, wire = connection
+    protocol.data_received(GET + b"GET / HTTP/1.1\r\n")
+    finish(protocol)
+    loop.forward(10)
+    assert wire.written.startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.usefixtures("bare_server")
+def test_a_head_that_comes_behind_another_may_have_64_kib(connection: Any) -> None:
+    protocol, _, wire = connection
+    head = b"GET / HTTP/1.1\r\nx: " + b"x" * 2**16 + b"\r\n\r\n"
+    protocol.data_received(GET + head)
+    assert wire.written.startswith(b"HTTP/1.1 431 ")
+
+
+@pytest.mark.usefixtures("bare_server")
+def test_after_an_early_answer_the_connection_is_kept_as_long_as_any(
+    connection: Any,
+) -> None:
+    protocol, loop, wire = connection
+    protocol.data_received(POST + b"\r\n")
+    finish(protocol)
+    protocol.data_received(b"{}")
+    loop.forward(74.9)
+    assert wire.ending == ""
+    loop.forward(0.1)
+    assert wire.ending == "aborted"
+
+
+@pytest.mark.usefixtures("bare_server")
+@pytest.mark.parametrize(
+    ("rest", "ending"), [(b"{}", "closed"), (b"", "aborted")], ids=["sent", "not"]
+)
+def test_who_is_answered_early_and_wants_to_close_may_send_the_rest_for_10_s(
+    rest: bytes, ending: str, connection: Any
+) -> None:
+    protocol, loop, wire = connection
+    protocol.data_received(POST + b"connection: close\r\n\r\n")
+    finish(protocol)
+    loop.forward(9.9)
+    assert wire.ending == ""
+    protocol.data_received(rest)
+    loop.forward(0.1)
+    assert wire.ending == ending
+
+
+@pytest.mark.usefixtures("bare_server")
+def test_who_wants_to_close_is_closed_after_the_answer(connection: Any) -> None:
+    protocol, _, wire = connection
+    protocol.data_received(POST + b"connection: close\r\n\r\n{}")
+    finish(protocol)
+    assert wire.ending == "closed"
+
+
+@pytest.mark.usefixtures("bare_server")
+def test_a_server_that_stops_closes_after_the_answer(connection: Any) -> None:
+    protocol, loop, wire = connection
+    protocol.data_received(POST + b"\r\n")
+    protocol.shutdown()
+    loop.forward(1)
+    protocol.data_received(b"{}")
+    finish(protocol)
+    assert wire.ending == "closed"
+
+
+@pytest.mark.usefixtures("bare_server")
+def test_who_shuts_the_sending_side_in_a_body_is_gone(connection: Any) -> None:
+    protocol, _, _ = connection
+    protocol.data_received(POST + b"\r\n{")
+    assert not protocol.eof_received()
+
+
+@pytest.mark.usefixtures("bare_server")
+def test_who_shuts_the_sending_side_after_the_answer_is_gone(connection: Any) -> None:
+    protocol, _, _ = connection
+    protocol.data_received(GET)
+    assert protocol.eof_received()
+    finish(protocol)
+    assert not protocol.eof_received()
+
+
+@pytest.mark.usefixtures("bare_server")
+def test_a_refusal_that_nobody_takes_is_broken_off_after_a_minute(
+    connection: Any,
+) -> None:
+    protocol, loop, wire = connection
+    protocol.data_received(b"no HTTP\r\n\r\n")
+    assert wire.written.startswith(b"HTTP/1.1 400 ")
+    loop.forward(59.9)
+    assert wire.ending == "closed"
+    loop.forward(0.1)
+    assert wire.ending == "aborted"
+
+
+@pytest.mark.usefixtures("bare_server")
+@pytest.mark.parametrize(
+    ("here", "there", "client"),
+    [
+        ("/tmp/socket", "", "127.0.0.1"),
+        (("::", 80, 0, 0), ("::ffff:192.0.2.1", 5, 0, 0), "192.0.2.1"),
+        (("::", 80, 0, 0), ("2001:db8::1", 5, 0, 0), "2001:db8::1"),
+        (("192.0.2.2", 80), ("192.0.2.1", 5), "192.0.2.1"),
+    ],
+    ids=["unix", "mapped", "ipv6", "ipv4"],
+)
+def test_a_client_has_an_address_that_forwarded_allow_ips_can_name(
+    here: Any, there: Any, client: str
+) -> None:
+    own = SimpleNamespace(getsockname=lambda: here, getpeername=lambda: there)
+    protocol, _, _ = connect_wire(Wire(socket=own))
+    assert protocol.client[0] == client
+
+
+@pytest.mark.usefixtures("bare_server")
+@pytest.mark.parametrize("value", ["", "10.0.0.0/8"])
+def test_no_proxies_but_those_of_this_machine_are_trusted_unless_named(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", value)
+    assert load_config().forwarded_allow_ips == (value or "127.0.0.1,::1")
