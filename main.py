@@ -62,7 +62,7 @@ from pwdlib.hashers.argon2 import Argon2Hasher
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
 from pydantic_core import PydanticSerializationError, to_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsError
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.exceptions import HTTPException
@@ -72,20 +72,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 # --- Settings -------------------------------------------------------------------------
 # What an operator can set. Nothing below reads the environment.
 
-PSYCOPG, AIOSQLITE = "postgresql+psycopg", "sqlite+aiosqlite"
-DRIVERS = {"postgres": PSYCOPG, "postgresql": PSYCOPG, "sqlite": AIOSQLITE}
+DRIVERS = {"postgres": "postgresql+psycopg", "sqlite": "sqlite+aiosqlite"}
 
 
 def parse_database_url(text: str | sa.URL) -> sa.URL:
     """The URL as platforms hand it out, with the async driver filled in."""
     try:
         url = sa.make_url(text)
-        driver = DRIVERS[url.drivername.partition("+")[0]]
+        driver = DRIVERS[url.drivername.partition("+")[0].removesuffix("ql")]
         if "@" in (url.host or "") or (url.port or 0) > 65535:
             raise ValueError  # a password that is not encoded would show as the host
     except (sa.exc.ArgumentError, ValueError, KeyError):
         raise ValueError("should be a valid sqlite:// or postgresql:// URL") from None
-    if driver == AIOSQLITE and url.database in {None, "", ":memory:"}:
+    if driver == DRIVERS["sqlite"] and url.database in {None, "", ":memory:"}:
         raise ValueError("should name a file, which all connections share")
     return url.set(drivername=driver)
 
@@ -204,13 +203,14 @@ def set_up_logging(settings: Settings) -> None:
     logging.captureWarnings(True)
 
 
-def tell_change(of: str, was_away: bool, error: BaseException | None) -> None:
-    """Tell of an outage once, and of its end."""
+def tell_change(of: str, was_away: bool, error: BaseException | None) -> bool:
+    """Tell of an outage once, and of its end. True while it lasts."""
     if error and not was_away:
         reason = str(getattr(error, "orig", error)).partition("\n")[0]
         LOG.warning("%s is away", of, extra={"reason": reason or "no answer in time"})
     elif was_away and not error:
         LOG.info("%s is back", of)
+    return error is not None
 
 
 # --- Errors ---------------------------------------------------------------------------
@@ -336,11 +336,11 @@ class FairPool(sa.AsyncAdaptedQueuePool):
     """First come, first served, or TimeoutError; SQLAlchemy lets newcomers overtake."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._turns = asyncio.Semaphore(options["pool_size"] + options["max_overflow"])
+        super().__init__(*args, **options | {"max_overflow": 0})
+        self._turns = asyncio.Semaphore(self.size())
 
     async def _wait_in_line(self) -> None:
-        async with asyncio.timeout(self._timeout):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await self._turns.acquire()
 
     def _do_get(self) -> Any:
@@ -354,6 +354,12 @@ class FairPool(sa.AsyncAdaptedQueuePool):
     def _do_return_conn(self, record: Any) -> None:
         self._turns.release()
         super()._do_return_conn(record)
+
+    def shrink(self, size: int) -> None:
+        """Late: to close at once what is too much would be to reconnect under load."""
+        while self.checkedin() > size:
+            self._dec_overflow()
+            self._pool.get(False).close()
 
 
 def refuse_closed(connection: Any, record: Any, proxy: Any) -> None:
@@ -371,8 +377,8 @@ class Database:
     def __init__(self, settings: Settings) -> None:
         self.url, self.connections = settings.DATABASE_URL, WeakSet[Any]()
         self.sqlite = self.url.get_backend_name() == "sqlite"
-        size, more = settings.DATABASE_POOL_SIZE, settings.DATABASE_MAX_OVERFLOW
-        self.reading, self.alone = self._open(size, more), self._open(1, 0)
+        self.size, more = settings.DATABASE_POOL_SIZE, settings.DATABASE_MAX_OVERFLOW
+        self.reading, self.alone = self._open(self.size + more), self._open(1)
         # The watch is alone, in no line behind those who wait in vain. SQLite's writers
         # share its connection: there is a line for that, and none for SQLite's lock.
         self.writing = self.alone if self.sqlite else self.reading.execution_options()
@@ -384,13 +390,11 @@ class Database:
         self.up, self.suspect = asyncio.Event(), asyncio.Event()
         self._check: asyncio.Task[bool] | None = None
 
-    def _open(self, pool_size: int, max_overflow: int) -> Any:
+    def _open(self, pool_size: int) -> Any:
         engine = create_async_engine(
             self.url,
             poolclass=FairPool,
             pool_size=pool_size,
-            max_overflow=max_overflow,
-            pool_timeout=PATIENCE_SECONDS,
             connect_args={} if self.sqlite else LIBPQ,
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,  # or every error would log them
@@ -436,9 +440,9 @@ class Database:
             except Exception as reason:  # noqa: BLE001 - the watch goes on
                 error = reason if loop.time() < silence.when() else TimeoutError()
             silence.cancel()
-            tell_change("the database", away, error)
-            away = error is not None
+            away = tell_change("the database", away, error)
             (self.up.clear if away else self.up.set)()
+            await sa.util.greenlet_spawn(self.reading.pool.shrink, self.size)
             await asyncio.sleep(RETRY_SECONDS)
             if not away:
                 with suppress(TimeoutError):
@@ -737,8 +741,7 @@ async def read_item(db: AsyncSession, owner: User, item_id: int) -> Item:
 
 
 async def read_items(db: AsyncSession, owner: User, after: int, limit: int) -> Page:
-    rows = await list_items(db, owner.id, after, limit + 1)
-    return page_of("items", rows, limit)
+    return page_of("items", await list_items(db, owner.id, after, limit + 1), limit)
 
 
 async def change_item(
@@ -867,12 +870,10 @@ class Limiter:  # two budgets a client, in Redis while it answers, else in memor
         self.windows = {"login": MemoryWindow(login, seconds, 16 * 2**20)}
         self.windows["api"] = MemoryWindow(api, seconds, 48 * 2**20)
         self.redis: Redis | None = None
-        self.away, self.retry_at = False, 0.0
+        self.turns, self.away, self.retry_at = asyncio.Semaphore(8), False, 0.0
         if settings.REDIS_URL:
             # In RESP3 redis-py does not look whether a connection was closed meanwhile.
-            options: Any = {"max_connections": 8, "protocol": 2}
-            pool = BlockingConnectionPool.from_url(str(settings.REDIS_URL), **options)
-            self.redis, self.turns = Redis.from_pool(pool), asyncio.Semaphore(8)
+            self.redis = Redis.from_url(str(settings.REDIS_URL), protocol=2)
             self.script = self.redis.register_script(REDIS_SCRIPT)
 
     async def admit(self, budget: str, address: str) -> Verdict:
@@ -896,8 +897,7 @@ class Limiter:  # two budgets a client, in Redis while it answers, else in memor
             error = call.exception() if call.done() else TimeoutError()
             call.cancel()
         if error or retries:
-            tell_change("Redis", self.away, error)
-            self.away = error is not None
+            self.away = tell_change("Redis", self.away, error)
         if error:
             return None
         remaining, wait_us, admitted = map(int, call.result())

@@ -30,7 +30,13 @@ import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, redirect_stdout, suppress
+from contextlib import (
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    redirect_stdout,
+    suppress,
+)
 from datetime import UTC, datetime, timedelta, timezone
 from functools import cache
 from http.client import HTTPConnection
@@ -1238,14 +1244,11 @@ async def test_an_error_of_the_database_does_not_show_parameters(
 @asynccontextmanager
 async def small_pool(patience_seconds: float = 5) -> AsyncIterator[AsyncEngine]:
     """One connection for all."""
-    engine = create_async_engine(
-        "sqlite+aiosqlite:///./small.db",
-        poolclass=main.FairPool,
-        pool_size=1,
-        max_overflow=0,
-        pool_timeout=patience_seconds,
-    )
-    yield engine
+    url = "sqlite+aiosqlite:///./small.db"
+    engine = create_async_engine(url, poolclass=main.FairPool, pool_size=1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(main, "PATIENCE_SECONDS", patience_seconds)
+        yield engine
     await engine.dispose()
 
 
@@ -1307,6 +1310,36 @@ async def test_as_many_are_served_at_once_as_the_settings_say() -> None:
     for connection in connections:
         await connection.close()
     await (await waiting).close()
+    await close(database)
+
+
+async def use_at_once(database: main.Database, count: int) -> None:
+    """As many connections as that."""
+    async with AsyncExitStack() as stack:
+        for _ in range(count):
+            db = await stack.enter_async_context(database.reader())
+            await soon(db.execute(sa.text("SELECT 1")))
+
+
+async def test_the_watch_closes_what_has_been_idle_beyond_the_size(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(main, "LOOK_SECONDS", 0)
+    size = {"DATABASE_POOL_SIZE": 2, "DATABASE_MAX_OVERFLOW": 3}
+    database = main.Database(make_settings(DATABASE_URL=database_url, **size))
+    await use_at_once(database, 5)
+    assert database.reading.pool.checkedin() == 5
+    watch = asyncio.create_task(database.watch())
+    async with asyncio.timeout(5):
+        while database.reading.pool.checkedin() != 2:
+            await asyncio.sleep(0)
+        database.suspect.set()
+        while database.suspect.is_set():  # until it looks for another time
+            await asyncio.sleep(0)
+    watch.cancel()
+    await asyncio.wait({watch})
+    await use_at_once(database, 5)  # what was closed has left its place
     await close(database)
 
 
@@ -2341,6 +2374,7 @@ ODD_SECRETS = {
     "pem": "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----",
     "an-ssh-key": "ssh-rsa AAAAB3NzaC1yc2EAAAADAQABAAABAQ",
     "not-ascii": "\u00e9\U0001f600" * 16,
+    "not-utf-8": "\udce9" * 32,
     "long": "k" * 5000,
 }
 
