@@ -437,12 +437,12 @@ class Database:
             silence = loop.call_later(PATIENCE_SECONDS, self.hang_up)
             try:
                 await self.make_tables()
+                await sa.util.greenlet_spawn(self.reading.pool.shrink, self.size)
             except Exception as reason:  # noqa: BLE001 - the watch goes on
                 error = reason if loop.time() < silence.when() else TimeoutError()
             silence.cancel()
             away = tell_change("the database", away, error)
             (self.up.clear if away else self.up.set)()
-            await sa.util.greenlet_spawn(self.reading.pool.shrink, self.size)
             await asyncio.sleep(RETRY_SECONDS)
             if not away:
                 with suppress(TimeoutError):
@@ -870,7 +870,7 @@ class Limiter:  # two budgets a client, in Redis while it answers, else in memor
         self.windows = {"login": MemoryWindow(login, seconds, 16 * 2**20)}
         self.windows["api"] = MemoryWindow(api, seconds, 48 * 2**20)
         self.redis: Redis | None = None
-        self.turns, self.away, self.retry_at = asyncio.Semaphore(8), False, 0.0
+        self.turns, self.away, self.retry_at = asyncio.Semaphore(32), False, 0.0
         if settings.REDIS_URL:
             # In RESP3 redis-py does not look whether a connection was closed meanwhile.
             self.redis = Redis.from_url(str(settings.REDIS_URL), protocol=2)
