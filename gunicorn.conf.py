@@ -134,8 +134,8 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
         self.headers = []  # for trailers, which are nobody's
         # To close before all is read would reset the connection, the answer with it.
-        self.lingers = not self.cycle.keep_alive
-        self.cycle.keep_alive = True
+        self.lingers = not (self.cycle.keep_alive or self.expect_100_continue)
+        self.cycle.keep_alive |= self.lingers
 
     def on_body(self, body: bytes) -> None:
         self.overhead -= len(body)

@@ -196,9 +196,7 @@ def set_up_logging(settings: Settings) -> None:
         logger.propagate = False
     if settings.DEBUG:
         logging.getLogger("sqlalchemy.engine").setLevel("INFO")
-    told = (
-        "ASGI callable returned without completing response."  # by the request's line
-    )
+    told = "ASGI callable returned without completing response."  # by our own line
     logging.getLogger("uvicorn.error").addFilter(lambda record: record.msg != told)
     logging.captureWarnings(True)
 
@@ -363,8 +361,7 @@ class FairPool(sa.AsyncAdaptedQueuePool):
 
 
 def refuse_closed(connection: Any, record: Any, proxy: Any) -> None:
-    # What can be read from an idle connection is its end. To look costs a microsecond,
-    # to ping (`pool_pre_ping`) would cost each request a round trip.
+    # What an idle connection can read is its end. To ping would cost a round trip.
     poll = select.poll()
     poll.register(connection.driver_connection.fileno(), select.POLLIN)
     if poll.poll(0):
@@ -379,8 +376,7 @@ class Database:
         self.sqlite = self.url.get_backend_name() == "sqlite"
         self.size, more = settings.DATABASE_POOL_SIZE, settings.DATABASE_MAX_OVERFLOW
         self.reading, self.alone = self._open(self.size + more), self._open(1)
-        # The watch is alone, in no line behind those who wait in vain. SQLite's writers
-        # share its connection: there is a line for that, and none for SQLite's lock.
+        # PostgreSQL's watch is in no line. SQLite's writers are: its lock has none.
         self.writing = self.alone if self.sqlite else self.reading.execution_options()
         sql = "BEGIN IMMEDIATE" if self.sqlite else "BEGIN"
         for each in {self.writing, self.alone}:
@@ -425,6 +421,7 @@ class Database:
         """Once, however many workers and hosts start together."""
         async with self.alone.begin() as db:
             if not self.sqlite:  # which is locked by now
+                await db.execute(sa.text("SET LOCAL lock_timeout = '3s'"))
                 await db.execute(sa.text("SELECT pg_advisory_xact_lock(7411)"))
             await db.run_sync(Base.metadata.create_all)
 
@@ -441,6 +438,8 @@ class Database:
             except Exception as reason:  # noqa: BLE001 - the watch goes on
                 error = reason if loop.time() < silence.when() else TimeoutError()
             silence.cancel()
+            if error and await self.answers():  # a lock, say, that requests do not need
+                error = None
             away = tell_change("the database", away, error)
             (self.up.clear if away else self.up.set)()
             await asyncio.sleep(RETRY_SECONDS)
@@ -762,18 +761,18 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 # --- Rate limiting --------------------------------------------------------------------
 # Exact sliding windows: a log of admissions a client, in memory or in Redis.
 
-WAYS, MAX_ROWS = 16, 65_536  # rows in a bucket, rows in a table
-REDIS_SECONDS = 0.1
+WAYS, MAX_ROWS, REDIS_SECONDS = 16, 65_536, 0.1  # rows: in a bucket, in a table
 open_lock_file = cache(tempfile.TemporaryFile)  # one, before the fork
 # MemoryWindow's rule on a list of admission times, in microseconds of Redis's clock.
 REDIS_SCRIPT = """
 local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
+local gone = now - window
 local low, high, middle = 0, redis.call('LLEN', key), 0
 while low < high do
-    local gone = tonumber(redis.call('LINDEX', key, middle)) <= now - window
-    if gone then low = middle + 1 else high = middle end
+    local moment = tonumber(redis.call('LINDEX', key, middle))
+    if moment <= gone then low = middle + 1 else high = middle end
     middle = math.floor((low + high) / 2)
 end
 redis.call('LTRIM', key, low, -1)
@@ -784,7 +783,7 @@ if count < limit then
 end
 -- Hosts may differ in their limits: one fits here when all beyond this one's are gone.
 local last = redis.call('LINDEX', key, math.max(0, count - limit))
-return {math.max(0, limit - count), last + window - now, admitted}
+return {math.max(0, limit - count), math.ceil((last - gone) / 1e6), limit, admitted}
 """
 
 
@@ -891,18 +890,18 @@ class Limiter:  # two budgets a client, in Redis while it answers, else in memor
             window, key = self.windows[budget], f"rate-limit:{budget}:{client}"
             arguments = [window.limit, window.window_ns // 1000]
             call = asyncio.ensure_future(self.script([key], arguments))
-            for _ in range(5):  # a step for which the loop itself is late counts once
-                if not call.done():
-                    await asyncio.wait({call}, timeout=REDIS_SECONDS / 5)
-            error = call.exception() if call.done() else TimeoutError()
-            call.cancel()
+            try:
+                for _ in range(5):  # a step in which the loop is late counts once
+                    if not call.done():
+                        await asyncio.wait({call}, timeout=REDIS_SECONDS / 5)
+                error = call.exception() if call.done() else TimeoutError()
+            finally:
+                call.cancel()
         if error or retries:
             self.away = tell_change("Redis", self.away, error)
         if error:
             return None
-        remaining, wait_us, admitted = map(int, call.result())
-        reset = math.ceil(wait_us / 10**6)
-        return Verdict(remaining, reset, window.limit, bool(admitted))
+        return Verdict._make(call.result())
 
 
 # --- Middleware -----------------------------------------------------------------------
@@ -1111,9 +1110,10 @@ async def get_health(request: Request, response: Response) -> Health:
     checks = {"database": state.database.answers()}
     if state.limiter.redis:
         checks["redis"] = state.limiter.ask_redis("login", "health")
-    answers = await asyncio.gather(*checks.values())
-    words: Any = ["healthy" if well else "unhealthy" for well in answers]
-    response.status_code = 200 if answers[0] else 503
+    tasks = [asyncio.ensure_future(check) for check in checks.values()]
+    await asyncio.wait(tasks, timeout=CHECK_SECONDS)
+    words: Any = ["healthy" if t.done() and t.result() else "unhealthy" for t in tasks]
+    response.status_code = 200 if words[0] == "healthy" else 503
     return Health(
         status="degraded" if "unhealthy" in words else "healthy",
         timestamp=now(),

@@ -43,7 +43,7 @@ from http.client import HTTPConnection
 from io import StringIO
 from pathlib import Path
 from types import FrameType, MappingProxyType, ModuleType, SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import httpx
 import psycopg
@@ -1634,6 +1634,51 @@ async def test_who_hangs_up_does_not_use_the_idle_connections_either(
     await close(database)
 
 
+class Network:
+    """Between a service and its database; cut, it swallows what is sent."""
+
+    def __init__(self, url: str) -> None:
+        self.there, self.open = sa.make_url(url), asyncio.Event()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.sinks: list[asyncio.StreamWriter] = []
+        self.open.set()
+
+    async def __aenter__(self) -> Self:
+        self.server = await asyncio.start_server(self.connect, "127.0.0.1", 0)
+        host, port = self.server.sockets[0].getsockname()
+        self.url = self.there.set(host=host, port=port).render_as_string(False)
+        return self
+
+    async def connect(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await self.open.wait()
+        answers, requests = await asyncio.open_connection(
+            self.there.host, self.there.port or 5432
+        )
+        self.sinks += requests, writer
+        for source, sink in ((reader, requests), (answers, writer)):
+            self.tasks.add(asyncio.create_task(self.forward(source, sink)))
+
+    async def forward(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter
+    ) -> None:
+        with suppress(OSError):
+            while sent := await source.read(65536):
+                await self.open.wait()
+                sink.write(sent)
+        sink.close()
+
+    async def __aexit__(self, *error: object) -> None:
+        self.server.close()
+        for task in self.tasks:
+            task.cancel()
+        for sink in self.sinks:
+            sink.close()
+        endings = [sink.wait_closed() for sink in self.sinks]
+        await asyncio.gather(*self.tasks, *endings, return_exceptions=True)
+
+
 async def test_the_watch_hangs_up_on_a_silent_server(
     postgres_url: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -1641,17 +1686,60 @@ async def test_the_watch_hangs_up_on_a_silent_server(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     log_as()
-    async with watched_postgres(postgres_url, 0.2, monkeypatch) as database:
+    monkeypatch.setattr(main, "CHECK_SECONDS", 0.1)
+    async with (
+        Network(postgres_url) as network,
+        watched_postgres(network.url, 0.2, monkeypatch) as database,
+    ):
         await soon(database.up.wait())
         async with database.reader() as db:
+            await db.execute(sa.text("SELECT 1"))
             waiting = asyncio.create_task(db.execute(SLEEP))
-            with psycopg.connect(postgres_url) as other:  # holds the watch up
-                other.execute("SELECT pg_advisory_xact_lock(7411)")
-                with pytest.raises(sa.exc.OperationalError):
-                    await soon(waiting)
+            network.open.clear()
+            with pytest.raises(sa.exc.OperationalError):
+                await soon(waiting)
+        async with asyncio.timeout(5):
+            while database.up.is_set():
+                await asyncio.sleep(0)
+        network.open.set()
         await soon(database.up.wait())
-    told = [(line["message"], line.get("reason")) for line in logged(capsys)]
-    assert told[0] == ("the database is away", "no answer in time")
+        async with asyncio.timeout(5):
+            while len(told := logged(capsys)) < 2:
+                await asyncio.sleep(0)
+    assert [(line["message"], line.get("reason")) for line in told][:1] == [
+        ("the database is away", "no answer in time"),
+    ]
+
+
+async def test_a_lock_that_requests_do_not_need_is_no_outage(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[bool] = []
+    async with watched_postgres(postgres_url, 0.2, monkeypatch) as database:
+        await soon(database.up.wait())
+        with psycopg.connect(postgres_url) as other:
+            other.execute("SELECT pg_advisory_xact_lock(7411)")
+            sa.event.listen(
+                database.alone.pool,
+                "checkout",
+                lambda *_: states.append(database.up.is_set()),
+            )
+            async with asyncio.timeout(5):
+                while len(states) < 4:
+                    await asyncio.sleep(0)
+    assert all(states)
+
+
+async def test_the_watch_waits_for_a_lock_for_less_than_its_patience(
+    postgres_url: str,
+) -> None:
+    database = main.Database(make_settings(DATABASE_URL=postgres_url))
+    with psycopg.connect(postgres_url) as other:
+        other.execute("SELECT pg_advisory_xact_lock(7411)")
+        async with asyncio.timeout(main.PATIENCE_SECONDS):
+            with pytest.raises(sa.exc.OperationalError, match="lock timeout"):
+                await database.make_tables()
+    await close(database)
 
 
 async def test_what_a_vanished_host_has_locked_is_free_after_a_minute(
@@ -3295,6 +3383,20 @@ async def test_a_redis_that_does_not_answer_is_left_alone_for_a_while(
 
 
 @pytest.mark.usefixtures("unhurried")
+async def test_who_is_cancelled_leaves_no_call_to_redis_behind(
+    silent_port: int,
+) -> None:
+    async with redis_limiter(f"redis://127.0.0.1:{silent_port}") as limiter:
+        before = asyncio.all_tasks()
+        request = asyncio.create_task(limiter.admit("api", "192.0.2.1"))
+        while len(asyncio.all_tasks() - before) < 2:
+            await asyncio.sleep(0)
+        calls = asyncio.all_tasks() - before
+        request.cancel()
+        await asyncio.wait_for(asyncio.wait(calls), 5)
+
+
+@pytest.mark.usefixtures("unhurried")
 async def test_one_request_alone_tries_whether_redis_has_returned(
     silent_port: int,
 ) -> None:
@@ -4013,6 +4115,19 @@ async def test_checks_end_even_against_frozen_servers(
     unhealthy = {"status": "unhealthy"}
     assert health.json()["checks"] == {"database": unhealthy, "redis": unhealthy}
     assert (health.status_code, ready.status_code) == (503, 503)
+
+
+async def test_a_check_of_redis_that_takes_too_long_is_unhealthy(
+    app: FastAPI, api: Api, silent_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limiter = main.Limiter(make_settings(REDIS_URL=f"redis://127.0.0.1:{silent_port}"))
+    monkeypatch.setattr(app.state, "limiter", limiter)
+    monkeypatch.setattr(main, "CHECK_SECONDS", 0.5)
+    limiter.turns = asyncio.Semaphore(0)  # others wait for it
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        checks = (await api.get("http://test/health")).json()["checks"]
+    healthy, unhealthy = {"status": "healthy"}, {"status": "unhealthy"}
+    assert checks == {"database": healthy, "redis": unhealthy}
 
 
 async def test_a_check_that_cannot_be_cancelled_is_left_behind(
@@ -4909,6 +5024,15 @@ def test_who_is_answered_early_and_wants_to_close_may_send_the_rest_for_10_s(
     protocol.data_received(rest)
     loop.forward(0.1)
     assert wire.ending == ending
+
+
+@pytest.mark.usefixtures("bare_server")
+def test_who_waits_to_be_asked_for_the_body_has_none_to_send(connection: Any) -> None:
+    protocol, _, wire = connection
+    wanting = b"connection: close\r\nexpect: 100-continue\r\n\r\n"
+    protocol.data_received(POST + wanting)
+    finish(protocol)
+    assert wire.ending == "closed"
 
 
 @pytest.mark.usefixtures("bare_server")
