@@ -1493,8 +1493,14 @@ async def test_a_database_that_comes_is_told_of_once(
     assert messages == ["the database is away", "the database is back"]
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watch makes no pause; named before what opens the app."""
+    monkeypatch.setattr(main, "RETRY_SECONDS", 0)
+
+
 async def test_a_database_that_has_lost_its_tables_gets_them_again(
-    ada: Api, opened: FastAPI
+    hasty: None, ada: Api, opened: FastAPI
 ) -> None:
     database: main.Database = opened.state.database
     async with engine_of(database.writer).begin() as connection:
@@ -4066,6 +4072,7 @@ async def test_without_its_tables_the_database_is_unhealthy(
 
 
 async def test_a_service_without_its_tables_is_alive_not_ready_and_mends_itself(
+    hasty: None,
     opened: FastAPI,
     guest: Api,
 ) -> None:
@@ -4122,7 +4129,7 @@ async def test_a_check_of_redis_that_takes_too_long_is_unhealthy(
 ) -> None:
     limiter = main.Limiter(make_settings(REDIS_URL=f"redis://127.0.0.1:{silent_port}"))
     monkeypatch.setattr(app.state, "limiter", limiter)
-    monkeypatch.setattr(main, "CHECK_SECONDS", 0.5)
+    monkeypatch.setattr(main, "CHECK_SECONDS", 0.2)
     limiter.turns = asyncio.Semaphore(0)  # others wait for it
     async with asyncio.timeout(PATIENCE_SECONDS):
         checks = (await api.get("http://test/health")).json()["checks"]
