@@ -478,7 +478,7 @@ async def answer_database_error(request: Request, error: Any) -> Response:
 
 
 # --- Schemas --------------------------------------------------------------------------
-# What is refused here (NUL, and where a length is bounded, surrogates) is not below.
+# What is refused here need not be feared below: NUL, and surrogates by length bounds.
 
 MAX_ID = 2**63 - 1
 NO_NUL = r"^[^\x00]*$"

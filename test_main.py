@@ -1775,11 +1775,10 @@ async def test_of_two_who_delete_an_item_at_once_neither_fails(
     database: main.Database,
 ) -> None:
     user = await add_user(database)
-    async with database.writer() as db:
-        item = await main.create_item(db, user, main.ItemIn(title="tea"))
+    await add_items(database, user, "tea")
     async with database.reader() as one, database.reader() as two:
         for db in (one, two):
-            await db.delete(await main.read_item(db, user, item.id))
+            await db.delete(await main.read_item(db, user, 1))
         await one.commit()
         await two.commit()
     async with database.reader() as db:
@@ -1790,11 +1789,10 @@ async def test_a_change_of_what_is_deleted_meanwhile_is_noticed(
     database: main.Database,
 ) -> None:
     user = await add_user(database)
-    async with database.writer() as db:
-        item = await main.create_item(db, user, main.ItemIn(title="tea"))
+    await add_items(database, user, "tea")
     async with database.reader() as one, database.reader() as two:
-        (await main.read_item(one, user, item.id)).title = "coffee"
-        await main.discard_item(two, user, item.id)
+        (await main.read_item(one, user, 1)).title = "coffee"
+        await main.discard_item(two, user, 1)
         with pytest.raises(StaleDataError):
             await one.commit()
 
@@ -3266,6 +3264,13 @@ async def admitted(limiter: main.Limiter, address: str, tries: int) -> int:
     return sum(verdict.admitted for verdict in verdicts)
 
 
+async def log_in_redis(limiter: main.Limiter, address: str) -> tuple[Redis, Any]:
+    """Where a client's log of admissions lies, and its key."""
+    assert limiter.redis
+    (key,) = await limiter.redis.keys(f"*{main.client_of(address)}")
+    return limiter.redis, key
+
+
 @pytest.fixture
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine may take over 100 ms, which is another test's subject."""
@@ -3314,9 +3319,8 @@ async def test_in_redis_refused_requests_do_not_count() -> None:
     address = new_address()
     async with redis_limiter(REDIS_URL, 2) as limiter:
         await admitted(limiter, address, 9)
-        assert limiter.redis
-        (key,) = await limiter.redis.keys(f"*{main.client_of(address)}")
-        assert len(await limiter.redis.lrange(key, 0, -1)) == 2
+        redis, key = await log_in_redis(limiter, address)
+        assert len(await redis.lrange(key, 0, -1)) == 2
 
 
 @needs_redis
@@ -3325,9 +3329,8 @@ async def test_keys_in_redis_expire_with_the_window() -> None:
     address = new_address()
     async with redis_limiter(REDIS_URL) as limiter:
         await limiter.admit("api", address)
-        assert limiter.redis
-        (key,) = await limiter.redis.keys(f"*{main.client_of(address)}")
-        assert 50_000 < await limiter.redis.pttl(key) <= 60_000
+        redis, key = await log_in_redis(limiter, address)
+        assert 50_000 < await redis.pttl(key) <= 60_000
 
 
 @needs_redis
@@ -3339,11 +3342,10 @@ async def test_in_redis_a_lower_limit_tells_when_it_admits_again() -> None:
         for limiter in limiters:
             limiter.windows["api"].window_ns = 1000 * SECOND
         assert await admitted(wide, address, 5) == 5
-        assert wide.redis
-        (key,) = await wide.redis.keys(f"*{main.client_of(address)}")
+        redis, key = await log_in_redis(wide, address)
         for n in range(5):  # as if they had come 100 s after each other
-            moment = int(await wide.redis.lindex(key, n) or 0)
-            await wide.redis.lset(key, n, str(moment - (5 - n) * 100 * 10**6))
+            moment = int(await redis.lindex(key, n) or 0)
+            await redis.lset(key, n, str(moment - (5 - n) * 100 * 10**6))
         verdict = await low.admit("api", address)
     # of the five four have to leave before one of two places is free
     assert (verdict.remaining, verdict.admitted) == (0, False)
@@ -3357,12 +3359,11 @@ async def test_in_redis_all_that_have_left_the_window_make_room(gone: int) -> No
     address = new_address()
     async with redis_limiter(REDIS_URL, 8) as limiter:
         assert await admitted(limiter, address, 7) == 7
-        assert limiter.redis
-        (key,) = await limiter.redis.keys(f"*{main.client_of(address)}")
+        redis, key = await log_in_redis(limiter, address)
         for n in range(gone):
-            await limiter.redis.lset(key, n, str(n))
+            await redis.lset(key, n, str(n))
         assert (await limiter.admit("api", address)).remaining == gone
-        assert await limiter.redis.llen(key) == 8 - gone
+        assert await redis.llen(key) == 8 - gone
 
 
 async def test_while_redis_is_away_memory_serves_with_one_warning(
