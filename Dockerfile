@@ -13,7 +13,8 @@ RUN sed -i '/^# --- Tests/,$d' requirements.txt \
 
 FROM base
 # A new volume takes its owner from here; a bind mount needs its folder given to 10001.
-RUN install -d -o 10001 -g 10001 /data
+# Group 0 may write, too: OpenShift runs an image under any uid of that group.
+RUN install -d -o 10001 -g 0 -m 775 /data
 VOLUME /data
 WORKDIR /app
 COPY --from=packages /venv /venv
@@ -30,7 +31,7 @@ ENV PATH=/venv/bin:$PATH \
     DATABASE_URL=sqlite:////data/app.db
 # Numbers, because Kubernetes' runAsNonRoot cannot judge a name; and with no line in
 # /etc/passwd there is nothing to log in to.
-USER 10001:10001
+USER 10001:0
 EXPOSE 8000
 # gunicorn's own reading of BIND; not urllib, which would ask the proxy of HTTP_PROXY.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-c", "\
