@@ -28,6 +28,7 @@ returns rows or raises an AppException, a route returns a schema.
 """
 
 import asyncio
+import ctypes
 import fcntl
 import ipaddress
 import json
@@ -47,18 +48,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from http.client import responses as REASON_PHRASES
-from typing import (
-    IO,
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    Self,
-)
+from operator import attrgetter
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from urllib.parse import quote
 
 import psycopg
@@ -68,7 +61,6 @@ from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, FastAPI, Form, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from fastapi.security import OAuth2PasswordBearer
 from jose import jwk, jwt
 from jose.backends.base import Key
@@ -77,7 +69,7 @@ from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
 from pydantic_core import PydanticCustomError, PydanticSerializationError, to_json
-from pydantic_settings import BaseSettings, NoDecode, SettingsError
+from pydantic_settings import BaseSettings, NoDecode
 from redis.asyncio import Redis, RedisError
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -91,6 +83,7 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 from sqlalchemy.util import await_
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -100,7 +93,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 # --- Settings -------------------------------------------------------------------------
 # What an operator can set. No other section reads the environment.
 
-SECRETS_FOLDER = "/run/secrets"
 PSYCOPG = "postgresql+psycopg"
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgres": PSYCOPG, "postgresql": PSYCOPG}
 
@@ -109,7 +101,7 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
     """Return the URL that a platform hands out, with the async driver filled in."""
     try:
         url = sa.make_url(value)
-        url = url.set(drivername=DRIVERS[url.drivername.partition("+")[0]])
+        url = url.set(drivername=DRIVERS[url.get_backend_name()])
         # An "@" that is not encoded would show a part of the password as the host.
         if "@" in (url.host or "") or (url.port or 0) > 65535:
             raise ValueError
@@ -164,11 +156,9 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     @pydantic.model_validator(mode="before")
     @classmethod
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Ignore white space round a value: many files end with a newline."""
-        stripped = {
-            k: v.strip() if isinstance(v, str) else v for k, v in values.items()
-        }
-        return {name: value for name, value in stripped.items() if value != ""}
+        """Many files end with a newline. A value of nothing but space is not set."""
+        texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
+        return {k: v for k, v in (values | texts).items() if v != ""}
 
     @pydantic.model_validator(mode="after")
     def refuse_unsafe_values(self) -> Self:
@@ -186,17 +176,14 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
 def get_settings() -> Settings:
     """Read the settings once. Exits with a line that names each bad variable."""
     # pydantic-settings would warn of a folder that is not there.
-    folder = SECRETS_FOLDER if os.path.isdir(SECRETS_FOLDER) else None
-    options: dict[str, Any] = {"_secrets_dir": folder}
+    folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
     try:
-        return Settings(**options)
+        return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
     except pydantic.ValidationError as error:  # its own text would show the values
-        faults = [
-            ": ".join([*map(str, e["loc"][:1]), e["msg"]]) for e in error.errors()
-        ]
-        reason = "; ".join(faults).replace("Value error, ", "")
-    except (SettingsError, UnicodeError, OSError) as error:
-        reason = f"{error} (in the environment, .env or {SECRETS_FOLDER})"
+        lines = [": ".join([*map(str, e["loc"][:1]), e["msg"]]) for e in error.errors()]
+        reason = "; ".join(lines).replace("Value error, ", "")
+    except (ValueError, OSError) as error:
+        reason = f"{error} (in the environment, .env or /run/secrets)"
     raise SystemExit(f"bad settings: {reason}")
 
 
@@ -208,14 +195,8 @@ logger = logging.getLogger("service")
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
 STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "taskName", "color_message"}
 # They log each statement, chunk or URL, some with parameters.
-CHATTY = (
-    "aiosqlite",
-    "asyncio",
-    "httpx",
-    "main.FairPool",
-    "psycopg",
-    "python_multipart",
-)
+MAX_TRACEBACK = 3000  # a line over 4 KiB is torn between workers; the end tells most
+CHATTY = "aiosqlite asyncio httpx main.FairPool psycopg"
 
 
 class JsonFormatter(logging.Formatter):
@@ -230,7 +211,8 @@ class JsonFormatter(logging.Formatter):
         }
         fields |= {k: v for k, v in vars(record).items() if k not in STANDARD_FIELDS}
         if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
+            traceback = self.formatException(record.exc_info)
+            fields["exception"] = traceback[-MAX_TRACEBACK:]
         return self.write(fields)
 
     def write(self, fields: dict[str, Any]) -> str:
@@ -245,13 +227,12 @@ class TextFormatter(JsonFormatter):
     """The same fields as a line for people."""
 
     def write(self, fields: dict[str, Any]) -> str:
-        lines = fields.pop("exception", "").splitlines()
-        head = [fields.pop(name) for name in ("timestamp", "level", "message")]
-        lines.insert(
-            0, " ".join([*head, *(f"{name}={fields[name]}" for name in fields)])
-        )
+        traceback = fields.pop("exception", "").splitlines()
+        words = [fields.pop(name) for name in ("timestamp", "level", "message")]
+        words += [f"{name}={value}" for name, value in fields.items()]
         # `ascii` puts quotes round the text and escapes what is not printable.
-        return "\n    | ".join(ascii(line)[1:-1] for line in lines)
+        lines = [ascii(line)[1:-1] for line in (" ".join(words), *traceback)]
+        return "\n    | ".join(lines)
 
 
 def setup_logging(settings: Settings) -> None:
@@ -262,11 +243,12 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
-    for name in CHATTY:
+    for name in CHATTY.split():
         logging.getLogger(name).setLevel("WARNING")
+    logging.getLogger("python_multipart").setLevel("ERROR")  # it warns of bad requests
     logging.getLogger("sqlalchemy").setLevel("INFO" if settings.DEBUG else "WARNING")
-    # The servers have given these loggers handlers of their own. uvicorn writes no access
-    # log if there is no handler: RequestLoggingMiddleware writes a better line.
+    # The servers have given these loggers handlers of their own. Without one, uvicorn
+    # writes no access log: RequestLoggingMiddleware writes a better line.
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [] if name == "uvicorn.access" else [handler]
@@ -284,7 +266,7 @@ def describe(error: BaseException) -> str:
 
 
 # --- Errors ---------------------------------------------------------------------------
-# Every error leaves through `error_response`. Services raise subclasses of AppException.
+# Every error leaves through `error_response`. Services raise AppExceptions.
 
 DEFAULT_ERRORS = {  # status: slug for programs, message for people
     400: ("bad_request", "The request cannot be read."),
@@ -300,27 +282,25 @@ DEFAULT_ERRORS = {  # status: slug for programs, message for people
     503: ("service_unavailable", "The service is not available; try again soon."),
     504: ("timeout", "The request took too long."),
 }
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-BEARER = {"WWW-Authenticate": "Bearer"}
+DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
 INVALID_TOKEN = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # RFC 6750 § 3.1
-RETRY_SOON = {"Retry-After": "1"}
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 Headers = Mapping[str, str] | None
+Responses = dict[int | str, dict[str, Any]]
 
 
 class AppException(Exception):
-    """An error that the client is told of. `reason` is for the log only."""
+    """An error that the client is told of. Its argument is a reason for the log."""
 
     status_code = 500
     error = "internal_error"
     message = ""  # the one in DEFAULT_ERRORS
-    headers: Headers = None
-    reason = ""
+    headers: Headers = None  # besides those in DEFAULT_HEADERS
 
 
 class UnauthorizedException(AppException):
     status_code = 401
     error = "unauthorized"
-    headers = BEARER
 
 
 class InvalidTokenException(UnauthorizedException):
@@ -362,16 +342,11 @@ class RateLimitedException(AppException):
 class ServiceUnavailableException(AppException):
     status_code = 503
     error = "service_unavailable"
-    headers = RETRY_SOON
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
 
 
 class RequestTimeoutException(AppException):
     status_code = 504
     error = "timeout"
-    reason = "it took longer than REQUEST_TIMEOUT_SECONDS"
 
 
 class ErrorDetail(BaseModel):
@@ -387,10 +362,10 @@ class ErrorResponse(BaseModel):
     request_id: str
 
 
-def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def error_responses(*statuses: int) -> Responses:
     """Return what the OpenAPI document says of these errors."""
     seconds = {"description": "In seconds", "schema": {"type": "integer"}}
-    responses: dict[int | str, dict[str, Any]] = {}
+    responses: Responses = {}
     for status in statuses:
         message = DEFAULT_ERRORS[status][1]
         responses[status] = {"model": ErrorResponse, "description": message}
@@ -405,45 +380,43 @@ def error_response(
     """Write the one form of all errors."""
     body = {
         "error": error,
-        "message": message or DEFAULT_ERRORS[status][1],
+        "message": message,
         "details": getattr(request.state, "details", None),
         "request_id": request.state.request_id,
     }
+    headers = {**DEFAULT_HEADERS.get(status, {}), **(headers or {})}
     # In ASCII: the name of an unknown field may not be valid Unicode.
     return Response(json.dumps(body), status, headers, "application/json")
 
 
 async def app_exception_handler(request: Request, error: AppException) -> Response:
-    if error.reason:
-        request.state.reason = error.reason
     status = error.status_code
-    return error_response(request, status, error.error, error.message, error.headers)
+    message = error.message or DEFAULT_ERRORS[status][1]
+    if status >= 500:
+        request.state.reason = str(error)
+    return error_response(request, status, error.error, message, error.headers)
 
 
-def allowed_methods(request: Request) -> str:
-    """Return all methods of the path; the framework names one route's only."""
-    allowed = []
-    for method in METHODS:
-        scope = {**request.scope, "method": method}
-        if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
-            allowed.append(method)
-    return ", ".join(allowed)
+def is_method_allowed(request: Request, method: str) -> bool:
+    scope = {**request.scope, "method": method}
+    return any(route.matches(scope)[0] == Match.FULL for route in request.app.routes)
 
 
 async def http_exception_handler(request: Request, error: HTTPException) -> Response:
     """Answer what the framework raises, and HTTPExceptions of your own."""
     status = error.status_code
     headers = error.headers
+    if status in {204, 304}:
+        return Response(None, status, headers)
     slug, message = DEFAULT_ERRORS.get(status, (f"http_{status}", str(error.detail)))
     # Without a text of its own, an HTTPException has the status's reason phrase.
     if error.detail != REASON_PHRASES.get(status):
         message = str(error.detail)
     if status >= 500:
         request.state.reason = message
-    if status == 503:
-        headers = {**RETRY_SOON, **(headers or {})}
-    if status == 405:  # RFC 9110 § 15.5.6
-        headers = {"Allow": allowed_methods(request)}
+    if status == 405:  # RFC 9110 § 15.5.6; the framework names one route's only
+        allowed = [name for name in METHODS if is_method_allowed(request, name)]
+        headers = {"Allow": ", ".join(allowed)}
     return error_response(request, status, slug, message, headers)
 
 
@@ -459,11 +432,9 @@ async def validation_exception_handler(
 
 
 async def unhandled_exception_handler(request: Request, error: Exception) -> Response:
-    """Answer a fault of the code. The request's log line gets the traceback.
-
-    RequestLimitsMiddleware calls it: a handler that is registered for Exception runs
-    outside all middleware, so that its answer would have no id.
-    """
+    """Answer a fault of the code. The request's log line gets the traceback."""
+    # RequestLimitsMiddleware calls it: a handler that is registered for Exception runs
+    # outside all middleware, so that its answer would have no id.
     request.state.exception = error
     return error_response(request, 500, *DEFAULT_ERRORS[500])
 
@@ -511,7 +482,12 @@ class Item(Base):
 RETRY_SECONDS = 1  # between two attempts to reach a server that is away
 CHECK_SECONDS = 2  # after which a health check is answered, whatever the server does
 TABLES_LOCK = sa.select(sa.func.pg_advisory_xact_lock(7411))  # the same in all workers
-READ_ONLY_TRANSACTION = "25006"  # SQLSTATE, PostgreSQL's appendix A
+OUTAGES = (
+    exc.OperationalError,
+    exc.InterfaceError,
+    exc.InternalError,
+    exc.TimeoutError,
+)
 
 
 class Availability:
@@ -525,39 +501,40 @@ class Availability:
         self.name = name
         self.probe = probe
         self.is_available = True
-        self.recovery: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[bool] | None = None
+        self.retry: asyncio.TimerHandle | None = None
 
-    async def check(self) -> bool:
-        """Probe the server now; if it cannot be used, every second until it can."""
+    def check(self) -> asyncio.Task[bool]:
+        """Start a check of the server, unless one is running; callers share it."""
+        if self.task is None or self.task.done():
+            self.task = asyncio.create_task(self.run_probe())
+        return self.task
+
+    async def run_probe(self) -> bool:
+        if self.retry is not None:
+            self.retry.cancel()
         try:
             await self.probe()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
             if self.is_available:
-                reason = {"reason": describe(error)}
-                logger.warning("%s is not ready", self.name, extra=reason)
+                extra = {"reason": describe(error)}
+                logger.warning("%s is not ready", self.name, extra=extra)
             self.is_available = False
-            self.recover()
+            loop = asyncio.get_running_loop()
+            self.retry = loop.call_later(RETRY_SECONDS, self.check)
             return False
         if not self.is_available:
             logger.info("%s is ready again", self.name)
         self.is_available = True
         return True
 
-    def recover(self) -> asyncio.Task[None]:
-        """Start to probe the server until it can be used, unless that is going on."""
-        if self.recovery is None or self.recovery.done():
-            self.recovery = asyncio.create_task(self.check_until_available())
-        return self.recovery
-
-    async def check_until_available(self) -> None:
-        while not await self.check():
-            await asyncio.sleep(RETRY_SECONDS)
-
     async def stop(self) -> None:
-        """End the recovery, without waiting long for a server that is silent."""
-        if self.recovery is not None:
-            self.recovery.cancel()
-            await asyncio.wait({self.recovery}, timeout=RETRY_SECONDS)
+        """Check no more, without waiting long for a server that is silent."""
+        if self.retry is not None:
+            self.retry.cancel()
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.wait({self.task}, timeout=RETRY_SECONDS)
 
 
 def close_socket(entry: ConnectionPoolEntry) -> None:
@@ -575,7 +552,7 @@ class FairPool(AsyncAdaptedQueuePool):
     """A pool that serves requests in their order, and none for too long.
 
     SQLAlchemy's own lets newcomers overtake. A connection that is held for longer than
-    the timeout is closed: a silent server costs its own requests 503, and nobody else's.
+    the timeout is closed: a silent server costs its own requests 503, nobody else's.
     `_do_get` and `_do_return_conn` are what SQLAlchemy's pools override (2.1.9).
     """
 
@@ -610,14 +587,12 @@ class FairPool(AsyncAdaptedQueuePool):
 
 def handle_database_error(context: sa.engine.ExceptionContext) -> None:
     original = context.original_exception
-    # From the second line on, PostgreSQL's messages show the whole row, with a user's
-    # password hash. No log may have that.
+    # After their first line, PostgreSQL's messages show the row, with a password hash.
     for error in (original, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
-    # After a failover, connections to the old primary stay open, but can only read:
-    # SQLAlchemy is to drop all of the pool.
-    if getattr(original, "sqlstate", None) == READ_ONLY_TRANSACTION:
+    # A primary that is demoted can only read: SQLAlchemy is to drop its connections.
+    if isinstance(original, psycopg.errors.ReadOnlySqlTransaction):
         context.is_disconnect = True
 
 
@@ -627,11 +602,6 @@ def prepare_sqlite_connection(connection: Any, entry: ConnectionPoolEntry) -> No
     with suppress(sqlite3.OperationalError):
         connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA foreign_keys = ON")
-
-
-def begin_immediate(connection: sa.Connection) -> None:
-    # A transaction that begins as a reader cannot always become a writer.
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 class ReadOnlySession(Session):
@@ -658,26 +628,31 @@ class Database:
         options = {"isolation_level": "READ COMMITTED"}
         self.write_engine = self.read_engine.execution_options(**options)
         if self.is_sqlite:
-            # SQLite has one writer at a time, and its lock is not fair. A pool of one is.
+            # SQLite has one writer at a time. Its lock is not fair; a pool of one is.
             self.write_engine = self.create_engine(1)
-            event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
+            # A transaction that begins as a reader cannot always become a writer.
+            engine = self.write_engine.sync_engine
+            event.listen(
+                engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE")
+            )
         # Probes have a connection of their own: they do not wait behind requests.
         self.check_engine = self.create_engine(1, pool_pre_ping=True)
-        self.write_session = async_sessionmaker(
-            self.write_engine, expire_on_commit=False
-        )
         self.read_session = async_sessionmaker(
             self.read_engine, sync_session_class=ReadOnlySession
         )
+        self.write_session = async_sessionmaker(
+            self.write_engine, expire_on_commit=False
+        )
         self.availability = Availability("the database", self.probe)
         self.is_reachable = False
-        self.check: asyncio.Task[bool] | None = None
 
     def create_engine(self, pool_size: int, pool_pre_ping: bool = False) -> AsyncEngine:
         """Return an engine in autocommit."""
         seconds = self.settings.DATABASE_TIMEOUT_SECONDS
         url = self.settings.DATABASE_URL
-        connect_args: dict[str, Any] = {"timeout": seconds}  # for a lock, in SQLite
+        connect_args: dict[str, float | None] = {
+            "timeout": seconds
+        }  # SQLite's, of locks
         if not self.is_sqlite:
             milliseconds = math.ceil(seconds * 1000)
             options = {
@@ -686,13 +661,13 @@ class Database:
                 "keepalives_idle": "60",  # routers forget what is idle for minutes
                 "tcp_user_timeout": str(milliseconds),
                 "target_session_attrs": "read-write",  # no standby
-                # The server itself ends what no worker waits for any more.
-                "options": f"-c statement_timeout={milliseconds} "
-                "-c idle_in_transaction_session_timeout=60000",
+                # The server itself ends a statement a little before FairPool would, and
+                # frees the locks of a worker that it has lost.
+                "options": f"-c statement_timeout={milliseconds * 9 // 10} "
+                f"-c idle_in_transaction_session_timeout={milliseconds}",
             }
             url = url.set(query={**options, **url.query})
-            # A prepared statement would fail for ever after an ALTER TABLE ("cached
-            # plan must not change result type").
+            # An ALTER TABLE would make prepared statements fail for ever.
             connect_args = {"prepare_threshold": None}
         engine = create_async_engine(
             url,
@@ -724,7 +699,7 @@ class Database:
                 await connection.execute(sa.select(table).limit(0).with_for_update())
 
     async def make_tables(self) -> None:
-        """Create missing tables, once, however many workers and hosts start together."""
+        """Create missing tables once, however many workers and hosts start together."""
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         if set(Base.metadata.tables) <= set(names):
@@ -735,61 +710,38 @@ class Database:
             await connection.run_sync(Base.metadata.create_all)
 
     async def is_ready(self) -> bool:
-        """Tell, in CHECK_SECONDS at most, whether requests can be served.
-
-        Callers share one check. If it takes longer, the next caller gets its answer.
-        """
+        """Answer in CHECK_SECONDS; a check that takes longer goes on for the next."""
         if not self.availability.is_available:
             return False
-        if self.check is None:
-            self.check = asyncio.create_task(self.availability.check())
-        check = self.check
+        check = self.availability.check()
         await asyncio.wait({check}, timeout=CHECK_SECONDS)
-        if not check.done():
-            return False
-        self.check = None
-        return check.result()
+        return check.done() and check.result()
 
     def session(self, writes: bool) -> AsyncSession:
-        """Return a session; it takes a connection when its first statement is sent.
-
-        Raises ServiceUnavailableException during an outage.
-        """
+        """Raises ServiceUnavailableException during an outage."""
         if not self.is_reachable:
             raise ServiceUnavailableException("the database is not reachable")
         return self.write_session() if writes else self.read_session()
 
     async def close(self) -> None:
         await self.availability.stop()
-        if self.check is not None:
-            self.check.cancel()
-            await asyncio.wait({self.check}, timeout=RETRY_SECONDS)
         for engine in (self.read_engine, self.write_engine, self.check_engine):
             await engine.dispose()
-
-
-def outage_reason(error: exc.SQLAlchemyError) -> str | None:
-    """Return why the database cannot serve now, or None for a fault of the code."""
-    # sqlite3 raises an OperationalError for a column that does not exist, too.
-    original = getattr(error, "orig", None)
-    if getattr(original, "sqlite_errorname", "") == "SQLITE_ERROR":
-        return None
-    temporary = (exc.OperationalError, exc.InterfaceError, exc.InternalError)
-    is_lost = getattr(error, "connection_invalidated", False)
-    if is_lost or isinstance(error, (*temporary, exc.TimeoutError)):
-        return f"database: {describe(error)}"
-    return None
 
 
 async def database_exception_handler(
     request: Request, error: exc.SQLAlchemyError
 ) -> Response:
     """Answer 503 if the database cannot serve now; other errors become a 500."""
-    reason = outage_reason(error)
-    if reason is None:
+    # sqlite3 raises an OperationalError for a column that does not exist, too.
+    original = getattr(error, "orig", None)
+    is_fault = getattr(original, "sqlite_errorname", "") == "SQLITE_ERROR"
+    is_lost = getattr(error, "connection_invalidated", False)
+    if is_fault or not (is_lost or isinstance(error, OUTAGES)):
         raise error
-    request.app.state.database.availability.recover()
-    return await app_exception_handler(request, ServiceUnavailableException(reason))
+    request.app.state.database.availability.check()
+    unavailable = ServiceUnavailableException(f"database: {describe(error)}")
+    return await app_exception_handler(request, unavailable)
 
 
 # --- Schemas --------------------------------------------------------------------------
@@ -798,7 +750,6 @@ async def database_exception_handler(
 
 MAX_ID = 2**63 - 1
 NO_NUL = r"^[^\x00]*$"
-MAX_FIELDS = 20  # pydantic reports each unknown field: thousands would cost a second
 
 
 def to_utc(moment: datetime) -> datetime:
@@ -806,24 +757,16 @@ def to_utc(moment: datetime) -> datetime:
     return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def normalize(password: Any) -> Any:
-    """Keyboards differ in how they compose an accent (NIST SP 800-63B-4 § 3.1.1.2)."""
-    if isinstance(password, str) and len(password) <= 1024:  # longer ones are refused
-        return unicodedata.normalize("NFC", password)
-    return password
-
-
-Lower = AfterValidator(str.lower)
 UtcTime = Annotated[datetime, AfterValidator(to_utc)]
+Lower = AfterValidator(str.lower)
+# Keyboards differ in how they compose an accent (NIST SP 800-63B-4 § 3.1.1.2).
+Normalized = AfterValidator(partial(unicodedata.normalize, "NFC"))
 NewUsername = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$"), Lower]
-# NIST SP 800-63B-4 § 3.1.1.2: 15 characters where the password is the only factor, and
-# no rules of composition.
-Length = Field(min_length=15, max_length=128)
-NewPassword = Annotated[str, Length, BeforeValidator(normalize)]
+# NIST SP 800-63B-4: 15 characters for a single factor, and no rules of composition.
+NewPassword = Annotated[str, Field(min_length=15, max_length=128), Normalized]
 # At login, what breaks these rules is a wrong name or password, not an invalid one.
-LoginLength = Field(min_length=1, max_length=1024)
-LoginName = Annotated[str, LoginLength, Field(pattern=NO_NUL), Lower]
-LoginPassword = Annotated[str, LoginLength, BeforeValidator(normalize)]
+LoginName = Annotated[str, Field(min_length=1, max_length=1024, pattern=NO_NUL), Lower]
+LoginPassword = Annotated[str, Field(min_length=1, max_length=1024), Normalized]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
 Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
 NextId = Annotated[int | None, Field(description="The next `after`; null at the end")]
@@ -832,8 +775,9 @@ NextId = Annotated[int | None, Field(description="The next `after`; null at the 
 class RequestBody(BaseModel, extra="forbid"):
     @pydantic.model_validator(mode="before")
     @classmethod
-    def refuse_many_fields(cls, value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+    def refuse_many_fields(cls, value: object) -> object:
+        """Thousands of unknown fields would make a response of 800 KB."""
+        if isinstance(value, dict) and len(value) > 20:
             raise PydanticCustomError("too_many_fields", "There are too many fields")
         return value
 
@@ -860,8 +804,7 @@ class PasswordChange(RequestBody):
 
 
 class LoginForm(BaseModel):
-    """RFC 6749 § 4.3.2. FastAPI's OAuth2PasswordRequestForm bounds no length."""
-
+    # RFC 6749 § 4.3.2. FastAPI's OAuth2PasswordRequestForm bounds no length.
     grant_type: Literal["password"] = "password"
     username: LoginName
     password: LoginPassword
@@ -920,15 +863,14 @@ class HealthStatus(BaseModel):
 # Argon2id with OWASP's parameters: a guess costs 19 MiB and some 30 ms of a CPU.
 
 PASSWORDS = PasswordHash([Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1)])
-# Verifying it takes as long as verifying a real hash, so that the time of a login does
-# not tell which usernames exist.
+# For names that do not exist: verifying it takes as long as verifying a real hash, so
+# that the time of a login does not tell which usernames exist.
 DUMMY_HASH = f"$argon2id$v=19$m=19456,t=2,p=1${'A' * 22}${'A' * 43}"
 HASHING_THREADS = CapacityLimiter(2)  # bounds the memory; argon2 releases the GIL
-MAX_WAITING_HASHES = 100
 
 
 def refuse_if_hashing_is_busy() -> None:
-    if HASHING_THREADS.statistics().tasks_waiting >= MAX_WAITING_HASHES:
+    if HASHING_THREADS.statistics().tasks_waiting >= 100:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
 
 
@@ -944,32 +886,31 @@ async def verify_password(password: str, known_hash: str) -> tuple[bool, str | N
     return await run_sync(verify, password, known_hash, limiter=HASHING_THREADS)
 
 
-@cache
-def signing_key(secret: SecretStr, algorithm: str) -> Key:
-    # As a JSON Web Key, because python-jose takes some texts for JSON or PEM. The
-    # bytes of an environment variable need not be UTF-8.
-    key_bytes = secret.get_secret_value().encode("utf-8", "surrogateescape")
-    json_web_key = {"kty": "oct", "k": base64url_encode(key_bytes).decode()}
-    return jwk.construct(json_web_key, algorithm)
+def signing_key(settings: Settings) -> Key:
+    """Return a JSON Web Key, because python-jose takes some texts for JSON or PEM."""
+    # The bytes of an environment variable need not be UTF-8.
+    secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
+    json_web_key = {"kty": "oct", "k": base64url_encode(secret).decode()}
+    return jwk.construct(json_web_key, settings.ALGORITHM)
 
 
 def create_access_token(user: User, settings: Settings) -> str:
-    """Return a JSON Web Token (RFC 7519)."""
-    key = signing_key(settings.SECRET_KEY, settings.ALGORITHM)
     issued_at = int(time.time())
     expires_at = issued_at + settings.ACCESS_TOKEN_EXPIRE_MINUTES * 60
     claims = {"sub": str(user.id), "iat": issued_at, "exp": expires_at}
     claims["version"] = user.token_version
-    return jwt.encode(claims, key, settings.ALGORITHM)
+    return jwt.encode(claims, signing_key(settings), settings.ALGORITHM)
 
 
 def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
     """Return the user's id and the token's version. Raises InvalidTokenException."""
-    key = signing_key(settings.SECRET_KEY, settings.ALGORITHM)
     required = {"require_sub": True, "require_iat": True, "require_exp": True}
     try:
-        claims = jwt.decode(token, key, [settings.ALGORITHM], required)
-        return int(claims["sub"]), claims["version"]
+        claims = jwt.decode(token, signing_key(settings), settings.ALGORITHM, required)
+        user_id = int(claims["sub"])
+        if not 0 < user_id <= MAX_ID:  # signed by another service with this key
+            raise InvalidTokenException
+        return user_id, claims["version"]
     except Exception:  # noqa: BLE001 - python-jose raises TypeError, RecursionError, ...
         raise InvalidTokenException from None
 
@@ -977,23 +918,17 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
 # --- Repositories ---------------------------------------------------------------------
 # SQL and nothing else: rows or None come back, no rule is decided, nothing is committed.
 
+Rows = Sequence[Any]
 # Statements of hot paths are built once: building one takes longer than running it.
 FIND_USER = sa.select(User).where(User.id == sa.bindparam("id"))
-OWNER = sa.bindparam("owner", type_=BigInt)
-AFTER = sa.bindparam("after", type_=BigInt)
-ITEM_COLUMNS = (Item.id, Item.title, Item.description, Item.created_at, Item.updated_at)
-LIST_ITEMS = (
-    sa.select(*ITEM_COLUMNS)
-    .order_by(Item.owner_id, Item.id)
-    .limit(sa.bindparam("limit"))
-)
-LIST_ITEMS_AFTER = {
+LIMIT = sa.bindparam("limit", type_=sa.Integer)
+ITEMS = sa.select(Item.__table__).order_by(Item.owner_id, Item.id).limit(LIMIT)
+LIST_ITEMS = {
     # SQLite uses only the first column of a comparison of rows to search an index.
-    "sqlite": LIST_ITEMS.where(Item.owner_id == OWNER, Item.id > AFTER),
+    "sqlite": ITEMS.where(sa.text("owner_id = :owner AND id > :after")),
     # For that form, PostgreSQL may walk through all owners' items by the primary key.
-    "postgresql": LIST_ITEMS.where(
-        sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
-        Item.owner_id <= OWNER,
+    "postgresql": ITEMS.where(
+        sa.text("(owner_id, id) > (:owner, :after) AND owner_id <= :owner")
     ),
 }
 
@@ -1012,7 +947,7 @@ async def find_user_by_name(db: AsyncSession, username: str) -> User | None:
     return await db.scalar(sa.select(User).where(User.username == username))
 
 
-async def list_users(db: AsyncSession, after: int, limit: int) -> Sequence[User]:
+async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
     query = sa.select(User).where(User.id > after).order_by(User.id).limit(limit)
     return (await db.scalars(query)).all()
 
@@ -1032,24 +967,19 @@ async def remove_user(db: AsyncSession, user_id: int) -> None:
 async def find_item(
     db: AsyncSession, owner_id: int, item_id: int, for_update: bool = False
 ) -> Item | None:
-    """`for_update` locks the row until the transaction ends."""
     query = sa.select(Item).where(Item.id == item_id, Item.owner_id == owner_id)
     return await db.scalar(query.with_for_update() if for_update else query)
 
 
-async def list_items(
-    db: AsyncSession, owner_id: int, after: int, limit: int
-) -> Sequence[Any]:
+async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) -> Rows:
     """Return columns, not entities: the page is written as JSON and forgotten."""
-    query = LIST_ITEMS_AFTER[db.get_bind().dialect.name]
     page = {"owner": owner_id, "after": after, "limit": limit}
-    return (await db.execute(query, page)).all()
+    return (await db.execute(LIST_ITEMS[db.get_bind().dialect.name], page)).all()
 
 
 async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
     is_own = (Item.id == item_id) & (Item.owner_id == owner_id)
-    query = sa.delete(Item).where(is_own).returning(Item.id)
-    return await db.scalar(query) is not None
+    return await db.scalar(sa.delete(Item).where(is_own).returning(Item.id)) is not None
 
 
 # --- Services -------------------------------------------------------------------------
@@ -1059,7 +989,7 @@ async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
 Page = dict[str, Any]
 
 
-def page_of(name: str, rows: Sequence[Any], limit: int) -> Page:
+def page_of(name: str, rows: Rows, limit: int) -> Page:
     """Make a page of rows, of which `limit + 1` were asked for."""
     next_id = rows[limit - 1].id if len(rows) > limit else None
     return {name: rows[:limit], "next": next_id}
@@ -1184,9 +1114,8 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 # --- Rate limiting --------------------------------------------------------------------
 # Exact sliding windows: a log of each client's admissions, one for each budget.
 
-TABLES_BYTES = 64 * 2**20  # the memory of all budgets together
 BUCKET_ROWS = 16
-NANOSECONDS = 10**9
+SECOND_NS = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CALLS = 32  # at the same time, each on a connection of its own
 # A sorted set of admissions, scored by microseconds of Redis's clock. The next request
@@ -1210,6 +1139,8 @@ local leaving = redis.call('ZRANGE', key, rank, rank, 'WITHSCORES')[2]
 local reset_seconds = math.ceil((leaving + window - now) / 1000000)
 return {allowed, limit, math.max(0, limit - count), reset_seconds}
 """
+# The lock of this file guards all tables. If a process is killed, the kernel unlocks it.
+open_lock_file = cache(tempfile.TemporaryFile)
 
 
 class RateLimitResult(NamedTuple):
@@ -1223,7 +1154,7 @@ class RateLimitResult(NamedTuple):
 def client_key(address: str) -> str:
     """Return whose budget it is: an IPv4 address, or an IPv6 /64, which a site gets."""
     try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
+        ip = ipaddress.ip_address(address)
     except ValueError:
         return "unknown"  # one for all, or a client could invent new ones
     if isinstance(ip, ipaddress.IPv6Address):
@@ -1231,158 +1162,133 @@ def client_key(address: str) -> str:
     return str(ip)
 
 
-@cache
-def open_lock_file() -> IO[bytes]:
-    """Return the file whose lock guards all tables; forked processes share it."""
-    return tempfile.TemporaryFile()
-
-
 class SlidingWindowRateLimiter:
-    """Admit at most `limit` requests of a client in any `window_seconds`, exactly.
+    """Admit at most `limit` requests of a client in any `seconds`, exactly.
 
-    Cost: one lock, one hash, a search among 16 cells. Memory: a table of fixed size that
-    forked processes share. It works like a CPU's cache: a client's hash selects a bucket
-    of rows; in a full bucket the client that was idle for longest loses its row, and
-    there exactness ends. A row has 64-bit cells: CLIENT (its hash, 0 if unused), SEEN
-    (when it last came), FIRST and NEXT (the numbers of the oldest admission in the
-    window and of the next one), and from TIMES on a ring: the time of admission n is in
-    cell n % limit. A process may be killed anywhere: the kernel releases its lock, and
-    the order of the writes leaves no admission that was not granted.
+    Cost: one lock, one hash, a search among 16 rows. Memory: a table that forked
+    processes share. A client's hash selects a bucket of rows; in a full bucket the
+    client that was idle for longest loses its row, and there exactness ends.
     """
 
-    CLIENT = 0
-    SEEN = 1
-    FIRST = 2
-    NEXT = 3
-    TIMES = 4
+    def __init__(self, limit: int, seconds: int, table_bytes: int = 32 * 2**20) -> None:
+        class Row(ctypes.Structure):
+            _fields_ = (
+                ("client_hash", ctypes.c_int64),
+                ("seen_ns", ctypes.c_int64),  # time of its latest request
+                ("first", ctypes.c_int64),  # number of its oldest admission in window
+                ("next", ctypes.c_int64),  # number of its next admission
+                ("times", ctypes.c_int64 * limit),  # admission n is in cell n % limit
+            )
 
-    def __init__(self, limit: int, window_seconds: int, table_bytes: int) -> None:
+        bucket_type = Row * BUCKET_ROWS
+        table_type = bucket_type * (table_bytes // ctypes.sizeof(bucket_type))
+        self.buckets = table_type.from_buffer(mmap.mmap(-1, ctypes.sizeof(table_type)))
         self.limit = limit
-        self.window_seconds = window_seconds
+        self.seconds = seconds
         self.clock_ns = time.monotonic_ns  # the same in all processes of a machine
-        self.row_cells = self.TIMES + limit
-        self.bucket_cells = BUCKET_ROWS * self.row_cells
-        self.buckets = table_bytes // (8 * self.bucket_cells)
-        memory = mmap.mmap(-1, 8 * self.buckets * self.bucket_cells)
-        self.cells = memoryview(memory).cast("Q")
         self.lock_file = open_lock_file()
 
     def check(self, client: str) -> RateLimitResult:
         """Count a request of the client, if the limit allows it."""
-        # Forked processes share the key of Python's hash, and no client knows it.
-        client_hash = hash(client) % 2**64 or 1
         fcntl.lockf(self.lock_file, fcntl.LOCK_EX)
         try:
-            return self.count(self.find_row(client_hash))
+            return self.count(self.find_row(client))
         finally:
             fcntl.lockf(self.lock_file, fcntl.LOCK_UN)
 
-    def find_row(self, client_hash: int) -> memoryview:
+    def find_row(self, client: str) -> ctypes.Structure:
         """Return the client's row, or one that it takes over."""
-        start = client_hash % self.buckets * self.bucket_cells
-        bucket = self.cells[start : start + self.bucket_cells]
-        clients = bucket[self.CLIENT :: self.row_cells].tolist()
-        seen = bucket[self.SEEN :: self.row_cells].tolist()
-        is_known = client_hash in clients
-        index = clients.index(client_hash) if is_known else seen.index(min(seen))
-        row = bucket[index * self.row_cells : (index + 1) * self.row_cells]
-        if not is_known:
-            row[self.FIRST] = row[self.NEXT]  # the ring is empty
-            row[self.CLIENT] = client_hash
+        # Forked processes share the key of Python's hash, and no client knows it.
+        client_hash = hash(client)
+        bucket = self.buckets[client_hash % len(self.buckets)]
+        rows: list[ctypes.Structure] = list(bucket)
+        for row in rows:
+            if row.client_hash == client_hash:
+                return row
+        row = min(rows, key=attrgetter("seen_ns"))
+        row.first = row.next  # without the admissions of the client before it
+        row.client_hash = client_hash
         return row
 
-    def count(self, row: memoryview) -> RateLimitResult:
-        times = row[self.TIMES :]
-        first = row[self.FIRST]
-        next_number = row[self.NEXT]
+    def count(self, row: ctypes.Structure) -> RateLimitResult:
+        times = row.times
         now_ns = self.clock_ns()
-        window_start = now_ns - self.window_seconds * NANOSECONDS
-        row[self.SEEN] = now_ns
-        while first < next_number and times[first % self.limit] <= window_start:
-            first += 1
-        row[self.FIRST] = first
-        allowed = next_number - first < self.limit
+        window_start = now_ns - self.seconds * SECOND_NS
+        row.seen_ns = now_ns
+        while row.first < row.next and times[row.first % self.limit] <= window_start:
+            row.first += 1
+        allowed = row.next - row.first < self.limit
         if allowed:
-            times[next_number % self.limit] = now_ns
-            next_number += 1
-            row[self.NEXT] = next_number
-        remaining = self.limit - (next_number - first)
-        reset_ns = times[first % self.limit] - window_start
-        reset_seconds = math.ceil(reset_ns / NANOSECONDS)
+            times[row.next % self.limit] = now_ns
+            row.next += 1  # last: a process may be killed between any two lines
+        remaining = self.limit - (row.next - row.first)
+        reset_ns = times[row.first % self.limit] - window_start
+        reset_seconds = math.ceil(reset_ns / SECOND_NS)
         return RateLimitResult(allowed, self.limit, remaining, reset_seconds)
 
 
 class RedisRateLimiter:
     """The same rule in Redis, for all processes and hosts together."""
 
-    def __init__(self, url: str, project_name: str) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.redis = Redis.from_url(
-            url,
+            str(settings.REDIS_URL),
             socket_timeout=REDIS_TIMEOUT_SECONDS,
             socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
             retry=Retry(NoBackoff(), 0),
         )
         self.script = self.redis.register_script(REDIS_SCRIPT)
-        self.key_prefix = f"{project_name}:rate-limit"
+        self.key_prefix = f"{settings.PROJECT_NAME}:rate-limit"
         self.calls = asyncio.Semaphore(REDIS_CALLS)
         self.availability = Availability("Redis", self.probe)
 
-    async def check(self, key: str, limit: int, window_seconds: int) -> RateLimitResult:
-        """Count a request. Raises RedisError, OSError or TimeoutError."""
+    async def check(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
+        """Count a request. Returns None if Redis cannot be used now."""
         async with self.calls:  # to wait for a turn is not to wait for Redis
             if not self.availability.is_available:
-                raise TimeoutError("Redis has failed in the meantime")
-            return await self.run_script(key, limit, window_seconds)
+                return None
+            try:
+                return await self.run_script(key, limit, seconds)
+            except (RedisError, OSError, TimeoutError):
+                self.availability.check()
+                return None
 
-    async def run_script(
-        self, key: str, limit: int, window_seconds: int
-    ) -> RateLimitResult:
+    async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
         keys = [f"{self.key_prefix}:{key}"]
-        arguments: Any = [limit, window_seconds * 1_000_000, secrets.token_hex(8)]
+        arguments: Any = [limit, seconds * 1_000_000, secrets.token_hex(8)]
         async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
             allowed, *numbers = await self.script(keys, arguments)
         return RateLimitResult(bool(allowed), *numbers)
 
     async def probe(self) -> None:
-        """Raise an exception unless Redis executes the script.
-
-        A primary that has become a replica answers PING, but refuses to write. Its name
-        may lead to another server by now, so ask on a new connection.
-        """
-        await self.redis.connection_pool.disconnect(inuse_connections=False)
+        """Raise an exception unless Redis can write, which PING does not tell."""
+        if not self.availability.is_available:
+            # Old connections may lead to a demoted primary, new ones to its successor.
+            await self.redis.connection_pool.disconnect(inuse_connections=False)
         await self.run_script("probe", 1, 1)
 
 
 class RateLimiter:
-    """The budgets of the clients: in Redis while it can be used, else in memory.
-
-    Made before the workers are forked, so that they share the memory.
-    """
+    """The clients' budgets. Made before the workers are forked, which share the memory."""
 
     def __init__(self, settings: Settings) -> None:
-        limits = {"api": settings.RATE_LIMIT_REQUESTS}
-        limits["credentials"] = settings.RATE_LIMIT_LOGIN_REQUESTS
         seconds = settings.RATE_LIMIT_WINDOW_SECONDS
-        table_bytes = TABLES_BYTES // len(limits)
         self.memory = {
-            budget: SlidingWindowRateLimiter(limit, seconds, table_bytes)
-            for budget, limit in limits.items()
+            "api": SlidingWindowRateLimiter(settings.RATE_LIMIT_REQUESTS, seconds),
+            "credentials": SlidingWindowRateLimiter(
+                settings.RATE_LIMIT_LOGIN_REQUESTS, seconds
+            ),
         }
-        self.redis: RedisRateLimiter | None = None
-        if settings.REDIS_URL:
-            url = str(settings.REDIS_URL)
-            self.redis = RedisRateLimiter(url, settings.PROJECT_NAME)
+        self.redis = RedisRateLimiter(settings) if settings.REDIS_URL else None
 
     async def check(self, budget: str, address: str) -> RateLimitResult:
-        client = client_key(address)
         memory = self.memory[budget]
-        if self.redis and self.redis.availability.is_available:
-            try:
-                key = f"{budget}:{client}"
-                return await self.redis.check(key, memory.limit, memory.window_seconds)
-            except (RedisError, OSError, TimeoutError):
-                self.redis.availability.recover()
-        return memory.check(client)
+        key = f"{budget}:{client_key(address)}"
+        if self.redis:
+            result = await self.redis.check(key, memory.limit, memory.seconds)
+            if result:
+                return result
+        return memory.check(key)
 
     async def close(self) -> None:
         if self.redis:
@@ -1390,12 +1296,10 @@ class RateLimiter:
             await self.redis.redis.aclose()
 
     async def apply(self, budget: str, state: dict[str, Any]) -> None:
-        """Count a request; its response shows the limit that refused, else the tighter.
-
-        Raises RateLimitedException.
-        """
+        """Count a request of the client in `state`. Raises RateLimitedException."""
         result = await self.check(budget, state["client"])
         shown: RateLimitResult | None = state.get("rate_limit")
+        # The response shows the limit that refused, else the one that leaves less.
         if shown is None or not result.allowed or result.remaining < shown.remaining:
             state["rate_limit"] = result
         if not result.allowed:
@@ -1403,19 +1307,18 @@ class RateLimiter:
 
 
 # --- Middleware -----------------------------------------------------------------------
-# Pure ASGI, one subject each. They share what they know in scope["state"], which a route
-# sees as request.state: request_id, client, trace_id, user_id, rate_limit, status_code,
-# reason, exception.
+# Pure ASGI, one subject each. They share scope["state"], a route's request.state, with
+# request_id, client, trace_id, user_id, rate_limit, status_code, reason, exception.
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 TRACEPARENT = re.compile(  # W3C Trace Context § 3.2
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
+MAX_FORM_BYTES = 64 * 1024  # forms take longer to parse than JSON
 MAX_LOGGED_PATH = 500  # a line longer than a pipe's atomic write is torn by workers
-MAX_LOGGED_CLIENT = 64
-NO_FRAMES = "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 SECURITY_HEADERS = {
-    "Content-Security-Policy": f"default-src 'none'; {NO_FRAMES}",
+    "Content-Security-Policy": CSP,
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -1426,22 +1329,24 @@ SECURITY_HEADERS = {
     "X-XSS-Protection": "0",  # the filter that it switches on was a hole itself
     "Cache-Control": "no-store",
 }
+# RFC 6797 § 7.2: over https only. Not for subdomains: they may be somebody else's.
+HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
 # Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline.
 DOCS_HEADERS = SECURITY_HEADERS | {
-    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; worker-src "
-    "blob:; script-src 'unsafe-inline' https://cdn.jsdelivr.net/npm/; style-src "
+    "Content-Security-Policy": f"{CSP}; connect-src 'self'; worker-src blob:; "
+    "script-src 'unsafe-inline' https://cdn.jsdelivr.net/npm/; style-src "
     "'unsafe-inline' https://cdn.jsdelivr.net/npm/ https://fonts.googleapis.com/css; "
-    "font-src https://fonts.gstatic.com/s/; img-src data: "
-    f"https://cdn.redoc.ly/redoc/ https://fastapi.tiangolo.com/img/; {NO_FRAMES}",
+    "font-src https://fonts.gstatic.com/s/; "
+    "img-src data: https://cdn.redoc.ly/redoc/ https://fastapi.tiangolo.com/img/",
     "Cross-Origin-Embedder-Policy": "credentialless",
 }
-# RFC 6797 § 7.2: over https only. Not for subdomains: they may be somebody else's.
-HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
 
 
-def encode_headers(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+@cache  # one warning in each process
+def warn_of_untrusted_proxy() -> None:
+    peer = "a peer that FORWARDED_ALLOW_IPS does not name"
+    logger.warning("X-Forwarded-For from %s: all its clients share one budget", peer)
 
 
 def route_path(scope: Scope) -> str:
@@ -1449,37 +1354,20 @@ def route_path(scope: Scope) -> str:
     return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
-@cache
-def warn_of_untrusted_proxy() -> None:
-    """Warn once in each process."""
-    peer = "a peer that FORWARDED_ALLOW_IPS does not name"
-    logger.warning("X-Forwarded-For from %s: all its clients share one budget", peer)
-
-
-class RootPathMiddleware:
-    """Put back the prefix that a proxy has stripped: in ASGI, a path has it."""
-
-    def __init__(self, app: ASGIApp, root_path: str) -> None:
-        self.app = app
-        self.root_path = root_path
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            scope["root_path"] = self.root_path
-            scope["path"] = self.root_path + scope["path"]
-        await self.app(scope, receive, send)
-
-
 class RequestLoggingMiddleware:
-    """Give the request an id, measure its time, and write one log line for it."""
+    """Give a request its id and full path, measure its time, write its log line."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
+        self.root_path = settings.ROOT_PATH
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
+        if self.root_path:  # a proxy has stripped this prefix; in ASGI, the path has it
+            scope["root_path"] = self.root_path
+            scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
         self.identify(scope, state)
 
@@ -1487,11 +1375,9 @@ class RequestLoggingMiddleware:
             if message["type"] == "http.response.start":
                 state["status_code"] = message["status"]
                 milliseconds = (time.perf_counter() - started) * 1000
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-request-id", state["request_id"].encode()),
-                    (b"x-response-time", b"%.2fms" % milliseconds),
-                ]
+                headers = MutableHeaders(scope=message)
+                headers.append("X-Request-ID", state["request_id"])
+                headers.append("X-Response-Time", f"{milliseconds:.2f}ms")
             await send(message)
 
         try:
@@ -1511,25 +1397,24 @@ class RequestLoggingMiddleware:
         if trace:
             state["trace_id"] = trace[1].decode()
         client = scope["client"][0] if scope["client"] else "unknown"
-        state["client"] = client[:MAX_LOGGED_CLIENT]
+        state["client"] = client[:64]  # a proxy may send any text
         # uvicorn takes the client from this header, if it trusts the peer.
         forwarded_for = headers.get(b"x-forwarded-for", b"").decode("latin-1")
         if forwarded_for and client not in forwarded_for:
             warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
+        status_code = state.get("status_code", 500)
+        exception = state.get("exception")
         fields = {
             "method": scope["method"],
             "path": quote(scope["path"], errors="replace")[:MAX_LOGGED_PATH],
-            "status_code": state.get("status_code"),
+            "status_code": status_code,
             "duration_ms": round(seconds * 1000, 2),
         }
-        for name in ("client", "user_id", "trace_id", "reason"):
-            if name in state:
-                fields[name] = state[name]
-        exception = state.get("exception")
-        is_failure = state.get("status_code", 500) >= 500
-        level = logging.WARNING if is_failure else logging.INFO
+        optional = ("client", "user_id", "trace_id", "reason")
+        fields |= {name: state[name] for name in optional if name in state}
+        level = logging.WARNING if status_code >= 500 else logging.INFO
         level = logging.ERROR if exception else level
         logger.log(level, "request", exc_info=exception, extra=fields)
 
@@ -1539,14 +1424,11 @@ class SecurityHeadersMiddleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.headers = encode_headers(SECURITY_HEADERS)
-        self.docs_headers = encode_headers(DOCS_HEADERS)
-        self.https_headers = encode_headers(HTTPS_HEADERS)
+        self.headers = MutableHeaders(SECURITY_HEADERS).raw
+        self.docs_headers = MutableHeaders(DOCS_HEADERS).raw
+        self.https_headers = MutableHeaders(HTTPS_HEADERS).raw
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-
         async def send_with_security_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 is_docs = route_path(scope) in DOCS_PATHS
@@ -1560,16 +1442,12 @@ class SecurityHeadersMiddleware:
 
 
 class RateLimitMiddleware:
-    """Count every request under `prefix`.
+    """Count every request to the API, before its body is read and its route is found."""
 
-    A dependency would not do: FastAPI reads the body first, and a path that does not
-    exist has no dependencies.
-    """
-
-    def __init__(self, app: ASGIApp, prefix: str, rate_limiter: RateLimiter) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, limiter: RateLimiter) -> None:
         self.app = app
-        self.prefix = f"{prefix}/"
-        self.rate_limiter = rate_limiter
+        self.prefix = f"{settings.API_V1_PREFIX}/"
+        self.rate_limiter = limiter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not route_path(scope).startswith(self.prefix):
@@ -1578,12 +1456,10 @@ class RateLimitMiddleware:
         async def send_with_rate_limit(message: Message) -> None:
             if message["type"] == "http.response.start":
                 result: RateLimitResult = scope["state"]["rate_limit"]
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-ratelimit-limit", b"%d" % result.limit),
-                    (b"x-ratelimit-remaining", b"%d" % result.remaining),
-                    (b"x-ratelimit-reset", b"%d" % result.reset_seconds),
-                ]
+                headers = MutableHeaders(scope=message)
+                headers.append("X-RateLimit-Limit", str(result.limit))
+                headers.append("X-RateLimit-Remaining", str(result.remaining))
+                headers.append("X-RateLimit-Reset", str(result.reset_seconds))
             await send(message)
 
         try:
@@ -1597,47 +1473,59 @@ class RateLimitMiddleware:
 class RequestLimitsMiddleware:
     """Bound a request's body and time, and answer what goes wrong."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, timeout: float) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
-        self.max_body_bytes = max_body_bytes
-        self.timeout = timeout
+        self.max_body_bytes = settings.MAX_BODY_BYTES
+        self.max_form_bytes = min(settings.MAX_BODY_BYTES, MAX_FORM_BYTES)
+        self.timeout_seconds = settings.REQUEST_TIMEOUT_SECONDS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         request = Request(scope)
-        if int(request.headers.get("content-length", 0)) > self.max_body_bytes:
-            response = await http_exception_handler(request, HTTPException(413))
-            return await response(scope, receive, send)
-        timer = asyncio.timeout(self.timeout)
+        timer = asyncio.timeout(self.timeout_seconds)
         try:
+            receive = self.check_body(request, receive)
             async with timer:
-                return await self.app(scope, self.bounded(receive), send)
+                return await self.app(scope, receive, send)
+        except HTTPException as refusal:
+            response = await http_exception_handler(request, refusal)
         except asyncio.CancelledError:  # by uvicorn, at the end of GRACEFUL_TIMEOUT
             gone = ServiceUnavailableException("the server is shutting down")
             response = await app_exception_handler(request, gone)
-        except Exception as exception:  # noqa: BLE001 - none may get past this line
+        except Exception as error:  # noqa: BLE001 - none may get past this line
             if timer.expired():
-                late = RequestTimeoutException()
+                late = RequestTimeoutException(
+                    "it took longer than REQUEST_TIMEOUT_SECONDS"
+                )
                 response = await app_exception_handler(request, late)
             else:
-                response = await unhandled_exception_handler(request, exception)
+                response = await unhandled_exception_handler(request, error)
         # A response that has begun can only be broken off, which uvicorn does.
         if "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
-    def bounded(self, receive: Receive) -> Receive:
-        """Return a `receive` that refuses a body that becomes too large.
+    def check_body(self, request: Request, receive: Receive) -> Receive:
+        """Refuse a body by its headers; return a `receive` that bounds its size.
 
-        It raises HTTPException: FastAPI makes a 400 of an exception of any other class.
+        Raises HTTPException: FastAPI makes a 400 of what else is raised in a body.
         """
+        content_type = request.headers.get("content-type", "").lower()
+        # Python would decode with the codec that a client names: "punycode" is slow.
+        if "multipart" in content_type and "charset" in content_type:
+            raise HTTPException(400)
+        max_bytes = (
+            self.max_form_bytes if "form" in content_type else self.max_body_bytes
+        )
+        if int(request.headers.get("content-length", 0)) > max_bytes:
+            raise HTTPException(413)
         received_bytes = 0
 
         async def receive_bounded() -> Message:
             nonlocal received_bytes
             message = await receive()
             received_bytes += len(message.get("body", b""))
-            if received_bytes > self.max_body_bytes:
+            if received_bytes > max_bytes:
                 raise HTTPException(413)
             return message
 
@@ -1648,6 +1536,9 @@ class RequestLimitsMiddleware:
 # What a route asks for, and what a test overrides. All are coroutines: FastAPI runs plain
 # functions in a thread each.
 
+oauth2_scheme = OAuth2PasswordBearer("auth/token")  # completed by `customize_openapi`
+TokenDep = Annotated[str, Depends(oauth2_scheme)]
+
 
 async def get_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that writes: one transaction, which the service commits."""
@@ -1656,148 +1547,122 @@ async def get_db(request: Request) -> AsyncIterator[AsyncSession]:
 
 
 async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
-    """A session for a route that only reads."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
+
+
+async def get_current_user(request: Request, token: TokenDep) -> User:
+    """Raises InvalidTokenException."""
+    user_id, version = decode_access_token(token, request.app.state.settings)
+    # A session of its own: a request that held two connections might wait for itself.
+    async with request.app.state.database.session(writes=False) as session:
+        user = await read_token_owner(session, user_id, version)
+    request.state.user_id = user.id
+    return user
+
+
+async def rate_limit_dependency(request: Request) -> None:
+    """Count a request that may hash a password against a budget of its own."""
+    await request.app.state.rate_limiter.apply("credentials", request.scope["state"])
 
 
 # "function" closes the session before the response is sent, which may take long.
 WriteSession = Annotated[AsyncSession, Depends(get_db, scope="function")]
 ReadSession = Annotated[AsyncSession, Depends(get_read_db, scope="function")]
-oauth2_scheme = OAuth2PasswordBearer("auth/token")  # completed by `customize_openapi`
-TokenDep = Annotated[str, Depends(oauth2_scheme)]
-
-
-async def get_current_user(request: Request, token: TokenDep) -> User:
-    """Raises InvalidTokenException.
-
-    Its session ends before the route's own begins: a request that held two connections
-    might wait for itself.
-    """
-    user_id, version = decode_access_token(token, request.app.state.settings)
-    async with request.app.state.database.session(writes=False) as db:
-        user = await read_token_owner(db, user_id, version)
-    request.state.user_id = user.id
-    return user
-
-
 CurrentUser = Annotated[User, Depends(get_current_user)]
 
-
-async def rate_limit_dependency(request: Request) -> None:
-    """Count a request that may hash a password against a budget of its own."""
-    rate_limiter: RateLimiter = request.app.state.rate_limiter
-    await rate_limiter.apply("credentials", request.scope["state"])
-
-
 # --- Health routes --------------------------------------------------------------------
-# For orchestrators and monitors, which may send HEAD. They have no rate limit, and do
-# not say why: the log does.
-
-
-def operation_id(route: APIRoute) -> str:
-    """Return the short name that generated clients give to the route."""
-    return route.name
-
+# For orchestrators and monitors: no rate limit, and only the log says what is wrong.
 
 health_router = APIRouter(
-    prefix="/health", tags=["health"], generate_unique_id_function=operation_id
+    prefix="/health",
+    tags=["health"],
+    responses=error_responses(413, 500, 504),
+    generate_unique_id_function=attrgetter("name"),
 )
-NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": ProbeStatus}}
-UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"model": HealthStatus}}
+HEALTHY = HealthCheck(status="healthy")
+UNHEALTHY = HealthCheck(status="unhealthy")
 
 
-async def check_database(database: Database) -> HealthCheck:
-    is_ready = await database.is_ready()
-    return HealthCheck(status="healthy" if is_ready else "unhealthy")
+async def check_database(request: Request, response: Response) -> HealthCheck:
+    """Turn the response into a 503 if the database is not ready."""
+    if await request.app.state.database.is_ready():
+        return HEALTHY
+    request.state.reason = "the database is not ready"
+    response.status_code = 503
+    return UNHEALTHY
 
 
 async def check_redis(redis: RedisRateLimiter | None) -> HealthCheck | None:
     if redis is None:
         return None
-    is_ready = await redis.availability.check()
-    return HealthCheck(status="healthy" if is_ready else "unhealthy")
+    # Others may wait for the same check: if this request is cancelled, it goes on.
+    is_ready = await asyncio.shield(redis.availability.check())
+    return HEALTHY if is_ready else UNHEALTHY
 
 
-@health_router.get("/live", responses=error_responses(500, 504))
+@health_router.get("/live")
 @health_router.head("/live", include_in_schema=False)
 async def liveness_probe() -> ProbeStatus:
     """Does the process answer? If not, restart it."""
     return ProbeStatus(status="alive")
 
 
-@health_router.get("/ready", responses=NOT_READY | error_responses(500, 504))
+@health_router.get("/ready", responses={503: {"model": ProbeStatus}})
 @health_router.head("/ready", include_in_schema=False)
 async def readiness_probe(request: Request, response: Response) -> ProbeStatus:
     """Can it serve requests? If not, send them elsewhere."""
-    if await request.app.state.database.is_ready():
-        return ProbeStatus(status="ready")
-    request.state.reason = "the database is not ready"
-    response.status_code = 503
-    return ProbeStatus(status="not_ready")
+    database = await check_database(request, response)
+    return ProbeStatus(status="ready" if database == HEALTHY else "not_ready")
 
 
 @health_router.get(
-    "",
-    response_model_exclude_none=True,
-    responses=UNHEALTHY | error_responses(500, 504),
+    "", responses={503: {"model": HealthStatus}}, response_model_exclude_none=True
 )
 @health_router.head("", include_in_schema=False)
 async def health_check(request: Request, response: Response) -> HealthStatus:
     """How are the service and the servers that it depends on?"""
-    state = request.app.state
     database, redis = await asyncio.gather(
-        check_database(state.database), check_redis(state.rate_limiter.redis)
+        check_database(request, response),
+        check_redis(request.app.state.rate_limiter.redis),
     )
-    if database.status == "unhealthy":
-        request.state.reason = "the database is not ready"
-        response.status_code = 503
-    checks = HealthChecks(database=database, redis=redis)
-    is_degraded = "unhealthy" in (database.status, redis and redis.status)
     return HealthStatus(
-        status="degraded" if is_degraded else "healthy",
+        status="degraded" if UNHEALTHY in (database, redis) else "healthy",
         timestamp=now(),
         version=request.app.version,
-        checks=checks,
+        checks=HealthChecks(database=database, redis=redis),
     )
 
 
 # --- API routes -----------------------------------------------------------------------
-# HTTP and nothing else: a signature and one to three lines. Callers read the docstrings
-# in /docs.
+# HTTP and nothing else, in a few lines a route. Callers read the docstrings in /docs.
 
 IdPath = Annotated[int, Path(ge=1, le=MAX_ID)]
 After = Annotated[int, Query(ge=0, le=MAX_ID, description="`next` of the last page")]
 Limit = Annotated[int, Query(ge=1, le=100)]
 TokenForm = Annotated[LoginForm, Form()]
 LIMITED = [Depends(rate_limit_dependency)]
-FORM_LIMITS: Any = {"max_fields": 20, "max_files": 0}
+TOKEN_ERRORS = error_responses(401)
+BODY_ERRORS = error_responses(400, 422)
+PASSWORD_ERRORS = BODY_ERRORS | error_responses(401, 403)
 LOCATION = {"description": "Where it is", "schema": {"type": "string"}}
-CREATED: dict[int | str, dict[str, Any]] = {201: {"headers": {"Location": LOCATION}}}
+CREATED = BODY_ERRORS | {201: {"headers": {"Location": LOCATION}}}
+USER_CREATED = CREATED | error_responses(409)
 
 users_router = APIRouter(prefix="/users", tags=["users"])
-auth_router = APIRouter(prefix="/auth", tags=["auth"], form_limits=FORM_LIMITS)
-items_router = APIRouter(
-    prefix="/items", tags=["items"], responses=error_responses(401)
+auth_router = APIRouter(
+    prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
 )
+items_router = APIRouter(prefix="/items", tags=["items"], responses=TOKEN_ERRORS)
 
 
-def set_location(request: Request, response: Response, new_id: int) -> None:
-    response.headers["Location"] = f"{request.scope['path']}/{new_id}"
-
-
-@users_router.post(
-    "",
-    status_code=201,
-    dependencies=LIMITED,
-    responses=CREATED | error_responses(400, 409, 413, 422),
-)
+@users_router.post("", status_code=201, dependencies=LIMITED, responses=USER_CREATED)
 async def post_user(
     user_in: UserIn, request: Request, response: Response, db: WriteSession
 ) -> UserOut:
     """Register."""
     user = await register_user(db, user_in)
-    set_location(request, response, user.id)
+    response.headers["Location"] = f"{request.scope['path']}/{user.id}"
     return UserOut.model_validate(user)
 
 
@@ -1809,24 +1674,21 @@ async def get_users(
     return UserPage.model_validate(await read_users(db, after, limit))
 
 
-@users_router.get("/me", responses=error_responses(401))
+@users_router.get("/me", responses=TOKEN_ERRORS)
 async def get_me(user: CurrentUser) -> UserOut:
     """The user whose token this is."""
     return UserOut.model_validate(user)
 
 
 @users_router.patch(
-    "/me",
-    status_code=204,
-    dependencies=LIMITED,
-    responses=error_responses(400, 401, 403, 413, 422),
+    "/me", status_code=204, dependencies=LIMITED, responses=PASSWORD_ERRORS
 )
 async def patch_me(change: PasswordChange, user: CurrentUser, db: WriteSession) -> None:
     """Change the password. Every token issued before becomes invalid."""
     await change_password(db, user, change)
 
 
-@users_router.delete("/me", status_code=204, responses=error_responses(401))
+@users_router.delete("/me", status_code=204, responses=TOKEN_ERRORS)
 async def delete_me(user: CurrentUser, db: WriteSession) -> None:
     """Delete the account and all its items."""
     await discard_user(db, user)
@@ -1838,9 +1700,7 @@ async def get_user(user_id: IdPath, user: CurrentUser, db: ReadSession) -> UserO
     return UserOut.model_validate(await read_user(db, user_id))
 
 
-@auth_router.post(
-    "/token", dependencies=LIMITED, responses=error_responses(400, 401, 413, 422)
-)
+@auth_router.post("/token", dependencies=LIMITED, responses=BODY_ERRORS | TOKEN_ERRORS)
 async def post_token(form: TokenForm, request: Request, db: WriteSession) -> TokenOut:
     """Log in. Send the token as `Authorization: Bearer`."""
     user = await authenticate_user(db, form.username, form.password)
@@ -1850,25 +1710,23 @@ async def post_token(form: TokenForm, request: Request, db: WriteSession) -> Tok
     return TokenOut(access_token=token, token_type="bearer", expires_in=seconds)
 
 
-@auth_router.delete("/token", status_code=204, responses=error_responses(401))
+@auth_router.delete("/token", status_code=204, responses=TOKEN_ERRORS)
 async def delete_token(user: CurrentUser, db: WriteSession) -> None:
     """Log out everywhere. Every token issued before becomes invalid."""
     await discard_tokens(db, user)
 
 
-@items_router.post(
-    "", status_code=201, responses=CREATED | error_responses(400, 413, 422)
-)
+@items_router.post("", status_code=201, responses=CREATED)
 async def post_item(
-    new: ItemIn,
+    item_in: ItemIn,
     user: CurrentUser,
     request: Request,
     response: Response,
     db: WriteSession,
 ) -> ItemOut:
     """Add an item."""
-    item = await create_item(db, user, new)
-    set_location(request, response, item.id)
+    item = await create_item(db, user, item_in)
+    response.headers["Location"] = f"{request.scope['path']}/{item.id}"
     return ItemOut.model_validate(item)
 
 
@@ -1886,7 +1744,7 @@ async def get_item(item_id: IdPath, user: CurrentUser, db: ReadSession) -> ItemO
     return ItemOut.model_validate(await read_item(db, user, item_id))
 
 
-@items_router.patch("/{item_id}", responses=error_responses(400, 404, 413, 422))
+@items_router.patch("/{item_id}", responses=BODY_ERRORS | error_responses(404))
 async def patch_item(
     item_id: IdPath, patch: ItemPatch, user: CurrentUser, db: WriteSession
 ) -> ItemOut:
@@ -1903,7 +1761,7 @@ async def delete_item(item_id: IdPath, user: CurrentUser, db: WriteSession) -> N
 # --- Application ----------------------------------------------------------------------
 # create_app puts the parts together.
 
-api_router = APIRouter(responses=error_responses(429, 500, 503, 504))
+api_router = APIRouter(responses=error_responses(413, 429, 500, 503, 504))
 api_router.include_router(users_router)
 api_router.include_router(auth_router)
 api_router.include_router(items_router)
@@ -1914,7 +1772,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open the database and close it; one that is away delays the start by a second."""
     database = Database(app.state.settings)
     app.state.database = database
-    await asyncio.wait({database.availability.recover()}, timeout=RETRY_SECONDS)
+    await asyncio.wait({database.availability.check()}, timeout=RETRY_SECONDS)
     try:
         yield
     finally:
@@ -1923,42 +1781,38 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Middleware]:
-    """Return the middleware, outermost first.
-
-    What a middleware answers itself passes only those before it. So id, time and
-    security headers come first, and CORS comes before all that refuses: a browser could
-    not read the refusal otherwise.
-    """
-    shown = "Location Retry-After X-Request-ID X-Response-Time X-RateLimit-Limit "
-    shown += "X-RateLimit-Remaining X-RateLimit-Reset"
+    """Return the middleware, outermost first."""
+    exposed = "Location Retry-After X-Request-ID X-Response-Time X-RateLimit-Limit "
+    exposed += "X-RateLimit-Remaining X-RateLimit-Reset"
     cors = Middleware(
         CORSMiddleware,
         allow_origins=[str(origin) for origin in settings.CORS_ORIGINS],
         allow_methods=("GET", "POST", "PATCH", "DELETE"),
         allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
-        expose_headers=(*shown.split(), *SECURITY_HEADERS, *HTTPS_HEADERS),
+        expose_headers=(*exposed.split(), *SECURITY_HEADERS, *HTTPS_HEADERS),
     )
-    timeout = settings.REQUEST_TIMEOUT_SECONDS
+    # What a middleware answers itself passes only those before it. CORS comes before all
+    # that refuses: a browser could not read the refusal otherwise.
     return [
-        Middleware(RootPathMiddleware, settings.ROOT_PATH),
-        Middleware(RequestLoggingMiddleware),
+        Middleware(RequestLoggingMiddleware, settings),
         Middleware(SecurityHeadersMiddleware),
         *([cors] if settings.CORS_ORIGINS else []),
-        Middleware(RateLimitMiddleware, settings.API_V1_PREFIX, rate_limiter),
-        Middleware(RequestLimitsMiddleware, settings.MAX_BODY_BYTES, timeout),
+        Middleware(RateLimitMiddleware, settings, rate_limiter),
+        Middleware(RequestLimitsMiddleware, settings),
     ]
 
 
 def register_exception_handlers(app: FastAPI) -> None:
-    handlers: dict[Any, Any] = {AppException: app_exception_handler}
-    handlers[HTTPException] = http_exception_handler
-    handlers[RequestValidationError] = validation_exception_handler
-    handlers[exc.SQLAlchemyError] = database_exception_handler
-    app.exception_handlers.update(handlers)
+    app.exception_handler(AppException)(app_exception_handler)
+    app.exception_handler(HTTPException)(http_exception_handler)
+    app.exception_handler(RequestValidationError)(validation_exception_handler)
+    app.exception_handler(exc.SQLAlchemyError)(database_exception_handler)
 
 
-def customize_openapi(app: FastAPI, token_url: str) -> None:
+def customize_openapi(app: FastAPI) -> None:
     """Tell the Authorize button of /docs where to log in; settings move the path."""
+    settings: Settings = app.state.settings
+    token_url = f"{settings.ROOT_PATH}{settings.API_V1_PREFIX}/auth/token"
 
     def openapi() -> dict[str, Any]:
         document = FastAPI.openapi(app)
@@ -1982,7 +1836,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         openapi_url=f"{settings.API_V1_PREFIX}/openapi.json",
         servers=[{"url": settings.ROOT_PATH or "/"}],
         redirect_slashes=False,  # a redirect would go to whatever host a client names
-        generate_unique_id_function=operation_id,
+        generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
         routes=health_router.routes,  # an included router would cost 18 µs a request
@@ -1993,8 +1847,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.rate_limiter = rate_limiter
     register_exception_handlers(app)
     app.include_router(api_router, prefix=settings.API_V1_PREFIX)
-    api_path = f"{settings.ROOT_PATH}{settings.API_V1_PREFIX}"
-    customize_openapi(app, f"{api_path}/auth/token")
+    customize_openapi(app)
     return app
 
 

@@ -8,8 +8,8 @@ A test gets what it needs from five fixtures:
     bob       another one, the user with the id 2
     database  a `main.Database` with empty tables, on SQLite and on PostgreSQL
 
-A client is an `httpx.AsyncClient` whose base URL is the API's. A test for an endpoint of
-your own reads like this one; put it under "API routes":
+A client is an `httpx.AsyncClient` whose base URL is the API's. A test for an endpoint
+of your own reads like this one; put it under "API routes":
 
     async def test_item_of_another_user_is_404(ada: Client, bob: Client) -> None:
         item_id = await ada.add_item()
@@ -48,21 +48,16 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import (
-    asynccontextmanager,
-    closing,
-    contextmanager,
-    redirect_stdout,
-    suppress,
-)
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, timezone
 from functools import cache
 from pathlib import Path
-from types import FrameType, ModuleType, SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -74,7 +69,7 @@ import sqlalchemy as sa
 import uvicorn
 from argon2 import PasswordHasher
 from argon2.exceptions import VerifyMismatchError
-from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.responses import StreamingResponse
 from gunicorn.config import Config  # type: ignore[import-untyped]
 from gunicorn.util import import_app  # type: ignore[import-untyped]
@@ -91,7 +86,10 @@ from uvicorn.server import ServerState
 import main
 
 pytestmark = pytest.mark.anyio
+CapLog = pytest.LogCaptureFixture
+Patch = pytest.MonkeyPatch
 PASSWORD = "correct horse battery staple"
+KEY = "k" * 32  # of tokens
 PATIENCE_SECONDS = 10  # for what another task or process does, before its test fails
 SERVER_VARIABLES = (
     *("BIND", "PORT", "WORKERS", "WEB_CONCURRENCY", "MAX_REQUESTS"),
@@ -106,7 +104,7 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(autouse=True)
-def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def bare_environment(monkeypatch: Patch, tmp_path: Path) -> None:
     """No variable, no `.env` and no database of the developer's reaches a test."""
     for name in [*main.Settings.model_fields, *SERVER_VARIABLES]:
         monkeypatch.delenv(name, raising=False)
@@ -119,9 +117,16 @@ def cases(names: str, table: dict[str, Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(names, table.values(), ids=table.keys())
 
 
+def rows(table: dict[str, Any]) -> pytest.MarkDecorator:
+    """Run a test for each value that stands under the name of a variable."""
+    pairs = [(name, value) for name, values in table.items() for value in values]
+    ids = [f"{name}={value}"[:50] for name, value in pairs]
+    return pytest.mark.parametrize(("name", "value"), pairs, ids=ids)
+
+
 def make_settings(**changes: Any) -> main.Settings:
     """Settings of a test, with limits that no test meets by accident."""
-    values = {"ENVIRONMENT": "test", "SECRET_KEY": "k" * 32}
+    values = {"ENVIRONMENT": "test", "SECRET_KEY": KEY}
     limits = {"RATE_LIMIT_REQUESTS": 10_000, "RATE_LIMIT_LOGIN_REQUESTS": 10_000}
     return main.Settings(**{**values, **limits, **changes})
 
@@ -189,6 +194,9 @@ async def serve(**changes: Any) -> AsyncIterator[Client]:
         yield client
 
 
+ONE_CONNECTION: dict[str, Any] = {"DATABASE_POOL_SIZE": 1, "DATABASE_MAX_OVERFLOW": 0}
+
+
 @cache
 def known_hash() -> str:
     """The hash of PASSWORD: making one takes 30 ms."""
@@ -200,7 +208,7 @@ async def add_user(
 ) -> main.User:
     """Put a user into the database; nothing is hashed."""
     user = main.User(username=username, password_hash=password_hash or known_hash())
-    async with database.write_session() as db:
+    async with database.session(writes=True) as db:
         db.add(user)
         await db.commit()
     return user
@@ -212,6 +220,13 @@ async def logged_in(app: FastAPI, username: str = "ada") -> AsyncIterator[Client
     user = await add_user(app.state.database, username)
     async with Client(app) as client:
         client.use_token(main.create_access_token(user, app.state.settings))
+        yield client
+
+
+@asynccontextmanager
+async def serve_ada(**changes: Any) -> AsyncIterator[Client]:
+    """A client that is logged in, of an application with these settings."""
+    async with serve(**changes) as guest, logged_in(guest.app) as client:
         yield client
 
 
@@ -280,21 +295,46 @@ def database_url(request: pytest.FixtureRequest) -> str:
     return url
 
 
-@pytest.fixture
-async def database(database_url: str) -> AsyncIterator[main.Database]:
-    database = main.Database(make_settings(DATABASE_URL=database_url))
-    assert await database.availability.check()
+@asynccontextmanager
+async def connected(**changes: Any) -> AsyncIterator[main.Database]:
+    """A database with these settings."""
+    database = main.Database(make_settings(**changes))
+    await database.availability.check()
     yield database
     await database.close()
 
 
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[main.Database]:
+    async with connected(DATABASE_URL=database_url) as database:
+        yield database
+
+
+SLUGS = {
+    400: "bad_request",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    409: "conflict",
+    413: "payload_too_large",
+    422: "validation_error",
+    429: "rate_limited",
+    500: "internal_error",
+    503: "service_unavailable",
+    504: "timeout",
+}
+
+
 def error_of(response: httpx.Response) -> dict[str, Any]:
     """The body of an error, after a look at its form."""
+    status = response.status_code
     body: dict[str, Any] = response.json()
     assert list(body) == ["error", "message", "details", "request_id"]
     assert response.headers["Content-Type"] == "application/json"
     assert body["request_id"] == response.headers["X-Request-ID"]
-    assert body["error"] == main.DEFAULT_ERRORS[response.status_code][0]
+    assert body["error"] == SLUGS.get(status, f"http_{status}")
+    assert re.match("[A-Z][a-z ]", body["message"])
     return body
 
 
@@ -325,7 +365,7 @@ def log(capsys: pytest.CaptureFixture[str]) -> Iterator[Log]:
     yield Log(capsys)
     logging.captureWarnings(False)
     logging.raiseExceptions = True
-    logging.getLogger("sqlalchemy.engine").setLevel("NOTSET")
+    logging.getLogger("sqlalchemy").setLevel("NOTSET")
     logging.basicConfig(handlers=handlers, level=level, force=True)
 
 
@@ -351,6 +391,18 @@ async def eventually(condition: Callable[[], Any], description: str) -> None:
         await asyncio.sleep(0.001)
 
 
+def skip_time(seconds: float) -> None:
+    """Put the event loop's clock forward, so that no test waits for a timer."""
+    loop = asyncio.get_running_loop()
+    real_time = loop.time
+    loop.time = lambda: real_time() + seconds  # type: ignore[method-assign]
+
+
+async def let_others_run() -> None:
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
 # --- Map ------------------------------------------------------------------------------
 
 
@@ -369,28 +421,26 @@ def test_map_banner_has_88_columns(path: str) -> None:
     assert {len(banner) for banner in banners(path)} == {88}
 
 
+def test_map_example_is_a_test_of_this_file() -> None:
+    (example,) = re.findall(r"^    async def(?:.+\n)+", str(__doc__), re.MULTILINE)
+    assert textwrap.dedent(example) in Path(__file__).read_text()
+
+
 # --- Settings -------------------------------------------------------------------------
 
 Environment = Callable[..., main.Settings]
 
 
 @pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> Environment:
+def environment(monkeypatch: Patch) -> Environment:
     """Set variables, besides a SECRET_KEY, and read the settings."""
 
     def read_settings(**variables: str) -> main.Settings:
-        for variable in {"SECRET_KEY": "k" * 32, **variables}.items():
+        for variable in {"SECRET_KEY": KEY, **variables}.items():
             monkeypatch.setenv(*variable)
         return main.get_settings()
 
     return read_settings
-
-
-def rows(table: dict[str, Any]) -> pytest.MarkDecorator:
-    """Run a test for each value that stands under the name of a variable."""
-    pairs = [(name, value) for name, values in table.items() for value in values]
-    ids = [f"{name}={value}"[:50] for name, value in pairs]
-    return pytest.mark.parametrize(("name", "value"), pairs, ids=ids)
 
 
 # What becomes of a value; an empty one is the default.
@@ -470,9 +520,7 @@ REFUSED_SETTINGS = {
 
 
 @rows(REFUSED_SETTINGS)
-def test_settings_refused_in_a_line_with_the_name_and_without_the_value(
-    name: str, value: str, environment: Environment
-) -> None:
+def test_settings_are_refused(name: str, value: str, environment: Environment) -> None:
     line = rf"\Abad settings: .*\b{name}\b.{{10,}}\Z"
     with pytest.raises(SystemExit, match=line) as ending:
         environment(**{name: value})
@@ -557,9 +605,7 @@ HOSTILE_VALUES = {
 @cases("value", HOSTILE_VALUES)
 @pytest.mark.parametrize("field", ["msg", "path"])
 @pytest.mark.parametrize("formatter", [main.JsonFormatter, main.TextFormatter])
-def test_log_line_is_one_line_with_hostile_values(
-    formatter: type[logging.Formatter], field: str, value: Any
-) -> None:
+def test_log_line_stays_one_line(formatter: Any, field: str, value: Any) -> None:
     line = formatter().format(make_record(**{field: value}))
     assert line.isascii()
     assert line.isprintable()
@@ -576,7 +622,7 @@ def logged_levels(name: str, log: Log) -> list[str]:
     return [line["level"] for line in log.lines()]
 
 
-CHATTY = "aiosqlite asyncio main.FairPool psycopg python_multipart sqlalchemy.engine"
+CHATTY = "aiosqlite asyncio psycopg sqlalchemy.engine"
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -615,10 +661,9 @@ def test_logging_of_a_warning_is_a_line(log: Log) -> None:
     assert [line["logger"] for line in log.lines()] == ["py.warnings"]
 
 
-def test_logging_to_a_closed_stdout_prints_nothing(log: Log) -> None:
-    stdout = io.StringIO()
-    stdout.close()
-    with redirect_stdout(stdout):
+def test_logging_to_a_closed_stdout_is_silent(log: Log, monkeypatch: Patch) -> None:
+    with monkeypatch.context() as patch, io.StringIO() as stdout:
+        patch.setattr(sys, "stdout", stdout)
         log.start()
     main.logger.info("hello")
     assert log.capsys.readouterr().err == ""
@@ -635,6 +680,7 @@ async def test_logging_with_debug_shows_no_secret(log: Log, database_url: str) -
         assert (await client.patch("/users/me", json=change)).status_code == 403
     text = log.text()
     assert "INSERT INTO users" in text
+    assert '"logger":"main' not in text  # the pool chatters
     secret = (PASSWORD, PASSWORD[::-1], "hunter2", "Bearer", "eyJ", "argon2id")
     assert [word for word in secret if word in text] == []
 
@@ -648,9 +694,6 @@ def test_description_of_an_error_is_one_line() -> None:
 
 # --- Errors ---------------------------------------------------------------------------
 
-SLUGS = """400 bad_request, 401 unauthorized, 403 forbidden, 404 not_found,
-405 method_not_allowed, 409 conflict, 413 payload_too_large, 422 validation_error,
-429 rate_limited, 500 internal_error, 503 service_unavailable, 504 timeout"""
 USUAL_500 = "Something went wrong; the log knows this request's id."
 FAILURES: dict[str, tuple[Exception, int, str]] = {
     "base": (main.AppException(), 500, USUAL_500),
@@ -662,133 +705,122 @@ FAILURES: dict[str, tuple[Exception, int, str]] = {
     "away": (main.ServiceUnavailableException("hunter2"), 503, "The service is not av"),
     "own-error": (HTTPException(403, headers={"X-Own": "yes"}), 403, "This is not al"),
     "own-text": (HTTPException(403, "Not on Sundays."), 403, "Not on Sundays."),
-    "own-status": (HTTPException(418), 418, ""),
+    "own-outage": (HTTPException(503, "The printer burns."), 503, "The printer burns."),
+    "own-status": (HTTPException(418, "It is tea."), 418, "It is tea."),
     "own-fault": (HTTPException(500), 500, USUAL_500),
     "crash": (RuntimeError("hunter2"), 500, USUAL_500),
-    "own-timeout": (TimeoutError("hunter2"), 500, USUAL_500),
+    "timeout": (TimeoutError("hunter2"), 500, USUAL_500),
 }
+ORIGIN = "https://app.example"
+
+
+async def fail(name: str) -> None:
+    raise FAILURES[name][0]
+
+
+async def hang(request: Request) -> None:
+    request.app.state.hangs = True
+    try:
+        await asyncio.Event().wait()
+    finally:
+        request.app.state.hangs = False
+
+
+async def read(request: Request) -> int:
+    return len(await request.body())
+
+
+async def parse(numbers: list[int]) -> None:
+    pass
+
+
+async def break_off() -> StreamingResponse:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"begun"
+        raise RuntimeError("hunter2")
+
+    return StreamingResponse(chunks())
 
 
 @cache
-def failing_app() -> FastAPI:
-    """An application with a route that fails in each of these ways."""
-    app = main.create_app(make_settings())
-
-    async def fail(name: str) -> None:
-        raise FAILURES[name][0]
-
-    app.add_api_route("/api/v1/fail/{name}", fail, methods=["GET", "PUT", "OPTIONS"])
+def odd_app(timeout: float = 30) -> FastAPI:
+    """An application with routes that misbehave, and one request for each client."""
+    limits = {"MAX_BODY_BYTES": 2000, "REQUEST_TIMEOUT_SECONDS": timeout}
+    settings = make_settings(CORS_ORIGINS=[ORIGIN], RATE_LIMIT_REQUESTS=1, **limits)
+    app = main.create_app(settings)
+    router = APIRouter(prefix="/api/v1", include_in_schema=False)
+    router.add_api_route("/fail/{name}", fail, methods=["GET", "PUT", "OPTIONS"])
+    for route in (hang, read, parse, break_off):
+        router.add_api_route(f"/{route.__name__}", route, methods=["GET", "POST"])
+    app.include_router(router)
     return app
 
 
 @pytest.fixture
-async def failing() -> AsyncIterator[Client]:
-    async with started(failing_app()) as app, logged_in(app) as client:
+async def odd() -> AsyncIterator[Client]:
+    async with started(odd_app()) as app, logged_in(app) as client:
         yield client
 
 
-@pytest.mark.parametrize("row", re.split(r",\s", SLUGS))
-def test_error_has_a_slug_and_a_sentence(row: str) -> None:
-    status, slug = row.split()
-    known_slug, message = main.DEFAULT_ERRORS[int(status)]
-    assert known_slug == slug
-    assert re.fullmatch(r"[A-Z][a-z ].+\.", message)
-
-
 @pytest.mark.parametrize("name", FAILURES)
-async def test_error_of_a_route(name: str, failing: Client) -> None:
+async def test_error_of_a_route(name: str, odd: Client) -> None:
     _, status, message = FAILURES[name]
-    response = await failing.get(f"/fail/{name}")
+    response = await odd.get(f"/fail/{name}")
     assert response.status_code == status
-    slug, _ = main.DEFAULT_ERRORS.get(status, (f"http_{status}", ""))
-    assert response.json()["error"] == slug
-    assert response.json()["message"]
-    assert response.json()["message"].startswith(message)
+    assert error_of(response)["message"].startswith(message)
     assert "hunter2" not in response.text
 
 
 JSON = {"Content-Type": "application/json"}
 MALFORMED_FORM = {"Content-Type": "multipart/form-data"}
 LONG_PASSWORD = {"password": "hunter2" * 200}
-REFUSED_REQUESTS: dict[str, tuple[str, str, int, Any]] = {
-    "form": (
-        "POST",
-        "/auth/token",
-        400,
-        {"content": b"--x", "headers": MALFORMED_FORM},
-    ),
-    "not-utf-8": ("POST", "/users", 400, {"content": b'"\xff"', "headers": JSON}),
-    "no-token": ("GET", "/users/me", 401, {"headers": {"Authorization": ""}}),
-    "unknown-path": ("GET", "/nowhere", 404, {}),
-    "outside-of-the-prefix": ("GET", "http://test/nowhere", 404, {}),
-    "wrong-method": ("PUT", "/items", 405, {}),
-    "large-body": ("POST", "/users", 413, {"content": bytes(64 * 1024 + 1)}),
-    "short-password": ("POST", "/users", 422, {"json": {"password": "hunter2"}}),
-    "form-password": ("POST", "/auth/token", 422, {"data": LONG_PASSWORD}),
-    "unknown-field": ("POST", "/users", 422, {"json": {"unknown": "hunter2"}}),
-    "no-json": ("POST", "/users", 422, {"content": b"hunter2", "headers": JSON}),
-    "query": ("GET", "/items?limit=hunter2", 422, {}),
-    "path": ("GET", "/items/hunter2", 422, {}),
+REFUSED_REQUESTS: dict[str, tuple[int, str, Any]] = {
+    "form": (400, "POST /auth/token", {"content": b"--x", "headers": MALFORMED_FORM}),
+    "not-utf-8": (400, "POST /users", {"content": b'"\xff"', "headers": JSON}),
+    "outside-of-the-prefix": (404, "GET http://test/nowhere", {}),
+    "short-password": (422, "POST /users", {"json": {"password": "hunter2"}}),
+    "form-password": (422, "POST /auth/token", {"data": LONG_PASSWORD}),
+    "unknown-field": (422, "POST /users", {"json": {"unknown": "hunter2"}}),
+    "no-json": (422, "POST /users", {"content": b"hunter2", "headers": JSON}),
+    "query": (422, "GET /items?limit=hunter2", {}),
+    "path": (422, "GET /items/hunter2", {}),
 }
 
 
-@cases("method, path, status, options", REFUSED_REQUESTS)
-async def test_error_has_the_one_form_and_echoes_no_value(
-    method: str, path: str, status: int, options: Any, failing: Client
-) -> None:
-    response = await failing.request(method, path, **options)
+@cases("status, line, sent", REFUSED_REQUESTS)
+async def test_error_is_no_echo(status: int, line: str, sent: Any, odd: Client) -> None:
+    response = await odd.request(*line.split(), **sent)
     assert response.status_code == status
     assert (error_of(response)["details"] is None) == (status != 422)
     assert "hunter2" not in response.text
 
 
-INVALID_TOKEN = 'www-authenticate: Bearer error="invalid_token"'
 ERROR_HEADERS = {
-    "no-token": ("GET", "/items", "", "www-authenticate: Bearer"),
-    "other-scheme": ("GET", "/items", "Basic YTpi", "www-authenticate: Bearer"),
-    "bad-token": ("GET", "/items", "Bearer x", INVALID_TOKEN),
-    "credentials": ("GET", "/fail/credentials", "", "www-authenticate: Bearer"),
-    "rate-limited": ("GET", "/fail/rate-limited", "", "retry-after: 7"),
-    "away": ("GET", "/fail/away", "", "retry-after: 1"),
-    "own": ("GET", "/fail/own-error", "", "x-own: yes"),
-    "methods-of-one-route": ("POST", "/fail/x", "", "allow: GET, PUT, OPTIONS"),
-    "methods-of-routes": ("PUT", "/users/me", "", "allow: GET, PATCH, DELETE"),
-    "head": ("POST", "http://test/health/live", "", "allow: GET, HEAD"),
+    "no-token": ("GET /items", "", "www-authenticate: Bearer"),
+    "other-scheme": ("GET /items", "Basic YTpi", "www-authenticate: Bearer"),
+    "credentials": ("GET /fail/credentials", "", "www-authenticate: Bearer"),
+    "rate-limited": ("GET /fail/rate-limited", "", "retry-after: 7"),
+    "away": ("GET /fail/away", "", "retry-after: 1"),
+    "own-outage": ("GET /fail/own-outage", "", "retry-after: 1"),
+    "own": ("GET /fail/own-error", "", "x-own: yes"),
+    "methods": ("POST /fail/x", "", "allow: GET, PUT, OPTIONS"),
 }
 
 
-@cases("method, path, authorization, line", ERROR_HEADERS)
-async def test_error_header(
-    method: str, path: str, authorization: str, line: str, failing: Client
-) -> None:
-    headers = {"Authorization": authorization}
-    response = await failing.request(method, path, headers=headers)
-    assert line in [f"{name}: {value}" for name, value in response.headers.items()]
+@cases("line, token, header", ERROR_HEADERS)
+async def test_error_header(line: str, token: str, header: str, odd: Client) -> None:
+    odd.headers["Authorization"] = token
+    response = await odd.request(*line.split())
+    assert header in [f"{name}: {value}" for name, value in response.headers.items()]
 
 
-async def test_validation_detail_names_field_and_rule(failing: Client) -> None:
+async def test_validation_detail_names_field_and_rule(odd: Client) -> None:
     body = {"username": "ada", "password": "x", "\u00e9\n": 1}
-    details = error_of(await failing.post("/users", json=body))["details"]
+    details = error_of(await odd.post("/users", json=body))["details"]
     message = "String should have at least 15 characters"
     detail = {"field": "body.password", "message": message, "type": "string_too_short"}
     assert details[0] == detail
     assert details[1]["field"] == "body.\u00e9\n"
-
-
-LOGGED = {
-    "crash": ("exception", "RuntimeError: hunter2"),
-    "away": ("reason", "hunter2"),
-    "own-fault": ("reason", USUAL_500),
-    "own-text": ("reason", "None"),
-}
-
-
-@pytest.mark.parametrize("name", LOGGED)
-async def test_reason_of_a_5xx_is_logged(name: str, failing: Client, log: Log) -> None:
-    field, words = LOGGED[name]
-    log.start()
-    await failing.get(f"/fail/{name}")
-    assert str(log.lines()[-1].get(field)).endswith(words)
 
 
 # --- Models ---------------------------------------------------------------------------
@@ -800,31 +832,19 @@ def test_columns_have_room_for_the_longest_texts() -> None:
 
 
 async def test_id_has_64_bits(database: main.Database) -> None:
-    async with database.write_session() as db:
+    async with database.session(writes=True) as db:
         await main.add_row(db, main.User(id=2**63 - 1, username="z", password_hash=""))
         assert await main.find_user(db, 2**63 - 1)
 
 
 async def test_id_of_a_deleted_user_is_not_given_again(database: main.Database) -> None:
     deleted = await add_user(database)
-    async with database.write_session() as db:
+    async with database.session(writes=True) as db:
         await main.discard_user(db, deleted)
     assert (await add_user(database)).id > deleted.id
 
 
 # --- Database -------------------------------------------------------------------------
-
-
-def skip_time(seconds: float) -> None:
-    """Put the event loop's clock forward, so that no test waits for a timer."""
-    loop = asyncio.get_running_loop()
-    real_time = loop.time
-    loop.time = lambda: real_time() + seconds  # type: ignore[method-assign]
-
-
-async def let_others_run() -> None:
-    for _ in range(100):
-        await asyncio.sleep(0)
 
 
 class Server:
@@ -840,7 +860,7 @@ class Server:
 async def test_outage_is_probed_every_second_until_it_ends() -> None:
     server = Server()
     availability = main.Availability("it", server.probe)
-    assert availability.recover() is availability.recover()
+    assert availability.check() is availability.check()
     counts = []
     for seconds, server.is_away in ((0, True), (0.5, True), (0.5, False), (1, True)):
         skip_time(seconds)
@@ -849,7 +869,7 @@ async def test_outage_is_probed_every_second_until_it_ends() -> None:
     assert counts == [1, 1, 2, 2]
 
 
-async def test_outage_logs_start_and_end_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_outage_logs_start_and_end_once(caplog: CapLog) -> None:
     caplog.set_level("INFO")
     server = Server()
     availability = main.Availability("it", server.probe)
@@ -860,23 +880,12 @@ async def test_outage_logs_start_and_end_once(caplog: pytest.LogCaptureFixture) 
     assert vars(caplog.records[0])["reason"] == "no route to it"
 
 
-ONE_CONNECTION: dict[str, Any] = {"DATABASE_POOL_SIZE": 1, "DATABASE_MAX_OVERFLOW": 0}
-
-
 @asynccontextmanager
-async def connected(**changes: Any) -> AsyncIterator[main.Database]:
-    """A database with these settings."""
-    database = main.Database(make_settings(**changes))
-    await database.availability.check()
-    yield database
-    await database.close()
-
-
-@asynccontextmanager
-async def serve_ada(**changes: Any) -> AsyncIterator[Client]:
-    """A client that is logged in, of an application with these settings."""
-    async with serve(**changes) as guest, logged_in(guest.app) as client:
-        yield client
+async def held_connection(database: main.Database) -> AsyncIterator[AsyncSession]:
+    """A session that has taken its connection."""
+    async with database.session(writes=False) as db:
+        await main.find_user(db, 1)
+        yield db
 
 
 async def test_pool_is_first_come_first_served() -> None:
@@ -884,10 +893,10 @@ async def test_pool_is_first_come_first_served() -> None:
     async with connected(**ONE_CONNECTION) as database, asyncio.TaskGroup() as tasks:
 
         async def ask(number: int) -> None:
-            async with database.read_engine.connect():
+            async with held_connection(database):
                 served.append(number)
 
-        async with database.read_engine.connect():
+        async with held_connection(database):
             for number in range(5):
                 tasks.create_task(ask(number))
             await let_others_run()
@@ -895,41 +904,56 @@ async def test_pool_is_first_come_first_served() -> None:
     assert served == [0, 1, 2, 3, 4, 5]
 
 
-async def status_after(seconds: float, request: Awaitable[httpx.Response]) -> int:
+async def status_after(
+    seconds: float,
+    request: Awaitable[httpx.Response],
+    is_waiting: Callable[[], Any] = lambda: True,
+) -> int:
     """The status of a request that waits for the database as long as that."""
     task = asyncio.ensure_future(request)
     await let_others_run()
-    await asyncio.sleep(0.05)  # for what another process has to do
+    await eventually(is_waiting, "the request waits")
     assert not task.done()
     skip_time(seconds)
     return (await task).status_code
 
 
-def reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
+def reasons(caplog: CapLog) -> list[str]:
     """Why requests were answered with 503."""
     return [vars(r)["reason"] for r in caplog.records if r.message == "request"]
 
 
-async def test_full_pool_is_503_with_reason(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def statements() -> Iterator[list[Any]]:
+    """Statements that are sent to any database, with their parameters."""
+    sent: list[Any] = []
+
+    def note(_: Any, cursor: Any, statement: str, parameters: Any, *more: Any) -> None:
+        sent.append((statement, parameters))
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    yield sent
+    sa.event.remove(sa.Engine, "before_cursor_execute", note)
+
+
+async def test_full_pool_is_503_with_reason(caplog: CapLog) -> None:
     async with serve_ada(DATABASE_POOL_SIZE=1, DATABASE_MAX_OVERFLOW=1) as ada:
-        connect = ada.app.state.database.read_engine.connect
-        async with connect():
+        database = ada.app.state.database
+        async with held_connection(database):
             assert (await ada.get("/users/me")).status_code == 200
-            async with connect():
+            async with held_connection(database):
                 assert await status_after(5, ada.get("/users/me")) == 503
             assert (await ada.get("/users/me")).status_code == 200
     assert reasons(caplog) == ["database: no connection was free in time"]
 
 
 @pytest.mark.parametrize("moment", ["before_cursor_execute", "commit"])
-async def test_cancelled_request_gives_a_clean_connection_back(
-    moment: str, database_url: str
-) -> None:
+async def test_cancellation_frees_a_connection(moment: str, database_url: str) -> None:
     async with connected(DATABASE_URL=database_url, **ONE_CONNECTION) as database:
         task = asyncio.create_task(add_user(database))
-        engine = database.write_engine.sync_engine
-        sa.event.listen(engine, moment, lambda *_: task.cancel(), once=True)
+        sa.event.listen(sa.Engine, moment, cancel := lambda *_: task.cancel())
         await asyncio.wait({task})
+        sa.event.remove(sa.Engine, moment, cancel)
         assert await add_user(database, "bob")
 
 
@@ -986,18 +1010,28 @@ async def pg_ada(forwarder: Forwarder) -> AsyncIterator[Client]:
         yield client
 
 
-async def test_silent_server_fails_alone(pg_ada: Client, forwarder: Forwarder) -> None:
+async def test_silent_server_fails_alone(
+    pg_ada: Client, forwarder: Forwarder, statements: list[Any]
+) -> None:
     forwarder.forget()
-    assert await status_after(5, pg_ada.get("/users/me")) == 503
+    statements.clear()
+    assert await status_after(5, pg_ada.get("/users/me"), lambda: statements) == 503
     assert (await pg_ada.get("/users/me")).status_code == 200
 
 
 async def test_connection_held_for_too_long_is_not_used_again(pg_ada: Client) -> None:
     for seconds in (5, 0):
-        async with pg_ada.app.state.database.read_session() as db:
-            assert await main.find_user(db, 1)
+        async with held_connection(pg_ada.app.state.database):
             skip_time(seconds)
             await let_others_run()
+
+
+def waiting_for_locks(connection: psycopg.Connection[Any]) -> list[Any]:
+    """The database's processes that wait for a lock."""
+    return connection.execute(
+        "SELECT pid FROM pg_stat_activity"
+        " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    ).fetchall()
 
 
 async def test_locked_row_is_503_in_time(pg_ada: Client, postgresql_url: str) -> None:
@@ -1005,29 +1039,24 @@ async def test_locked_row_is_503_in_time(pg_ada: Client, postgresql_url: str) ->
     with psycopg.connect(postgresql_url) as other:
         other.execute("SELECT * FROM items FOR UPDATE")
         request = pg_ada.patch(path, json={"title": "new"})
-        assert await status_after(5, request) == 503
+        assert await status_after(5, request, lambda: waiting_for_locks(other)) == 503
         assert (await pg_ada.get(path)).json()["title"] == "a title"
 
 
-async def test_restart_of_server_costs_one_request(
-    postgresql_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_restart_costs_one_request(postgresql_url: str, caplog: CapLog) -> None:
     async with serve_ada(DATABASE_URL=postgresql_url) as ada:
         await asyncio.gather(*(ada.get("/users/me") for _ in range(5)))
         with psycopg.connect(postgresql_url) as other:
             end = "SELECT pg_terminate_backend(pid, 9000) FROM pg_stat_activity"
-            other.execute(
-                f"{end} WHERE datname = current_database() AND state = 'idle'"
-            )
+            here = "datname = current_database() AND state = 'idle'"
+            other.execute(f"{end} WHERE {here}")
         statuses = [(await ada.get("/users/me")).status_code for _ in range(6)]
         assert statuses == [503, 200, 200, 200, 200, 200]
-        await ada.app.state.database.availability.recovery
+        await ada.app.state.database.availability.check()
     assert caplog.messages == ["request"]  # and no outage
 
 
-async def test_server_away_at_start_is_used_when_it_comes(
-    forwarder: Forwarder, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_outage_at_start_ends(forwarder: Forwarder, caplog: CapLog) -> None:
     forwarder.refuse()
     asyncio.get_running_loop().call_later(0.1, skip_time, 1)  # in the lifespan
     async with serve(DATABASE_URL=forwarder.url) as client:
@@ -1052,24 +1081,11 @@ async def test_server_away_and_back(pg_ada: Client, forwarder: Forwarder) -> Non
     assert (await pg_ada.get("/users/me")).status_code == 200
 
 
-@pytest.fixture
-def statements() -> Iterator[list[Any]]:
-    """Statements that are sent to any database, with their parameters."""
-    sent: list[Any] = []
-
-    def note(_: Any, cursor: Any, statement: str, parameters: Any, *more: Any) -> None:
-        sent.append((statement, parameters))
-
-    sa.event.listen(sa.Engine, "before_cursor_execute", note)
-    yield sent
-    sa.event.remove(sa.Engine, "before_cursor_execute", note)
-
-
 async def test_no_statement_is_sent_while_all_is_well(
     database: main.Database, statements: list[Any]
 ) -> None:
     assert await database.is_ready()
-    await database.availability.recover()
+    await database.availability.check()
     statements.clear()
     skip_time(60)
     await let_others_run()
@@ -1087,19 +1103,16 @@ async def test_readiness_is_checked_once_for_all_callers(
 
 async def test_readiness_does_not_wait_for_requests(database_url: str) -> None:
     one = connected(DATABASE_URL=database_url, **ONE_CONNECTION)
-    async with one as database, database.write_session() as db:
-        await main.find_user(db, 1)
+    async with one as database, held_connection(database):
         assert await database.is_ready()
 
 
-async def test_readiness_of_a_slow_database_is_told_by_the_next_check(
-    postgresql_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_readiness_check_may_go_on(postgresql_url: str, caplog: CapLog) -> None:
     async with connected(DATABASE_URL=postgresql_url) as database:
         with psycopg.connect(postgresql_url) as other:
             other.execute("LOCK TABLE users")
             check = asyncio.create_task(database.is_ready())
-            for seconds, is_done in ((0, False), (1.5, False), (0.5, True)):
+            for seconds, is_done in ((0, False), (1.1, False), (0.9, True)):
                 skip_time(seconds)
                 await let_others_run()
                 assert check.done() == is_done
@@ -1107,9 +1120,7 @@ async def test_readiness_of_a_slow_database_is_told_by_the_next_check(
     assert not caplog.records  # slow is not away
 
 
-async def test_tables_are_made_once_by_many_workers(
-    database_url: str, statements: list[Any]
-) -> None:
+async def test_tables_are_made_once(database_url: str, statements: list[Any]) -> None:
     settings = make_settings(DATABASE_URL=database_url)
     databases = [main.Database(settings) for _ in range(4)]
     checks = [database.availability.check() for database in databases]
@@ -1121,27 +1132,26 @@ async def test_tables_are_made_once_by_many_workers(
 
 
 async def execute(database: main.Database, statement: str) -> None:
-    async with database.write_engine.begin() as connection:
-        await connection.exec_driver_sql(statement)
+    async with database.session(writes=True) as db:
+        await db.execute(sa.text(statement))
+        await db.commit()
 
 
 async def test_tables_are_made_beside_others(database: main.Database) -> None:
     user = await add_user(database)
     await execute(database, "DROP TABLE items")
     assert await database.is_ready()
-    async with database.write_session() as db:
+    async with database.session(writes=True) as db:
         assert await main.create_item(db, user, main.ItemIn(title="tea"))
 
 
-async def test_table_older_than_its_model_is_500_and_not_ready(
-    database_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_old_table_is_500_and_unready(database_url: str, caplog: CapLog) -> None:
     async with serve_ada(DATABASE_URL=database_url) as ada:
         database = ada.app.state.database
         await execute(database, "ALTER TABLE items RENAME COLUMN title TO old")
         assert not any([await database.is_ready() for _ in range(2)])
         assert error_of(await ada.get("/items"))["error"] == "internal_error"
-    outage, request = caplog.records
+    outage, request = [r for r in caplog.records if r.name == "service"]
     assert "title" in vars(outage)["reason"]
     assert request.exc_info
 
@@ -1170,7 +1180,7 @@ OPTIONS = {
     "keepalives_idle": "60",
     "tcp_user_timeout": "2500",
     "target_session_attrs": "read-write",
-    "options": "-c statement_timeout=2500 -c idle_in_transaction_session_timeout=60000",
+    "options": "-c statement_timeout=2250 -c idle_in_transaction_session_timeout=2500",
 }
 
 
@@ -1179,11 +1189,9 @@ async def test_connection_has_options_and_those_of_its_url(
     query: dict[str, str], name: str, postgresql_url: str
 ) -> None:
     url = sa.make_url(postgresql_url).update_query_dict(query)
-    async with (
-        connected(DATABASE_URL=url, DATABASE_TIMEOUT_SECONDS=2.5) as database,
-        database.read_engine.connect() as connection,
-    ):
-        raw: Any = await connection.get_raw_connection()
+    changes = {"DATABASE_URL": url, "DATABASE_TIMEOUT_SECONDS": 2.5}
+    async with connected(**changes) as database, held_connection(database) as db:
+        raw: Any = await (await db.connection()).get_raw_connection()
         options = raw.driver_connection.info.get_parameters()
     assert {**OPTIONS, "application_name": name}.items() <= options.items()
 
@@ -1207,7 +1215,7 @@ FAULTS = {
 
 @cases("pragma, reason", FAULTS)
 async def test_sqlite_cannot_write_is_503_with_reason(
-    pragma: str, reason: str, ada: Client, caplog: pytest.LogCaptureFixture
+    pragma: str, reason: str, ada: Client, caplog: CapLog
 ) -> None:
     await execute(ada.app.state.database, f"PRAGMA {pragma}")
     with closing(sqlite3.connect("app.db")) as other:
@@ -1222,10 +1230,10 @@ PRAGMAS = {"journal_mode": "wal", "foreign_keys": 1, "busy_timeout": 5000}
 
 
 async def test_sqlite_connection_is_prepared() -> None:
-    async with connected() as database, database.read_engine.connect() as sqlite:
+    async with connected() as database, held_connection(database) as db:
         for name, value in PRAGMAS.items():
-            result = await sqlite.exec_driver_sql(f"PRAGMA {name}")
-            assert (name, result.scalar()) == (name, value)
+            found = await db.scalar(sa.text(f"PRAGMA {name}"))
+            assert (name, found) == (name, value)
 
 
 async def test_sqlite_connection_needs_no_switch_to_wal() -> None:
@@ -1238,7 +1246,7 @@ async def test_sqlite_connection_needs_no_switch_to_wal() -> None:
 
 
 async def test_read_session_refuses_to_write() -> None:
-    async with connected() as database, database.read_session() as db:
+    async with connected() as database, database.session(writes=False) as db:
         for write in (
             main.update_user(db, main.User(id=1), token_version=1),
             main.remove_user(db, 1),
@@ -1249,14 +1257,20 @@ async def test_read_session_refuses_to_write() -> None:
 
 
 async def test_transaction_without_commit_is_undone(database: main.Database) -> None:
-    async with database.write_session() as db:
+    async with database.session(writes=True) as db:
         await main.add_row(db, main.User(username="ada", password_hash=""))
     assert await add_user(database, "ada")
 
 
+@pytest.mark.parametrize("writes", [True, False])
+def test_session_before_the_first_contact_is_503(writes: bool) -> None:
+    with pytest.raises(main.ServiceUnavailableException):
+        main.Database(make_settings()).session(writes)
+
+
 async def test_write_sessions_of_workers_lose_no_update(database_url: str) -> None:
     async def count_up(database: main.Database) -> None:
-        async with database.write_session() as db:
+        async with database.session(writes=True) as db:
             user = (await db.scalars(sa.select(main.User).with_for_update())).one()
             user.token_version += 1
             await db.commit()
@@ -1267,7 +1281,7 @@ async def test_write_sessions_of_workers_lose_no_update(database_url: str) -> No
     ):
         await add_user(one)
         await asyncio.gather(*(count_up(database) for database in [one, other] * 5))
-        async with one.read_session() as db:
+        async with one.session(writes=False) as db:
             assert await main.read_token_owner(db, 1, 10)
 
 
@@ -1275,28 +1289,34 @@ async def test_write_sessions_of_workers_lose_no_update(database_url: str) -> No
 
 
 @cache
-def operations() -> dict[tuple[str, str], dict[str, Any]]:
-    """What the OpenAPI document says of the API, by method and path."""
+def openapi_document() -> dict[str, Any]:
+    return built_app().openapi()
+
+
+def operations() -> dict[str, dict[str, Any]]:
+    """What the OpenAPI document says of "GET /api/v1/items" and all others."""
     return {
-        (method.upper(), path.removeprefix("/api/v1")): operation
-        for path, methods in built_app().openapi()["paths"].items()
+        f"{method.upper()} {path}": operation
+        for path, methods in openapi_document()["paths"].items()
         for method, operation in methods.items()
-        if path.startswith("/api/v1/")
     }
 
 
-def operations_with_json() -> list[tuple[str, str]]:
-    return [
-        (method, re.sub("{.*?}", "1", path))
-        for (method, path), operation in operations().items()
-        if "application/json" in operation.get("requestBody", {}).get("content", {})
-    ]
+def url_of(path: str) -> str:
+    return re.sub("{.*?}", "1", f"http://test{path}")
+
+
+def operations_with_json() -> Iterator[tuple[str, str]]:
+    """The methods and URLs that take a body of JSON."""
+    for name, operation in operations().items():
+        if "application/json" in str(operation.get("requestBody")):
+            method, path = name.split()
+            yield method, url_of(path)
 
 
 DEEP = b"[" * 30_000 + b"]" * 30_000
 HOSTILE_JSON = {
     "nothing": b"",
-    "null": b"null",
     "null for a title": b'{"title": null}',
     "NUL in a title": rb'{"title": "a\u0000b"}',
     "lone surrogate in a title": rb'{"title": "\ud800"}',
@@ -1307,7 +1327,6 @@ HOSTILE_JSON = {
     "NaN in an unknown field": b'{"title": "x", "more": NaN}',
     "integer beyond 64 bits": b'{"title": 18446744073709551616}',
     "integer of 5,000 digits": b'{"title": %s}' % (b"9" * 5000),
-    "number beyond a double": b'{"title": 1e999}',
     "deep": DEEP,
     "deep in an unknown field": b'{"title": "x", "more": %s}' % DEEP,
     "deep enough to be parsed": b'{"title": %s}' % (b"[" * 900 + b"]" * 900),
@@ -1316,9 +1335,8 @@ HOSTILE_JSON = {
 
 @cases("content", HOSTILE_JSON)
 async def test_hostile_json_is_400_or_422(content: bytes, ada: Client) -> None:
-    headers = {"Content-Type": "application/json"}
     for method, path in operations_with_json():
-        response = await ada.request(method, path, content=content, headers=headers)
+        response = await ada.request(method, path, content=content, headers=JSON)
         assert error_of(response)["error"] in {"bad_request", "validation_error"}
 
 
@@ -1327,18 +1345,14 @@ async def test_hostile_json_is_400_or_422(content: bytes, ada: Client) -> None:
     [b"", b"text/plain", b"multipart/form-data", b"application/json\xff", b";;;/"],
     ids=ascii,
 )
-async def test_content_type_other_than_json_is_422(
-    content_type: bytes, ada: Client
-) -> None:
+async def test_content_type_not_json_is_422(content_type: bytes, ada: Client) -> None:
     headers = {b"Content-Type": content_type}
     response = await ada.post("/items", content=b'{"title": "x"}', headers=headers)
     assert error_of(response)["error"] == "validation_error"
 
 
 @pytest.mark.parametrize(("sent", "details"), [(1, 1), (20, 20), (21, 1), (4000, 1)])
-async def test_unknown_fields_are_refused_and_thousands_cost_one_detail(
-    sent: int, details: int, ada: Client
-) -> None:
+async def test_unknown_fields_are_bounded(sent: int, details: int, ada: Client) -> None:
     body = {f"{n}": 0 for n in range(sent)}
     for method, path in operations_with_json():
         response = await ada.request(method, path, json=body)
@@ -1366,9 +1380,7 @@ async def test_hostile_text_in_path_or_query_is_422(text: str, ada: Client) -> N
 
 
 @pytest.mark.parametrize("query", ["%00=%FF&%ED%A0%80=%", "&&==&", "&" * 30_000])
-async def test_hostile_query_that_is_not_read_is_ignored(
-    query: str, ada: Client
-) -> None:
+async def test_hostile_query_is_ignored_if_not_read(query: str, ada: Client) -> None:
     assert (await ada.get(f"/items?{query}")).status_code == 200
 
 
@@ -1384,7 +1396,6 @@ REFUSED_FORMS = {
     "JSON": {"json": LOGIN},
     "no content type": {"content": b"username=ada&password=wrong"},
     "21 fields": {"data": LOGIN | {"more": [""] * 19}},
-    "thousands of fields": {"data": LOGIN | {"more": [""] * 9000}},
     "21 parts": {"data": LOGIN, "files": [PART] * 19},
     "a thousand parts": {"data": LOGIN, "files": [PART] * 998, "headers": MULTIPART},
     "a file": {"data": LOGIN, "files": [("more", ("name", ""))]},
@@ -1417,7 +1428,7 @@ async def test_odd_form_is_an_ordinary_login(content: bytes, guest: Client) -> N
     "name",
     ["X-Request-ID", "Origin", "Accept", "Cookie", "X-Forwarded-For", "traceparent"],
 )
-async def test_header_that_is_not_utf_8_is_ignored(name: str, ada: Client) -> None:
+async def test_header_of_hostile_bytes_is_ignored(name: str, ada: Client) -> None:
     headers = [(name.encode(), b"\xff, \x00\n")]
     assert (await ada.get("/items", headers=headers)).status_code == 200
 
@@ -1429,74 +1440,68 @@ VALID: dict[type[pydantic.BaseModel], dict[str, str]] = {
     main.ItemIn: {"title": "x"},
     main.ItemPatch: {},
 }
-TEXTS: dict[str, tuple[type[pydantic.BaseModel], str, int, int]] = {
-    "username": (main.UserIn, "username", 3, 32),
-    "password": (main.UserIn, "password", 15, 128),
-    "current password": (main.PasswordChange, "current_password", 1, 1024),
-    "new password": (main.PasswordChange, "new_password", 15, 128),
-    "username at login": (main.LoginForm, "username", 1, 1024),
-    "password at login": (main.LoginForm, "password", 1, 1024),
-    "title": (main.ItemIn, "title", 1, 200),
-    "patched title": (main.ItemPatch, "title", 1, 200),
-    "description": (main.ItemIn, "description", 0, 2000),
-    "patched description": (main.ItemPatch, "description", 0, 2000),
+
+
+class Text(NamedTuple):
+    """A field, and the lengths that it may have."""
+
+    schema: type[pydantic.BaseModel]
+    field: str
+    least: int
+    most: int
+
+    def allows(self, value: str) -> bool:
+        try:
+            self.schema.model_validate(VALID[self.schema] | {self.field: value})
+        except pydantic.ValidationError as error:
+            assert [fault["loc"] for fault in error.errors()] == [(self.field,)]
+            return False
+        return True
+
+
+TEXTS = {
+    "username": Text(main.UserIn, "username", 3, 32),
+    "password": Text(main.UserIn, "password", 15, 128),
+    "current password": Text(main.PasswordChange, "current_password", 1, 1024),
+    "new password": Text(main.PasswordChange, "new_password", 15, 128),
+    "username at login": Text(main.LoginForm, "username", 1, 1024),
+    "password at login": Text(main.LoginForm, "password", 1, 1024),
+    "title": Text(main.ItemIn, "title", 1, 200),
+    "patched title": Text(main.ItemPatch, "title", 1, 200),
+    "description": Text(main.ItemIn, "description", 0, 2000),
+    "patched description": Text(main.ItemPatch, "description", 0, 2000),
 }
 PASSWORD_TEXTS = {name: row for name, row in TEXTS.items() if "password" in name}
 
 
-def is_valid(schema: type[pydantic.BaseModel], **changes: str | None) -> bool:
-    try:
-        schema.model_validate(VALID[schema] | changes)
-    except pydantic.ValidationError as error:
-        assert {fault["loc"][0] for fault in error.errors()} == set(changes)
-        return False
-    return True
+@cases("text", TEXTS)
+def test_text_has_a_least_and_a_most_length(text: Text) -> None:
+    lengths = (text.least - 1, text.least, text.most, text.most + 1)
+    allowed = [n for n in lengths if n >= 0 and text.allows("x" * n)]
+    assert allowed == [text.least, text.most]
 
 
-@cases("schema, field, least, most", TEXTS)
-def test_text_has_a_least_and_a_most_length(
-    schema: type[pydantic.BaseModel], field: str, least: int, most: int
-) -> None:
-    lengths = [n for n in (least - 1, least, most, most + 1) if n >= 0]
-    valid = [n for n in lengths if is_valid(schema, **{field: "x" * n})]
-    assert valid == [least, most]
+@cases("text", TEXTS)
+def test_text_has_no_lone_surrogate_and_only_a_password_has_nul(text: Text) -> None:
+    assert not text.allows("\ud800" + "x" * text.least)
+    assert text.allows("\x00" * 15) == ("password" in text.field)
 
 
-@cases("schema, field, least, most", TEXTS)
-def test_lone_surrogate_and_nul_are_refused_in_text_but_nul_in_passwords(
-    schema: type[pydantic.BaseModel], field: str, least: int, most: int
-) -> None:
-    hostile = ["\ud800"] if "password" in field else ["\ud800", "\x00"]
-    for character in hostile:
-        assert not is_valid(schema, **{field: character + "x" * least})
+@cases("text", PASSWORD_TEXTS)
+def test_password_typed_in_nfd_is_the_one_in_nfc(text: Text) -> None:
+    body = VALID[text.schema] | {text.field: "e\u0301" * 15}
+    assert getattr(text.schema(**body), text.field) == "\u00e9" * 15
 
 
-@cases("schema, field, least, most", PASSWORD_TEXTS)
-def test_password_typed_in_nfd_is_the_one_in_nfc(
-    schema: type[pydantic.BaseModel], field: str, least: int, most: int
-) -> None:
-    password = schema.model_validate(VALID[schema] | {field: "e\u0301" * 15})
-    assert getattr(password, field) == "\u00e9" * 15
-
-
-@pytest.mark.parametrize(("length", "expected"), [(1024, True), (1026, False)])
-def test_password_of_over_1024_characters_is_refused_before_it_is_normalized(
-    length: int, expected: bool
-) -> None:
-    password = "e\u0301" * (length // 2)
-    assert is_valid(main.LoginForm, password=password) is expected
-
-
-@pytest.mark.parametrize("character", ["\x00", " ", "\U0001f600", "a"], ids=ascii)
-def test_password_may_have_any_characters(character: str) -> None:
-    assert is_valid(main.UserIn, password=character * 15)
+def test_password_of_over_1024_characters_is_refused_before_it_is_normalized() -> None:
+    assert TEXTS["password at login"].allows("e\u0301" * 512)
+    assert not TEXTS["password at login"].allows("e\u0301" * 513)
 
 
 def test_username_has_letters_digits_and_three_signs_but_no_sign_first() -> None:
     good = ["ada", "0da", "a.b", "a_b", "a-b", "a..", "z9-"]
     bad = [".ada", "_ada", "-ada", "a da", "ada\n", "\u00e4da", "a@b", "aa\u212a"]
-    valid = [name for name in good + bad if is_valid(main.UserIn, username=name)]
-    assert valid == good
+    assert [name for name in good + bad if TEXTS["username"].allows(name)] == good
 
 
 def test_time_is_written_in_utc_with_its_offset() -> None:
@@ -1510,11 +1515,6 @@ def test_time_is_written_in_utc_with_its_offset() -> None:
 # --- Security -------------------------------------------------------------------------
 
 PARAMETERS = "$argon2id$v=19$m=19456,t=2,p=1$"
-OLD = PasswordHash([Argon2Hasher(time_cost=1, memory_cost=8, parallelism=1)])
-
-
-def test_password_is_hashed_by_argon2id_with_parameters_of_owasp() -> None:
-    assert known_hash().startswith(PARAMETERS)
 
 
 def test_dummy_hash_takes_as_long_as_a_real_one() -> None:
@@ -1523,15 +1523,6 @@ def test_dummy_hash_takes_as_long_as_a_real_one() -> None:
     assert lengths[0] == lengths[1]
     with pytest.raises(VerifyMismatchError):  # so it is computed to the end
         PasswordHasher().verify(main.DUMMY_HASH, PASSWORD)
-
-
-async def test_password_hash_of_older_parameters_is_renewed() -> None:
-    old_hash = OLD.hash(PASSWORD)
-    assert await main.verify_password("wrong", old_hash) == (False, None)
-    is_valid, new_hash = await main.verify_password(PASSWORD, old_hash)
-    assert is_valid
-    assert str(new_hash).startswith(PARAMETERS)
-    assert await main.verify_password(PASSWORD, str(new_hash)) == (True, None)
 
 
 async def test_hashing_leaves_the_event_loop_free() -> None:
@@ -1550,14 +1541,14 @@ async def test_hashing_leaves_the_event_loop_free() -> None:
 
 @asynccontextmanager
 async def busy_hashing() -> AsyncIterator[None]:
-    """Both threads are busy: who hashes meanwhile waits."""
-    borrowers = ("one", "another")
-    for borrower in borrowers:
+    """All threads for hashing are busy."""
+    threads = range(int(main.HASHING_THREADS.total_tokens))
+    for borrower in threads:
         main.HASHING_THREADS.acquire_on_behalf_of_nowait(borrower)
     try:
         yield
     finally:
-        for borrower in borrowers:
+        for borrower in threads:
             main.HASHING_THREADS.release_on_behalf_of(borrower)
 
 
@@ -1570,35 +1561,31 @@ async def waiting_hashes(number: int) -> None:
 
 ADA = {"username": "ada", "password": PASSWORD}
 CHANGE = {"current_password": PASSWORD, "new_password": PASSWORD[::-1]}
-POOL_OF_ONE = {"DATABASE_POOL_SIZE": 1, "DATABASE_MAX_OVERFLOW": 0}
-HASHING: dict[str, Any] = {
-    "registration": ("POST", "/users", {"json": ADA | {"username": "eve"}}, 201),
-    "login": ("POST", "/auth/token", {"data": ADA}, 200),
-    "unknown name": ("POST", "/auth/token", {"data": ADA | {"username": "x"}}, 401),
-    "password change": ("PATCH", "/users/me", {"json": CHANGE}, 204),
+
+
+class Call(NamedTuple):
+    """A request that needs a hash, and its status."""
+
+    method: str
+    path: str
+    options: dict[str, Any]
+    status: int
+
+
+HASHING = {
+    "registration": Call("POST", "/users", {"json": ADA | {"username": "eve"}}, 201),
+    "login": Call("POST", "/auth/token", {"data": ADA}, 200),
+    "unknown name": Call("POST", "/auth/token", {"data": ADA | {"username": "x"}}, 401),
+    "password change": Call("PATCH", "/users/me", {"json": CHANGE}, 204),
 }
 
 
-@cases("method, path, options, status", HASHING)
-async def test_hashing_holds_no_connection(
-    method: str, path: str, options: Any, status: int
-) -> None:
-    async with serve(**POOL_OF_ONE) as guest, logged_in(guest.app) as ada:
-        async with busy_hashing():
-            request = asyncio.create_task(ada.request(method, path, **options))
-            await waiting_hashes(1)
-            assert await ada.add_item() == 1
-        assert (await request).status_code == status
-
-
-@cases("method, path, options, status", HASHING)
-async def test_hashing_queue_of_100_is_full_and_the_next_request_is_503(
-    method: str, path: str, options: Any, status: int, ada: Client
-) -> None:
+@cases("call", HASHING)
+async def test_hashing_queue_over_100_is_503(call: Call, ada: Client) -> None:
     async with busy_hashing():
         hashes = [asyncio.create_task(main.hash_password("x")) for _ in range(100)]
         await waiting_hashes(100)
-        request = asyncio.create_task(ada.request(method, path, **options))
+        request = asyncio.create_task(ada.request(*call[:2], **call.options))
         await eventually(request.done, "an answer at once")
         for task in hashes:
             task.cancel()
@@ -1607,25 +1594,6 @@ async def test_hashing_queue_of_100_is_full_and_the_next_request_is_503(
     assert request.result().headers["Retry-After"] == "1"
 
 
-async def test_hashing_of_a_cancelled_request_is_left_out(ada: Client) -> None:
-    async with busy_hashing():
-        request = asyncio.create_task(ada.login())
-        await waiting_hashes(1)
-        request.cancel()
-        await waiting_hashes(0)
-
-
-async def test_login_is_answered_alike_for_wrong_name_and_wrong_password(
-    ada: Client,
-) -> None:
-    ada.headers["X-Request-ID"] = "same"
-    answers = [await ada.login(name, "wrong") for name in ("ada", "nobody")]
-    one, other = [(a.status_code, a.content, [*a.headers]) for a in answers]
-    assert one == other
-    assert one[0] == 401
-
-
-KEY = "k" * 32
 CLAIMS = {"sub": "1", "iat": 1, "exp": 2**40, "version": 0}
 
 
@@ -1640,7 +1608,7 @@ def segment(content: bytes) -> str:
 
 
 def signed(header: bytes, claims: bytes) -> str:
-    """A token with a good signature of what no library would write."""
+    """A token with a good signature, of claims that no library would write."""
     text = f"{segment(header)}.{segment(claims)}"
     return f"{text}.{segment(hmac.digest(KEY.encode(), text.encode(), 'sha256'))}"
 
@@ -1653,33 +1621,26 @@ UNSIGNED = b'{"alg":"none"}'
 BAD_TOKENS = {
     "no signature": f"{HEAD}.{BODY}.",
     "algorithm none": f"{segment(UNSIGNED)}.{BODY}.",
-    "algorithm none, signed": signed(UNSIGNED, GOOD),
-    "algorithm left out": signed(b"{}", GOOD),
     "algorithm HS512": jwt.encode(CLAIMS, KEY, "HS512"),
     "algorithm HS512 claimed": signed(b'{"alg":"HS512"}', GOOD),
     "algorithm RS256 claimed": signed(b'{"alg":"RS256"}', GOOD),
     "another key": jwt.encode(CLAIMS, "j" * 32, "HS256"),
     "tampered": f"{HEAD}.{OTHER_BODY}.{SIGNATURE}",
-    "cut off": f"{HEAD}.{BODY}.{SIGNATURE[:-2]}",
     "expired": token_of(exp=int(time.time()) - 1),
     "without sub": token_of("sub"),
     "without iat": token_of("iat"),
     "without exp": token_of("exp"),
     "without version": token_of("version"),
     "sub of nobody": token_of(sub="2"),
-    "sub that is a name": token_of(sub="ada"),
+    "sub of letters": token_of(sub="ada"),
     "another version": token_of(version=1),
     "version null": token_of(version=None),
-    "exp null": token_of(exp=None),
     "exp infinite": token_of(exp=float("inf")),
     "exp NaN": token_of(exp=float("nan")),
-    "claims in a list": signed(HS256, b"[]"),
     "claims that are not UTF-8": signed(HS256, b"\xff"),
     "claims nested deeply": signed(HS256, b"[" * 10_000 + b"]" * 10_000),
     "header nested deeply": signed(b"[" * 1000 + b"]" * 1000, GOOD),
-    "header of nested objects": signed(b'{"a":' * 1000 + b"1" + b"}" * 1000, GOOD),
     "not ASCII": "\xff.\xff.\xff",
-    "NUL": "a\x00.b.c",
 }
 
 
@@ -1692,7 +1653,7 @@ async def test_bad_token_is_401_and_no_reason_is_told(token: str, ada: Client) -
     assert challenge == 'Bearer error="invalid_token"'
 
 
-async def test_token_made_as_the_bad_ones_but_right_is_good(ada: Client) -> None:
+async def test_token_without_a_fault_is_good(ada: Client) -> None:
     for token in (token_of(), signed(HS256, GOOD)):
         ada.use_token(token)
         assert (await ada.get("/users/me")).json()["id"] == 1
@@ -1730,7 +1691,7 @@ async def db(database: main.Database) -> AsyncIterator[AsyncSession]:
     """A session on a database where Ada is user 1 with item 1, and Bob is both 2."""
     for username in ("ada", "bob"):
         await add_user(database, username)
-    async with database.write_session() as session:
+    async with database.session(writes=True) as session:
         for owner_id, title in ((1, "Ada's"), (2, "Bob's")):
             await add_item(session, owner_id, title)
         yield session
@@ -1739,14 +1700,6 @@ async def db(database: main.Database) -> AsyncIterator[AsyncSession]:
 async def add_item(db: AsyncSession, owner_id: int, title: str) -> main.Item:
     item_in = main.ItemIn(title=title, description="green")
     return await main.create_item(db, main.User(id=owner_id), item_in)
-
-
-async def test_user_is_found_by_id_and_by_name(db: AsyncSession) -> None:
-    bob = await main.find_user(db, 2)
-    assert bob is not None and bob.username == "bob"
-    assert await main.find_user_by_name(db, "bob") is bob
-    assert await main.find_user(db, 7) is None
-    assert await main.find_user_by_name(db, "eve") is None
 
 
 LISTS: dict[str, Any] = {
@@ -1776,14 +1729,14 @@ async def test_pagination_uses_an_index(
 ) -> None:
     for statement in (FILL_USERS, FILL_ITEMS, "ANALYZE"):
         await execute(database, statement)
-    async with database.read_session() as db:
+    async with database.session(writes=False) as db:
         await LISTS[name](db)
-    statement, parameters = statements[-1]
-    dialect = database.read_engine.dialect.name
-    explain = "EXPLAIN QUERY PLAN " if dialect == "sqlite" else "EXPLAIN "
-    async with database.read_engine.connect() as connection:
+        statement, parameters = statements[-1]
+        dialect = db.get_bind().dialect.name
+        explain = "EXPLAIN QUERY PLAN " if dialect == "sqlite" else "EXPLAIN "
+        connection = await db.connection()
         plan = await connection.exec_driver_sql(explain + statement, parameters)
-        steps = "\n".join(str(row[-1]) for row in plan)
+    steps = "\n".join(str(row[-1]) for row in plan)
     assert INDEXES[f"{name}-{dialect}"] in steps
     assert not re.search("Filter|Sort|SCAN|TEMP", steps)
 
@@ -1815,13 +1768,13 @@ EVE = main.UserIn(username="eve", password=PASSWORD)
 
 async def test_registration_race_has_one_winner(database: main.Database) -> None:
     async def register() -> main.User:
-        async with database.write_session() as db:
+        async with database.session(writes=True) as db:
             return await main.register_user(db, EVE)
 
     race = await asyncio.gather(register(), register(), return_exceptions=True)
     kinds = {type(outcome) for outcome in race}
     assert kinds == {main.User, main.UsernameTakenException}
-    async with database.write_session() as db:
+    async with database.session(writes=True) as db:
         assert await main.authenticate_user(db, "eve", PASSWORD)
 
 
@@ -1837,69 +1790,51 @@ async def test_constraint_of_your_own_is_a_fault_of_the_code(
 ) -> None:
     await add_user(database)
     await execute(database, f"CREATE UNIQUE INDEX your_own ON {index}")
-    async with database.write_session() as db:
+    async with database.session(writes=True) as db:
         with pytest.raises(sa.exc.IntegrityError):
             for _ in range(2):
                 await service(db)
 
 
-@cases("username, password", {"wrong": ("ada", "x"), "unknown": ("eve", PASSWORD)})
-async def test_login_is_refused(username: str, password: str, db: AsyncSession) -> None:
-    with pytest.raises(main.WrongCredentialsException):
-        await main.authenticate_user(db, username, password)
-
-
-# Of PASSWORD, with parameters that are cheaper than OWASP's.
-OLD_HASH = (
-    "$argon2id$v=19$m=8,t=1,p=1"
-    "$HMA5B29lzvTI6ssBjkC45A$LWMdxCxioPfuDZNnvyEowOAbKRqjHY40Vi6i85OzsqU"
-)
+OLD = PasswordHash([Argon2Hasher(time_cost=1, memory_cost=8, parallelism=1)])
 
 
 async def test_login_renews_an_outdated_hash(database: main.Database) -> None:
-    await add_user(database, "ada", OLD_HASH)
-    async with database.write_session() as db:
-        await main.authenticate_user(db, "ada", PASSWORD)
-    async with database.read_session() as db:
+    await add_user(database, "ada", OLD.hash(PASSWORD))
+    for _ in range(2):
+        async with database.session(writes=True) as db:
+            await main.authenticate_user(db, "ada", PASSWORD)
+    async with database.session(writes=False) as db:
         renewed = await main.read_token_owner(db, 1, 0)
-    assert "m=19456,t=2,p=1" in renewed.password_hash
+    assert renewed.password_hash.startswith(PARAMETERS)
 
 
-PASSWORD_CHANGE = main.PasswordChange(current_password=PASSWORD, new_password="n" * 15)
-HASHING_SERVICES: dict[str, Any] = {
-    "registration": lambda ada: ada.register("eve"),
-    "login": lambda ada: ada.login(),
-    "change": lambda ada: ada.patch("/users/me", json=PASSWORD_CHANGE.model_dump()),
-}
+PASSWORD_CHANGE = main.PasswordChange(**CHANGE)
 
 
-@cases("request_of", HASHING_SERVICES)
-async def test_password_hashing_holds_no_connection(request_of: Any) -> None:
-    hashing = main.HASHING_THREADS
+@cases("call", HASHING)
+async def test_hashing_holds_no_connection(call: Call) -> None:
     async with serve_ada(**ONE_CONNECTION) as ada:
-        for other in ("first", "second"):
-            await hashing.acquire_on_behalf_of(other)
-        request = asyncio.create_task(request_of(ada))
-        await eventually(lambda: hashing.statistics().tasks_waiting, "a hash")
-        assert await ada.add_item() == 1
-        for other in ("first", "second"):
-            hashing.release_on_behalf_of(other)
-        assert (await request).is_success
+        async with busy_hashing():
+            request = asyncio.create_task(ada.request(*call[:2], **call.options))
+            await waiting_hashes(1)
+            assert await ada.add_item() == 1
+        assert (await request).status_code == call.status
 
 
 async def test_password_change_race_has_one_winner(database: main.Database) -> None:
     user = await add_user(database)
 
     async def change() -> None:
-        async with database.write_session() as db:
+        async with database.session(writes=True) as db:
             await main.change_password(db, user, PASSWORD_CHANGE)
 
     race = await asyncio.gather(change(), change(), return_exceptions=True)
     kinds = {type(outcome) for outcome in race}
     assert kinds == {type(None), main.WrongPasswordException}
-    async with database.read_session() as db:
+    async with database.session(writes=False) as db:
         changed = await main.read_token_owner(db, 1, 1)
-    assert main.PASSWORDS.verify("n" * 15, changed.password_hash)
+    assert main.PASSWORDS.verify(PASSWORD[::-1], changed.password_hash)
 
 
 async def test_password_change_needs_the_current_password(db: AsyncSession) -> None:
@@ -1929,16 +1864,15 @@ async def test_user_is_deleted_with_items_and_tokens(db: AsyncSession) -> None:
         await add_item(db, 1, "too late")
 
 
-PATCHES: dict[str, dict[str, Any]] = {
-    "title": {"title": "new"},
-    "description": {"description": "new"},
-    "no description": {"description": None},
-    "both": {"title": "new", "description": "new"},
-    "nothing": {},
-}
+PATCHES = [
+    {"title": "a", "description": "b"},
+    {"title": "a"},
+    {"description": None},
+    {},
+]
 
 
-@cases("patch", PATCHES)
+@pytest.mark.parametrize("patch", PATCHES, ids=str)
 async def test_patch_changes_only_fields_sent(patch: Any, db: AsyncSession) -> None:
     bob = main.User(id=2)
     before = main.ItemOut.model_validate(await main.read_item(db, bob, 2)).model_dump()
@@ -1949,15 +1883,12 @@ async def test_patch_changes_only_fields_sent(patch: Any, db: AsyncSession) -> N
     assert after == before | patch
 
 
-async def test_patch_of_an_item_deleted_meanwhile_is_404(
-    pg_ada: Client, postgresql_url: str
-) -> None:
+async def test_patch_after_delete_is_404(pg_ada: Client, postgresql_url: str) -> None:
     path = f"/items/{await pg_ada.add_item()}"
     with psycopg.connect(postgresql_url) as other:
         other.execute("DELETE FROM items")
         request = asyncio.create_task(pg_ada.patch(path, json={"title": "new"}))
-        waiting = "SELECT pid FROM pg_locks WHERE NOT granted"
-        await eventually(lambda: other.execute(waiting).fetchone(), "its lock")
+        await eventually(lambda: waiting_for_locks(other), "it waits for the lock")
     assert (await request).status_code == 404
 
 
@@ -2005,11 +1936,9 @@ class Clock:
 
 
 def make_limiter(
-    limit: int, clock: Clock | None = None, buckets: int = 64
+    limit: int, clock: Clock | None = None, table_bytes: int = 2**20
 ) -> main.SlidingWindowRateLimiter:
     """A limiter in memory, with a window of 60 s."""
-    row_bytes = 8 * (main.SlidingWindowRateLimiter.TIMES + limit)
-    table_bytes = buckets * main.BUCKET_ROWS * row_bytes
     limiter = main.SlidingWindowRateLimiter(limit, 60, table_bytes)
     limiter.clock_ns = clock or Clock()
     return limiter
@@ -2017,6 +1946,15 @@ def make_limiter(
 
 def admissions(limiter: main.SlidingWindowRateLimiter, client: str, tries: int) -> int:
     return sum(limiter.check(client).allowed for _ in range(tries))
+
+
+ADDRESS = "192.0.2.1"
+BUDGETS = ("api", "credentials")
+
+
+async def admitted(rate_limiter: main.RateLimiter, tries: int) -> int:
+    results = [await rate_limiter.check("api", ADDRESS) for _ in range(tries)]
+    return sum(result.allowed for result in results)
 
 
 class Model:
@@ -2050,9 +1988,9 @@ def test_rate_limit_window_is_exact(limit: int, start_seconds: float) -> None:
         assert limiter.check(client) == models[client].check(clock.now_ns)
 
 
-def test_rate_limit_in_a_full_bucket_evicts_the_client_idle_for_longest() -> None:
+def test_rate_limit_in_a_full_table_evicts_the_client_idle_for_longest() -> None:
     clock = Clock()
-    limiter = make_limiter(1, clock, buckets=1)
+    limiter = make_limiter(1, clock, table_bytes=1000)  # which is room for one bucket
     first, second, *others = [f"client {n}" for n in range(main.BUCKET_ROWS)]
     for client in [first, second, *others, first]:
         clock.forward(1)
@@ -2063,105 +2001,101 @@ def test_rate_limit_in_a_full_bucket_evicts_the_client_idle_for_longest() -> Non
     assert limiter.check(second).allowed
 
 
-def test_rate_limit_is_exact_for_thousands_of_clients() -> None:
-    limiter = main.RateLimiter(make_settings(RATE_LIMIT_REQUESTS=1)).memory["api"]
-    clients = [f"client {n}" for n in range(5000)]
-    assert [admissions(limiter, client, 1) for client in clients] == [1] * 5000
-    assert [admissions(limiter, client, 1) for client in clients] == [0] * 5000
+async def test_rate_limit_is_exact_for_thousands_of_clients() -> None:
+    rate_limiter = main.RateLimiter(make_settings(RATE_LIMIT_REQUESTS=1))
+    addresses = [f"192.0.{n >> 8}.{n & 255}" for n in range(5000)]
+    for expected in (True, False):
+        checks = [await rate_limiter.check("api", address) for address in addresses]
+        assert [check.allowed for check in checks] == [expected] * 5000
 
 
 @pytest.mark.parametrize("limit", [1, 100, 10_000])
-def test_rate_limit_memory_is_at_most_64_mib(limit: int) -> None:
+async def test_rate_limit_memory_is_64_mib(limit: int, monkeypatch: Patch) -> None:
+    sizes: list[int] = []
+    real_mmap = mmap.mmap
+
+    def counting_mmap(descriptor: int, size: int) -> mmap.mmap:
+        sizes.append(size)
+        return real_mmap(descriptor, size)
+
+    monkeypatch.setattr(mmap, "mmap", counting_mmap)
     limits = {"RATE_LIMIT_REQUESTS": limit, "RATE_LIMIT_LOGIN_REQUESTS": limit}
-    memory = main.RateLimiter(make_settings(**limits)).memory.values()
-    assert 48 * 2**20 < sum(limiter.cells.nbytes for limiter in memory) <= 64 * 2**20
-    assert {admissions(limiter, "a", limit + 1) for limiter in memory} == {limit}
+    rate_limiter = main.RateLimiter(make_settings(**limits))
+    assert 48 * 2**20 < sum(sizes) <= 64 * 2**20
+    assert await admitted(rate_limiter, limit + 1) == limit
 
 
-Process = multiprocessing.get_context("fork").Process
+FORK = multiprocessing.get_context("fork")
 forks = pytest.mark.filterwarnings("ignore:.*fork")  # in a process that has threads
+
+
+def run_processes(work: Callable[[int], object], count: int) -> list[int | None]:
+    """Run it in forked processes at the same time, and return their exit codes."""
+    start = FORK.Barrier(count)
+
+    def run(number: int) -> None:
+        start.wait()
+        work(number)
+
+    processes = [FORK.Process(target=run, args=[number]) for number in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 @forks
 def test_rate_limit_is_shared_by_all_workers() -> None:
-    limiter = make_limiter(5000)
-    shared = memoryview(mmap.mmap(-1, 8 * 5)).cast("Q")
+    limiter = make_limiter(500)
+    counts = FORK.Array("q", 4)
 
-    def count(child: int) -> None:
-        while not shared[4]:  # all begin at the same time
-            pass
-        shared[child] = admissions(limiter, "a", 3000)
+    def clock_ns() -> int:
+        time.sleep(0)  # gives way to other processes, in the middle of a check
+        return SECOND
 
-    children = [Process(target=count, args=[child]) for child in range(4)]
-    for process in children:
-        process.start()
-    shared[4] = 1
-    for process in children:
-        process.join()
-    assert sum(shared[:4]) == 5000
+    def count(number: int) -> None:
+        limiter.clock_ns = clock_ns
+        counts[number] = admissions(limiter, "a", 300)
 
-
-def deaths(work: Callable[[], object]) -> Iterator[None]:
-    """Have a process killed at its first line in main.py, another at its second, ..."""
-
-    def die_at_line(number: int) -> None:
-        lines = itertools.count(1)
-
-        def trace(frame: FrameType, event: str, _: object) -> Any:
-            is_line = frame.f_code.co_filename == main.__file__ and event == "line"
-            if is_line and next(lines) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return trace
-
-        sys.settrace(trace)
-        work()
-
-    for number in itertools.count(1):
-        process = Process(target=die_at_line, args=[number])
-        process.start()
-        process.join()
-        if process.exitcode == 0:
-            return
-        yield
+    run_processes(count, 4)
+    assert sum(counts[:]) == 500
 
 
 @forks
-def test_rate_limit_is_exact_after_a_process_was_killed_at_any_line() -> None:
-    clock = Clock()
-    limiter = make_limiter(5, clock)
-    for _ in deaths(lambda: limiter.check("a")):
-        assert admissions(limiter, "a", 9) in {4, 5}  # the killed process may count
-        clock.forward(60)
+def test_rate_limit_goes_on_when_a_process_is_killed_with_the_lock() -> None:
+    limiter = make_limiter(5)
+
+    def be_killed(_: int) -> None:
+        clock: Any = lambda: os.kill(os.getpid(), signal.SIGKILL)
+        limiter.clock_ns = clock  # which is read while the lock is held
+        limiter.check("a")
+
+    assert run_processes(be_killed, 1) == [-signal.SIGKILL]
+    assert admissions(limiter, "a", 9) == 5
 
 
-@cases(
-    "address, key",
-    {
-        "IPv4": ("192.0.2.1", "192.0.2.1"),
-        "IPv4 in IPv6": ("::ffff:192.0.2.1", "192.0.2.1"),
-        "IPv6": ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
-        "same /64": ("2001:DB8:1:2:ffff::", "2001:db8:1:2::/64"),
-        "other /64": ("2001:db8:1:3::", "2001:db8:1:3::/64"),
-        "zone": ("fe80::1%eth0", "fe80::/64"),
-        "nonsense": ("nonsense", "unknown"),
-        "with a port": ("192.0.2.1:80", "unknown"),
-        "empty": ("", "unknown"),
-    },
-)
-def test_rate_limit_client_is_an_ipv4_address_or_an_ipv6_network(
-    address: str, key: str
-) -> None:
-    assert main.client_key(address) == key
+CLIENTS = {
+    "192.0.2.1": "192.0.2.1",
+    "::ffff:192.0.2.1": "192.0.2.1",
+    "2001:db8:1:2:3:4:5:6": "2001:db8:1:2::/64",
+    "2001:DB8:1:2:ffff::": "2001:db8:1:2::/64",
+    "2001:db8:1:3::": "2001:db8:1:3::/64",
+    "fe80::1%eth0": "fe80::/64",
+    "nonsense": "unknown",
+}
 
 
-@pytest.mark.parametrize("limits", [[10, 3], [3, 10], [9, 8, 3], [9, 3, 8]], ids=str)
-async def test_rate_limit_of_several_budgets_shows_the_one_that_leaves_less(
-    limits: list[int],
-) -> None:
-    rate_limiter = main.RateLimiter(make_settings())
-    rate_limiter.memory = {str(limit): make_limiter(limit) for limit in limits}
-    state: dict[str, Any] = {"client": "192.0.2.1"}
-    for budget in rate_limiter.memory:
+def test_rate_limit_client_is_ipv4_or_ipv6_network() -> None:
+    assert {address: main.client_key(address) for address in CLIENTS} == CLIENTS
+
+
+@pytest.mark.parametrize("limits", [(10, 3), (3, 10)], ids=str)
+async def test_rate_limit_of_two_budgets_shows_the_tighter(limits: Any) -> None:
+    names = ("RATE_LIMIT_REQUESTS", "RATE_LIMIT_LOGIN_REQUESTS")
+    rate_limiter = main.RateLimiter(make_settings(**dict(zip(names, limits))))
+    state: dict[str, Any] = {"client": ADDRESS}
+    for budget in BUDGETS:
         await rate_limiter.apply(budget, state)
     assert state["rate_limit"] == (True, 3, 2, 60)
 
@@ -2193,33 +2127,22 @@ async def test_rate_limit_of_logins_refuses_with_numbers_of_its_own() -> None:
     assert rate_limit(logins[2]) == ("2", "0", "60", "60")
 
 
-ADDRESS = "192.0.2.1"
 FREE_PROJECTS = (f"test-{secrets.token_hex(8)}" for _ in itertools.count())
-
-
-def redis_of(rate_limiter: main.RateLimiter) -> main.RedisRateLimiter:
-    assert rate_limiter.redis
-    return rate_limiter.redis
 
 
 @asynccontextmanager
 async def redis_limiter(
     url: str, project: str = "", limit: int = 3
-) -> AsyncIterator[main.RateLimiter]:
-    """A limiter on Redis, by default of a project of its own."""
+) -> AsyncIterator[Any]:
+    """A `main.RateLimiter` on Redis, by default of a project of its own."""
     names = {"PROJECT_NAME": project or next(FREE_PROJECTS), "REDIS_URL": url}
     rate_limiter = main.RateLimiter(make_settings(**names, RATE_LIMIT_REQUESTS=limit))
     yield rate_limiter
-    await redis_of(rate_limiter).redis.aclose()
-
-
-async def admitted(rate_limiter: main.RateLimiter, tries: int) -> int:
-    results = [await rate_limiter.check("api", ADDRESS) for _ in range(tries)]
-    return sum(result.allowed for result in results)
+    await rate_limiter.close()
 
 
 @pytest.fixture
-def patience(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def patience(monkeypatch: Patch) -> Patch:
     """A Redis that is slow because the machine is busy is not given up."""
     monkeypatch.setattr(main, "REDIS_TIMEOUT_SECONDS", PATIENCE_SECONDS)
     monkeypatch.setattr(main, "RETRY_SECONDS", 0.01)
@@ -2255,36 +2178,25 @@ async def test_rate_limit_in_redis_is_the_same_as_in_memory(redis_url: str) -> N
     project = next(FREE_PROJECTS)
     async with redis_limiter(redis_url, project) as limiter:
         for _ in range(60):
-            seconds = chance.choice([0, 1, 7, 20, 60])
+            seconds = chance.choice([0, 5, 20, 60])
             clock.forward(seconds)
             make_older(redis_url, project, seconds)
-            *counts, reset_seconds = await limiter.check("api", ADDRESS)
-            *expected, expected_reset = model.check(clock.now_ns)
-            assert counts == expected
-            assert reset_seconds in {expected_reset, expected_reset - 1}
+            result = await limiter.check("api", ADDRESS)
+            expected = model.check(clock.now_ns)
+            assert result[:3] == expected[:3]
+            assert -3 <= result.reset_seconds - expected.reset_seconds <= 0
 
 
 @pytest.mark.usefixtures("patience")
-async def test_rate_limit_keys_in_redis_bear_the_projects_name_and_expire(
-    redis_url: str,
-) -> None:
+async def test_rate_limit_keys_in_redis_bear_a_name_and_expire(redis_url: str) -> None:
     project = next(FREE_PROJECTS)
     async with redis_limiter(redis_url, project) as limiter:
-        for budget in limiter.memory:
+        for budget in BUDGETS:
             await limiter.check(budget, ADDRESS)
     with Redis.from_url(redis_url) as redis:
         lifetimes = [redis.pttl(key) for key in redis.keys(f"{project}:*")]
-    assert len(lifetimes) == len(limiter.memory)
+    assert len(lifetimes) == len(BUDGETS)
     assert all(50_000 < lifetime <= 60_000 for lifetime in lifetimes)
-
-
-@pytest.mark.usefixtures("patience")
-async def test_rate_limit_does_not_ask_redis_in_an_outage(redis_url: str) -> None:
-    async with redis_limiter(redis_url) as limiter:
-        redis_of(limiter).availability.is_available = False
-        assert await admitted(limiter, 4) == 3
-        redis_of(limiter).availability.is_available = True
-        assert await admitted(limiter, 4) == 3  # Redis has not counted the others
 
 
 async def test_rate_limit_of_many_requests_at_once_asks_a_silent_redis_seldom() -> None:
@@ -2304,10 +2216,11 @@ async def test_rate_limit_of_many_requests_at_once_asks_a_silent_redis_seldom() 
 
 
 class OwnRedis:
-    """A redis-server of the test's own, which the test may stop."""
+    """A redis-server of the test's own, which fails in each of these ways."""
 
     def __init__(self, port: int) -> None:
         self.port = port
+        self.url = f"redis://127.0.0.1:{port}"
         self.client = Redis(port=port)
 
     def start(self) -> None:
@@ -2323,6 +2236,19 @@ class OwnRedis:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+    def pause(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def demote(self) -> None:
+        """Make it a replica of a server that is not there, which refuses to write."""
+        self.client.slaveof("127.0.0.1", 1)
+
+    def promote(self) -> None:
+        self.client.slaveof()
 
 
 @contextmanager
@@ -2342,42 +2268,29 @@ def own_redis() -> Iterator[OwnRedis]:
         yield redis
 
 
-@cases(
-    "begin, end",
-    {
-        "down": (OwnRedis.kill, OwnRedis.start),
-        "silent": (
-            lambda own: own.process.send_signal(signal.SIGSTOP),
-            lambda own: own.process.send_signal(signal.SIGCONT),
-        ),
-        # A replica of a server that is not there: it answers, but refuses to write.
-        "read-only": (
-            lambda own: own.client.slaveof("127.0.0.1", 1),
-            lambda own: own.client.slaveof(),
-        ),
-    },
-)
+OUTAGES = {
+    "down": (OwnRedis.kill, OwnRedis.start),
+    "silent": (OwnRedis.pause, OwnRedis.resume),
+    "read-only": (OwnRedis.demote, OwnRedis.promote),
+}
+
+
+@cases("begin, end", OUTAGES)
 async def test_rate_limit_is_kept_in_memory_while_redis_is_away(
-    begin: Any, end: Any, own_redis: OwnRedis, patience: pytest.MonkeyPatch, log: Log
+    begin: Any, end: Any, own_redis: OwnRedis, patience: Patch
 ) -> None:
-    log.start()
-    async with redis_limiter(f"redis://127.0.0.1:{own_redis.port}") as limiter:
-        availability = redis_of(limiter).availability
+    async with redis_limiter(own_redis.url) as limiter:
+        availability = limiter.redis.availability
         assert await admitted(limiter, 3) == 3
         patience.setattr(main, "REDIS_TIMEOUT_SECONDS", 0.1)
         begin(own_redis)
         assert await admitted(limiter, 4) == 3
-        await eventually(lambda: not availability.is_available, "notices the outage")
-        end(own_redis)
+        await eventually(lambda: not availability.is_available, "an outage")
         patience.setattr(main, "REDIS_TIMEOUT_SECONDS", PATIENCE_SECONDS)
-        await eventually(lambda: availability.is_available, "takes Redis up again")
+        end(own_redis)
+        await eventually(lambda: availability.is_available, "its end")
         await limiter.check("api", "192.0.2.2")
         assert own_redis.client.keys("*:192.0.2.2")
-    lines = [(line["level"], line["message"]) for line in log.lines()]
-    assert lines == [
-        ("WARNING", "Redis is not ready"),
-        ("INFO", "Redis is ready again"),
-    ]
 
 
 def test_rate_limit_waits_for_redis_for_100_ms() -> None:
@@ -2385,83 +2298,22 @@ def test_rate_limit_waits_for_redis_for_100_ms() -> None:
 
 
 @pytest.mark.usefixtures("patience")
-async def test_rate_limit_goes_on_in_the_successor_of_a_demoted_redis(
-    own_redis: OwnRedis,
-) -> None:
-    async with redis_limiter(f"redis://127.0.0.1:{own_redis.port}") as limiter:
+async def test_rate_limit_goes_on_in_redis_successor(own_redis: OwnRedis) -> None:
+    async with redis_limiter(own_redis.url) as limiter:
         assert await admitted(limiter, 1) == 1
-        own_redis.client.slaveof("127.0.0.1", 1)
+        own_redis.demote()
         # It leaves its port to the successor and keeps its connections.
         own_redis.client.config_set("port", free_port())
         with running_redis(own_redis.port) as successor:
             assert await admitted(limiter, 1) == 1
-            async with asyncio.timeout(PATIENCE_SECONDS):
-                await redis_of(limiter).availability.recover()
+            availability = limiter.redis.availability
+            await eventually(lambda: not availability.is_available, "an outage")
+            await eventually(lambda: availability.is_available, "its end")
             assert await admitted(limiter, 4) == 3
             assert successor.client.keys(f"*:{ADDRESS}")
 
 
 # --- Middleware -----------------------------------------------------------------------
-
-ORIGIN = "https://app.example"
-SECRET = "the inside shows"
-
-
-async def crash() -> None:
-    raise RuntimeError(SECRET)
-
-
-async def time_out() -> None:
-    raise TimeoutError(SECRET)
-
-
-async def give_up() -> None:
-    raise HTTPException(503, "the printer is on fire")
-
-
-async def hang(request: Request) -> None:
-    request.app.state.hangs = True
-    try:
-        await asyncio.Event().wait()
-    finally:
-        request.app.state.hangs = False
-
-
-async def read(request: Request) -> int:
-    return len(await request.body())
-
-
-async def parse(numbers: list[int]) -> None:
-    pass
-
-
-REPEATED = Response()
-
-
-async def repeat() -> Response:
-    return REPEATED
-
-
-async def break_off() -> StreamingResponse:
-    async def chunks() -> AsyncIterator[bytes]:
-        yield b"begun"
-        raise RuntimeError(SECRET)
-
-    return StreamingResponse(chunks())
-
-
-@cache
-def odd_app(timeout: float = 30) -> FastAPI:
-    """An application with routes that misbehave, and one request for each client."""
-    limits = {"MAX_BODY_BYTES": 1000, "REQUEST_TIMEOUT_SECONDS": timeout}
-    settings = make_settings(CORS_ORIGINS=[ORIGIN], RATE_LIMIT_REQUESTS=1, **limits)
-    app = main.create_app(settings)
-    router = APIRouter(prefix="/api/v1", include_in_schema=False)
-    for route in (crash, time_out, give_up, hang, read, parse, repeat, break_off):
-        router.add_api_route(f"/{route.__name__}", route, methods=["GET", "POST"])
-    app.include_router(router)
-    return app
-
 
 PREFLIGHT = {
     "Origin": ORIGIN,
@@ -2491,12 +2343,12 @@ KINDS = {
     "401": Kind(401, "GET", "/api/v1/users/me"),
     "404": Kind(404),
     "405": Kind(405, "PUT", "/api/v1/users"),
-    "413": Kind(413, "POST", "/api/v1/read", {}, b" " * 1001),
+    "413": Kind(413, "POST", "/api/v1/read", {}, b" " * 2001),
     "422": Kind(422, "POST", "/api/v1/parse", {}, b"{"),
     "429": Kind(429),
-    "500": Kind(500, "GET", "/api/v1/crash"),
-    "500 TimeoutError of a route": Kind(500, "GET", "/api/v1/time_out"),
-    "503": Kind(503, "GET", "/api/v1/give_up"),
+    "500": Kind(500, "GET", "/api/v1/fail/crash"),
+    "500 TimeoutError of a route": Kind(500, "GET", "/api/v1/fail/timeout"),
+    "503": Kind(503, "GET", "/api/v1/fail/own-outage"),
     "504": Kind(504, "GET", "/api/v1/hang"),
 }
 
@@ -2525,20 +2377,6 @@ async def answer(request: pytest.FixtureRequest, log: Log) -> Answer:
     return Answer(kind, response, log.lines())
 
 
-async def test_response_of_each_kind_has_its_id_and_its_time(answer: Answer) -> None:
-    assert answer.response.headers.get_list("X-Request-ID") == ["mine.1_a-Z"]
-    (duration,) = answer.response.headers.get_list("X-Response-Time")
-    assert re.fullmatch(r"\d+\.\d\dms", duration)
-
-
-async def test_response_of_each_kind_may_be_read_by_an_allowed_origin(
-    answer: Answer,
-) -> None:
-    headers = answer.response.headers
-    assert headers.get_list("Access-Control-Allow-Origin") == [ORIGIN]
-    assert "Access-Control-Allow-Credentials" not in headers
-
-
 SECURE = """
 Content-Security-Policy: default-src 'none'; frame-ancestors 'none'; base-uri 'none'; \
 form-action 'none'
@@ -2557,19 +2395,20 @@ SECURITY = dict(line.split(": ", 1) for line in SECURE.strip().splitlines())
 WIDER_IN_DOCS = ("Content-Security-Policy", "Cross-Origin-Embedder-Policy")
 
 
-async def test_response_of_each_kind_has_the_security_headers(answer: Answer) -> None:
-    expected = {name: [value] for name, value in SECURITY.items()}
-    found = {name: answer.response.headers.get_list(name) for name in SECURITY}
+async def test_response_of_each_kind_has_its_headers_once(answer: Answer) -> None:
+    headers = answer.response.headers
+    expected = {"X-Request-ID": "mine.1_a-Z", "Access-Control-Allow-Origin": ORIGIN}
+    expected |= SECURITY
     if answer.kind.path == "/docs":
-        for name in WIDER_IN_DOCS:
-            assert len(found[name]) == 1
-            expected[name] = found[name]
-    assert found == expected
+        expected |= {name: headers[name] for name in WIDER_IN_DOCS}
+    for name, value in expected.items():
+        assert (name, headers.get_list(name)) == (name, [value])
+    (duration,) = headers.get_list("X-Response-Time")
+    assert re.fullmatch(r"\d+\.\d\dms", duration)
+    assert "Access-Control-Allow-Credentials" not in headers
 
 
-async def test_response_of_each_kind_under_the_prefix_tells_the_rate_limit(
-    answer: Answer,
-) -> None:
+async def test_response_of_each_kind_tells_the_rate_limit(answer: Answer) -> None:
     shown = rate_limit(answer.response)[:2]
     if not answer.kind.path.startswith("/api/v1/"):
         assert shown == (None, None)
@@ -2580,7 +2419,7 @@ async def test_response_of_each_kind_under_the_prefix_tells_the_rate_limit(
 async def test_error_of_each_kind_has_the_one_form(answer: Answer) -> None:
     if answer.kind.status >= 400 and answer.kind.method != "OPTIONS":
         error_of(answer.response)
-    assert SECRET not in answer.response.text
+    assert "hunter2" not in answer.response.text
 
 
 async def test_log_has_one_line_for_each_kind_of_response(answer: Answer) -> None:
@@ -2593,33 +2432,30 @@ async def test_log_has_one_line_for_each_kind_of_response(answer: Answer) -> Non
     assert shown_ms <= line["duration_ms"] < 1000 * PATIENCE_SECONDS
 
 
+REASONS = {
+    503: "The printer burns.",
+    504: "it took longer than REQUEST_TIMEOUT_SECONDS",
+}
+
+
 async def test_log_level_and_reason_follow_from_the_status(answer: Answer) -> None:
     (line,) = answer.lines
     level = {500: "ERROR", 503: "WARNING", 504: "WARNING"}
     assert line["level"] == level.get(answer.kind.status, "INFO")
-    assert bool(line.get("reason")) is (line["level"] == "WARNING")
-    assert (SECRET in line.get("exception", "")) is (line["level"] == "ERROR")
+    assert line.get("reason") == REASONS.get(answer.kind.status)
+    assert ("hunter2" in line.get("exception", "")) is (line["level"] == "ERROR")
 
 
-@cases(
-    "given, is_taken",
-    {
-        "shortest": (b"a", True),
-        "longest": (b"A" * 128, True),
-        "too long": (b"A" * 129, False),
-        "empty": (b"", False),
-        "space": (b"a b", False),
-        "not ASCII": (b"\xe9", False),
-        "line feed": (b"a\n", False),
-    },
-)
-async def test_request_id_is_taken_over_if_it_is_short_and_plain(
-    given: bytes, is_taken: bool, guest: Client
-) -> None:
-    response = await guest.get("/nowhere", headers=[(b"X-Request-ID", given)])
-    request_id = error_of(response)["request_id"]
-    assert (request_id.encode() == given) is is_taken
-    assert re.fullmatch(r"[A-Za-z0-9._-]{1,128}", request_id)
+async def test_request_id_is_taken_over_if_it_is_short_and_plain(guest: Client) -> None:
+    good = [b"a", b"A" * 128, b"0._-z"]
+    taken = []
+    for given in [*good, b"A" * 129, b"", b"a b", b"\xe9", b"a\n"]:
+        response = await guest.get("/nowhere", headers=[(b"X-Request-ID", given)])
+        request_id = error_of(response)["request_id"]
+        assert re.fullmatch(r"[A-Za-z0-9._-]{1,128}", request_id)
+        if request_id.encode() == given:
+            taken.append(given)
+    assert taken == good
 
 
 async def send_raw(app: Any, path: str, **changes: Any) -> list[Message]:
@@ -2658,55 +2494,33 @@ async def test_log_line_has_the_user(ada: Client, log: Log) -> None:
 
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
+PARENT_ID = "00f067aa0ba902b7"
+TRACES = {
+    f"00-{TRACE_ID}-{PARENT_ID}-01": TRACE_ID,
+    f"cc-{TRACE_ID}-{PARENT_ID}-01-more": TRACE_ID,  # of a later version
+    f"ff-{TRACE_ID}-{PARENT_ID}-01": None,
+    f"00-{'0' * 32}-{PARENT_ID}-01": None,
+    f"00-{TRACE_ID}-{'0' * 16}-01": None,
+    f"00-{TRACE_ID}-{PARENT_ID}-011": None,
+}
 
 
-@cases(
-    "traceparent, is_valid",
-    {
-        "version 00": (f"00-{TRACE_ID}-00f067aa0ba902b7-01", True),
-        "later version": (f"cc-{TRACE_ID}-00f067aa0ba902b7-01-more", True),
-        "version ff": (f"ff-{TRACE_ID}-00f067aa0ba902b7-01", False),
-        "no trace": (f"00-{'0' * 32}-00f067aa0ba902b7-01", False),
-        "no parent": (f"00-{TRACE_ID}-{'0' * 16}-01", False),
-        "too long": (f"00-{TRACE_ID}-00f067aa0ba902b7-011", False),
-        "nonsense": ("nonsense", False),
-    },
-)
-async def test_log_line_has_the_trace_id_of_a_valid_traceparent(
-    traceparent: str, is_valid: bool, guest: Client, log: Log
-) -> None:
+async def test_log_line_has_the_id_of_a_valid_trace(guest: Client, log: Log) -> None:
     log.start()
-    await guest.get("/nowhere", headers={"traceparent": traceparent})
-    (line,) = log.lines()
-    assert line.get("trace_id") == (TRACE_ID if is_valid else None)
+    for traceparent in TRACES:
+        await guest.get("/nowhere", headers={"traceparent": traceparent})
+    assert [line.get("trace_id") for line in log.lines()] == [*TRACES.values()]
 
 
-@cases(
-    "client, warnings",
-    {
-        "untrusted": (("192.0.2.1", 5), 1),
-        "trusted": (("203.0.113.9", 0), 0),
-        "without an address": (None, 1),
-    },
-)
-async def test_forwarded_for_of_an_untrusted_peer_makes_one_warning(
-    client: Any, warnings: int, log: Log
-) -> None:
+@pytest.mark.parametrize("client, count", [("192.0.2.1", 1), ("203.0.113.9", 0)])
+async def test_forwarded_for_warns_once(client: str, count: int, log: Log) -> None:
     main.warn_of_untrusted_proxy.cache_clear()
     log.start(LOG_LEVEL="WARNING")
     headers = [(b"x-forwarded-for", b"203.0.113.9")]
     for _ in range(3):
-        await send_raw(built_app(), "/nowhere", client=client, headers=headers)
+        await send_raw(built_app(), "/nowhere", client=(client, 5), headers=headers)
     told = ["FORWARDED_ALLOW_IPS" in line["message"] for line in log.lines()]
-    assert told == [True] * warnings
-
-
-async def test_response_that_a_route_sends_twice_has_its_headers_once() -> None:
-    for _ in range(2):
-        async with Client(odd_app()) as client:
-            response = await client.get("/repeat")
-    names = [name for name, _ in response.headers.multi_items()]
-    assert len(names) == len(set(names))
+    assert told == [True] * count
 
 
 async def test_hsts_is_sent_over_https_only(guest: Client) -> None:
@@ -2714,48 +2528,25 @@ async def test_hsts_is_sent_over_https_only(guest: Client) -> None:
     assert "Strict-Transport-Security" not in response.headers
 
 
-@pytest.mark.parametrize("path", main.DOCS_PATHS)
-async def test_docs_policy_allows_the_pages_assets(path: str, guest: Client) -> None:
-    response = await guest.get(f"http://test{path}")
-    directives = response.headers["Content-Security-Policy"].split("; ")
-    policy = {name: rest for name, _, rest in (d.partition(" ") for d in directives)}
-    assert (policy["default-src"], policy["connect-src"]) == ("'none'", "'self'")
-    assets = re.findall(r'<(script|link)[^>]* (?:src|href)="(http[^"]+)', response.text)
-    for tag, url in assets:
-        kind = "script" if tag == "script" else "img" if "/img/" in url else "style"
-        assert any(url.startswith(source) for source in policy[f"{kind}-src"].split())
-    assert "'unsafe-inline'" in policy["script-src"]
-
-
-async def test_cors_exposes_the_headers_of_the_service() -> None:
-    async with Client(odd_app()) as client:
-        response = await client.get("/nowhere", headers={"Origin": ORIGIN})
+async def test_cors_exposes_the_headers_of_the_service(odd: Client) -> None:
+    response = await odd.get("/nowhere", headers={"Origin": ORIGIN})
     exposed = response.headers["Access-Control-Expose-Headers"].split(", ")
     others = {"X-Request-ID", "X-Response-Time", "Location", "Retry-After"}
     assert set(exposed) == {*SECURITY, *RATE_LIMIT_HEADERS, *others}
 
 
-async def test_cors_lets_no_other_origin_read() -> None:
-    async with Client(odd_app()) as client:
-        response = await client.get("/nowhere", headers={"Origin": "https://evil.test"})
+async def test_cors_lets_no_other_origin_read(odd: Client) -> None:
+    response = await odd.get("/nowhere", headers={"Origin": "https://evil.test"})
     assert "Access-Control-Allow-Origin" not in response.headers
 
 
-async def test_cors_preflight_allows_the_methods_and_headers_of_the_api() -> None:
-    async with Client(odd_app()) as client:
-        response = await client.options("/items", headers=PREFLIGHT)
+async def test_cors_allows_the_methods_and_headers_of_the_api(odd: Client) -> None:
+    response = await odd.options("/items", headers=PREFLIGHT)
     methods = response.headers["Access-Control-Allow-Methods"].split(", ")
     headers = response.headers["Access-Control-Allow-Headers"].split(", ")
     always = {"Accept", "Accept-Language", "Content-Language"}
     assert set(methods) == {"GET", "POST", "PATCH", "DELETE"}
     assert set(headers) == {"Authorization", "Content-Type", "X-Request-ID", *always}
-
-
-@pytest.mark.parametrize("root_path", ["/svc", "/ap", "/api"])
-async def test_rate_limit_counts_with_a_root_path(root_path: str) -> None:
-    async with Client(built_app(ROOT_PATH=root_path)) as client:
-        response = await client.get("/nowhere")
-    assert rate_limit(response)[0] == "10000"
 
 
 async def test_rate_limit_headers_count_down_and_say_when_to_retry() -> None:
@@ -2779,25 +2570,20 @@ async def chunked(*chunks: bytes) -> AsyncIterator[bytes]:
         yield chunk
 
 
-@pytest.mark.parametrize("size, status", [(1000, 200), (1001, 413)], ids=str)
+@pytest.mark.parametrize("size, status", [(2000, 200), (2001, 413)], ids=str)
 @cases("form", {"declared": bytes.__add__, "chunked": chunked})
-async def test_body_may_have_as_many_bytes_as_the_setting_says(
-    form: Any, size: int, status: int
-) -> None:
-    async with Client(odd_app()) as client:
-        content = form(b" " * 500, b" " * (size - 500))
-        response = await client.post("/read", content=content)
-    assert response.status_code == status
+async def test_body_is_bounded(form: Any, size: int, status: int, odd: Client) -> None:
+    content = form(b" " * 1000, b" " * (size - 1000))
+    assert (await odd.post("/read", content=content)).status_code == status
 
 
-async def test_body_that_is_declared_too_large_is_not_read() -> None:
+async def test_body_declared_too_large_is_not_read(odd: Client) -> None:
     async def unread() -> AsyncIterator[bytes]:
         yield b""
         pytest.fail("it was read")
 
-    async with Client(odd_app()) as client:
-        headers = {"Content-Length": "1001"}
-        response = await client.post("/read", content=unread(), headers=headers)
+    headers = {"Content-Length": "2001"}
+    response = await odd.post("/read", content=unread(), headers=headers)
     assert response.status_code == 413
 
 
@@ -2807,24 +2593,12 @@ async def test_timeout_cancels_the_route() -> None:
         assert client.app.state.hangs is False
 
 
-async def test_timeout_ends_a_body_that_does_not_come() -> None:
-    async def trickle() -> AsyncIterator[bytes]:
-        yield b" "
-        await asyncio.Event().wait()
-
-    async with Client(odd_app(0.1)) as client:
-        response = await client.post("/read", content=trickle())
-    assert response.status_code == 504
-
-
-async def test_cancelled_request_is_503_with_a_time_to_retry(log: Log) -> None:
-    app = odd_app()
+async def test_cancelled_request_is_503_with_retry_after(odd: Client, log: Log) -> None:
     log.start()
-    async with Client(app) as client:
-        request = asyncio.create_task(client.get("/hang"))
-        await eventually(lambda: getattr(app.state, "hangs", False), "the route runs")
-        request.cancel()
-        response = await request
+    request = asyncio.create_task(odd.get("/hang"))
+    await eventually(lambda: getattr(odd.app.state, "hangs", False), "the route runs")
+    request.cancel()
+    response = await request
     assert error_of(response)["error"] == "service_unavailable"
     assert response.headers["Retry-After"] == "1"
     (line,) = log.lines()
@@ -2837,7 +2611,7 @@ async def test_crash_after_the_response_has_begun_breaks_it_off(log: Log) -> Non
     assert (start["status"], chunk["body"], chunk["more_body"]) == (200, b"begun", True)
     (line,) = log.lines()
     assert (line["level"], line["status_code"]) == ("ERROR", 200)
-    assert SECRET in line["exception"]
+    assert "hunter2" in line["exception"]
 
 
 async def test_middleware_lets_the_lifespan_pass() -> None:
@@ -2849,53 +2623,24 @@ async def test_middleware_lets_the_lifespan_pass() -> None:
 # --- Dependencies ---------------------------------------------------------------------
 
 
-async def test_dependency_override_of_the_current_user(
-    app: FastAPI, guest: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_dependency_override_of_the_current_user() -> None:
     eve = main.User(id=7, username="eve", created_at=main.now())
-    override = (main.get_current_user, lambda: eve)
-    monkeypatch.setitem(app.dependency_overrides, *override)
-    assert (await guest.get("/users/me")).json()["username"] == "eve"
-
-
-async def test_get_db_keeps_nothing_of_a_route_that_crashes() -> None:
-    app = built_app(PROJECT_NAME="with a route that crashes")
-
-    @app.post("/crash")
-    async def crash(db: main.WriteSession) -> None:
-        await main.add_row(db, main.User(username="eve", password_hash=""))
-        raise RuntimeError
-
-    async with started(app), Client(app) as client:
-        assert (await client.post("http://test/crash")).status_code == 500
-        async with app.state.database.read_session() as db:
-            assert await main.find_user_by_name(db, "eve") is None
-
-
-DEPENDENCIES: dict[str, Any] = {
-    "get_db": lambda request: anext(main.get_db(request)),
-    "get_read_db": lambda request: anext(main.get_read_db(request)),
-    "get_current_user": lambda request: main.get_current_user(request, token_of()),
-}
-
-
-@cases("use", DEPENDENCIES)
-async def test_database_that_was_never_reached_is_503(use: Any, app: FastAPI) -> None:
-    app.state.database = main.Database(make_settings())
-    with pytest.raises(main.ServiceUnavailableException):
-        await use(Request({"type": "http", "app": app}))
+    app = main.create_app(make_settings())
+    app.dependency_overrides[main.get_current_user] = lambda: eve
+    async with Client(app) as client:
+        assert (await client.get("/users/me")).json()["username"] == "eve"
 
 
 @pytest.mark.parametrize("path", ["/items", "/items/7", "/users/me"])
 async def test_connection_is_free_before_the_response_is_sent(path: str) -> None:
-    async with serve(**POOL_OF_ONE) as guest, logged_in(guest.app) as ada:
+    async with serve_ada(**ONE_CONNECTION) as ada:
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             async def send_after_another_request(message: Message) -> None:
                 assert await ada.add_item()
                 await send(message)
 
-            await guest.app(scope, receive, send_after_another_request)
+            await ada.app(scope, receive, send_after_another_request)
 
         async with Client(app) as client:
             for method in ("GET", "PATCH", "POST"):
@@ -2904,17 +2649,17 @@ async def test_connection_is_free_before_the_response_is_sent(path: str) -> None
 
 
 async def test_read_does_not_wait_for_a_writer(ada: Client, app: FastAPI) -> None:
-    async with app.state.database.write_engine.begin():
+    async with app.state.database.session(writes=True) as db:
+        await main.find_user(db, 1)
         assert (await ada.get("/items")).status_code == 200
 
 
-async def test_credentials_budget_is_one_for_all_requests_that_hash() -> None:
-    rows = [*HASHING.values()]
-    limits = {"RATE_LIMIT_LOGIN_REQUESTS": len(rows)}
-    async with serve(**limits) as guest, logged_in(guest.app) as user:
-        answers = [await user.request(*row[:2], **row[2]) for row in rows * 2]
-        other = await user.get("/items")
-    expected = [row[3] for row in rows] + [429] * len(rows)
+async def test_rate_limit_of_credentials_is_one_for_all_requests_with_hashing() -> None:
+    calls = [*HASHING.values()]
+    async with serve_ada(RATE_LIMIT_LOGIN_REQUESTS=len(calls)) as ada:
+        answers = [await ada.request(*c[:2], **c.options) for c in calls * 2]
+        other = await ada.get("/items")
+    expected = [call.status for call in calls] + [429] * len(calls)
     assert [answer.status_code for answer in answers] == expected
     assert other.status_code != 429
 
@@ -2949,12 +2694,10 @@ async def test_health_answers_head_as_get(path: str, guest: Client) -> None:
     assert head.headers.keys() == get.headers.keys()
 
 
-async def test_readiness_and_health_with_tables_that_do_not_fit_are_503(
-    app: FastAPI, guest: Client, log: Log
-) -> None:
+async def test_health_and_readiness_tell_an_old_table(guest: Client, log: Log) -> None:
     assert (await guest.get(f"{HEALTH}/ready")).json() == {"status": "ready"}
-    async with app.state.database.write_engine.begin() as connection:
-        await connection.execute(sa.text("ALTER TABLE items DROP COLUMN title"))
+    database = guest.app.state.database
+    await execute(database, "ALTER TABLE items DROP COLUMN title")
     log.start()
     health = await guest.get(HEALTH)
     ready = await guest.get(f"{HEALTH}/ready")
@@ -2965,13 +2708,14 @@ async def test_readiness_and_health_with_tables_that_do_not_fit_are_503(
     assert [line["reason"] for line in lines] == ["the database is not ready"] * 2
 
 
-async def test_health_without_redis_is_degraded_but_200_and_ready() -> None:
+async def test_health_without_redis_is_degraded_but_ready(caplog: CapLog) -> None:
     async with serve(REDIS_URL=f"redis://127.0.0.1:{free_port()}") as guest:
         health = await guest.get(HEALTH)
         ready = await guest.get(f"{HEALTH}/ready")
     assert (health.status_code, health.json()["status"]) == (200, "degraded")
     assert health.json()["checks"] == {"database": HEALTHY, "redis": UNHEALTHY}
     assert ready.status_code == 200
+    assert "Redis is not ready" in caplog.text
 
 
 async def test_health_with_redis_is_healthy(redis_url: str) -> None:
@@ -2980,9 +2724,7 @@ async def test_health_with_redis_is_healthy(redis_url: str) -> None:
     assert (body["status"], body["checks"]["redis"]) == ("healthy", HEALTHY)
 
 
-async def test_health_is_answered_while_servers_are_silent(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_health_is_told_while_servers_are_silent(monkeypatch: Patch) -> None:
     monkeypatch.setattr(main, "CHECK_SECONDS", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
@@ -3014,33 +2756,27 @@ async def test_login_answers_a_token(ada: Client, guest: Client) -> None:
     assert (await guest.get("/users/me")).json() == (await ada.get("/users/1")).json()
 
 
-async def test_password_change_makes_all_tokens_invalid(ada: Client) -> None:
-    response = await ada.patch("/users/me", json=CHANGE)
-    assert (response.status_code, response.content) == (204, b"")
-    assert (await ada.get("/users/me")).status_code == 401
-    assert (await ada.login()).status_code == 401
-    assert (await ada.login(password=CHANGE["new_password"])).status_code == 200
+async def test_login_is_answered_alike_for_wrong_name_and_password(ada: Client) -> None:
+    ada.headers["X-Request-ID"] = "same"
+    answers = [await ada.login(name, "wrong") for name in ("ada", "nobody")]
+    one, other = [(a.status_code, a.content, [*a.headers]) for a in answers]
+    assert one == other
+    assert one[0] == 401
 
 
-async def test_logout_makes_all_tokens_of_the_caller_invalid(
-    ada: Client, bob: Client
-) -> None:
-    response = await ada.delete("/auth/token")
+LAST_REQUESTS: dict[str, Any] = {
+    "password change": {"method": "PATCH", "url": "/users/me", "json": CHANGE},
+    "logout": {"method": "DELETE", "url": "/auth/token"},
+    "deletion": {"method": "DELETE", "url": "/users/me"},
+}
+
+
+@cases("call", LAST_REQUESTS)
+async def test_token_becomes_invalid(call: Any, ada: Client, bob: Client) -> None:
+    response = await ada.request(**call)
     assert (response.status_code, response.content) == (204, b"")
-    assert (await ada.get("/users/me")).status_code == 401
+    assert error_of(await ada.get("/users/me"))["error"] == "unauthorized"
     assert (await bob.get("/users/me")).status_code == 200
-    ada.use_token((await ada.login()).json()["access_token"])
-    assert (await ada.get("/users/me")).status_code == 200
-
-
-async def test_deleted_user_is_gone_and_tokens_name_no_new_user(
-    ada: Client, bob: Client, app: FastAPI
-) -> None:
-    response = await ada.delete("/users/me")
-    assert (response.status_code, response.content) == (204, b"")
-    assert (await bob.get("/users/1")).status_code == 404
-    await add_user(app.state.database, "ada")
-    assert (await ada.get("/users/me")).status_code == 401
 
 
 async def test_item_is_found_at_its_location_until_it_is_deleted(ada: Client) -> None:
@@ -3056,26 +2792,17 @@ async def test_item_is_found_at_its_location_until_it_is_deleted(ada: Client) ->
     assert (await ada.get(f"http://test{location}")).status_code == 404
 
 
-@pytest.mark.parametrize(
-    "patch", [{"title": "milk"}, {"description": "cold"}, {"description": None}, {}]
-)
-async def test_patch_changes_only_fields_that_are_sent(patch: Any, ada: Client) -> None:
+async def test_item_of_another_user_is_404(ada: Client, bob: Client) -> None:
+    item_id = await ada.add_item()
+    response = await bob.get(f"/items/{item_id}")
+    assert response.status_code == 404
+
+
+async def test_patch_answers_the_changed_item(ada: Client) -> None:
     await ada.add_item("tea", description="hot")
-    item = (await ada.get("/items/1")).json()
-    changed = (await ada.patch("/items/1", json=patch)).json()
-    assert (changed.pop("updated_at") > item.pop("updated_at")) is bool(patch)
-    assert changed == item | patch
-
-
-@pytest.mark.parametrize("method", ["GET", "PATCH", "DELETE"])
-async def test_item_of_another_user_is_404(
-    method: str, ada: Client, bob: Client
-) -> None:
-    item_id = await ada.add_item("kept")
-    body = {"title": "taken"} if method == "PATCH" else None
-    response = await bob.request(method, f"/items/{item_id}", json=body)
-    assert error_of(response)["error"] == "not_found"
-    assert (await ada.get(f"/items/{item_id}")).json()["title"] == "kept"
+    changed = (await ada.patch("/items/1", json={"title": "milk"})).json()
+    assert (changed["title"], changed["description"]) == ("milk", "hot")
+    assert (await ada.get("/items/1")).json() == changed
 
 
 @pytest.mark.parametrize("kind", ["users", "items"])
@@ -3097,19 +2824,17 @@ BOUNDS = {
 
 
 @pytest.mark.parametrize(("status", "endings"), BOUNDS.items())
-async def test_pagination_and_ids_have_bounds(
-    status: int, endings: list[str], ada: Client
-) -> None:
+async def test_pagination_has_bounds(status: int, endings: Any, ada: Client) -> None:
     for ending in endings:
         for path in ("/users", "/items"):
             assert (await ada.get(path + ending)).status_code == status
 
 
 async def test_405_names_all_methods_of_the_path(guest: Client) -> None:
-    for path, methods in built_app().openapi()["paths"].items():
+    for path, methods in openapi_document()["paths"].items():
         allowed = {method.upper() for method in methods}
         allowed |= {"HEAD"} if path.startswith("/health") else set()
-        response = await guest.put(f"http://test{re.sub('{.*?}', '1', path)}")
+        response = await guest.put(url_of(path))
         assert error_of(response)["error"] == "method_not_allowed"
         assert set(response.headers["Allow"].split(", ")) == allowed
 
@@ -3123,7 +2848,7 @@ async def test_trailing_slash_is_another_path(path: str, ada: Client) -> None:
 
 
 @pytest.fixture
-def main_app(log: Log, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def main_app(log: Log, monkeypatch: Patch) -> Iterator[None]:
     """What is built for `main:app` is forgotten after the test."""
     monkeypatch.setenv("ENVIRONMENT", "development")
     yield
@@ -3160,7 +2885,7 @@ def test_importing_main_reads_no_environment_and_opens_nothing() -> None:
     subprocess.run([sys.executable, "-c", script], env=variables, check=True)
 
 
-def test_create_app_leaves_logging_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_create_app_leaves_logging_alone(caplog: CapLog) -> None:
     root = logging.getLogger()
     before = (root.level, root.handlers[:])
     main.create_app(main.Settings(ENVIRONMENT="development", LOG_LEVEL="DEBUG"))
@@ -3171,13 +2896,13 @@ def test_create_app_leaves_logging_alone(caplog: pytest.LogCaptureFixture) -> No
 
 
 async def test_lifespan_leaves_no_task_and_no_connection() -> None:
-    before = asyncio.all_tasks()
+    tasks = asyncio.all_tasks()
+    threads = threading.active_count()  # aiosqlite has one for each connection
     async with serve() as client:
         await client.get("http://test/health/ready")
-        pool = client.app.state.database.check_engine.pool
-        assert pool.checkedin() == 1
-    assert pool.checkedin() == 0
-    assert asyncio.all_tasks() == before
+        assert threading.active_count() > threads
+    await eventually(lambda: threading.active_count() == threads, "connections end")
+    assert asyncio.all_tasks() == tasks
 
 
 async def test_lifespan_closes_its_connections_to_redis(redis_url: str) -> None:
@@ -3190,14 +2915,6 @@ async def test_lifespan_closes_its_connections_to_redis(redis_url: str) -> None:
     redis.close()
 
 
-DOCUMENT = main.create_app(make_settings()).openapi()
-SCHEMAS: dict[str, Any] = DOCUMENT["components"]["schemas"]
-OPERATIONS: dict[str, dict[str, Any]] = {
-    f"{method.upper()} {path}": operation
-    for path, methods in DOCUMENT["paths"].items()
-    for method, operation in methods.items()
-}
-documented_operations = pytest.mark.parametrize("name", OPERATIONS)
 OWN_STATUSES = {  # which only the rules of a route can give
     "GET /health": {503},
     "GET /health/ready": {503},
@@ -3207,18 +2924,16 @@ OWN_STATUSES = {  # which only the rules of a route can give
 }
 
 
-@documented_operations
-def test_openapi_names_every_status_of_an_error(name: str) -> None:
-    operation = OPERATIONS[name]
-    expected = {500, 504} | OWN_STATUSES.get(name, set())
-    expected |= {429, 503} if "/api/v1/" in name else set()
-    expected |= {401} if "security" in operation else set()
-    expected |= {400, 413, 422} if "requestBody" in operation else set()
-    expected |= {422} if "parameters" in operation else set()
-    expected |= {404} if "_id}" in name else set()
-    statuses = {int(s) for s in operation["responses"] if int(s) >= 400}
-    assert statuses - {403, 409} == expected - {403, 409}
-    assert statuses >= expected
+def test_openapi_names_every_status_of_an_error() -> None:
+    for name, operation in operations().items():
+        expected = {413, 500, 504} | OWN_STATUSES.get(name, set())
+        expected |= {429, 503} if "/api/v1/" in name else set()
+        expected |= {401} if "security" in operation else set()
+        expected |= {400, 422} if "requestBody" in operation else set()
+        expected |= {422} if "parameters" in operation else set()
+        expected |= {404} if "_id}" in name else set()
+        errors = {int(status) for status in operation["responses"]} - {200, 201, 204}
+        assert expected <= errors <= expected | {403, 409}, name
 
 
 def model_name(response: dict[str, Any]) -> str:
@@ -3226,58 +2941,55 @@ def model_name(response: dict[str, Any]) -> str:
     return reference.removeprefix("#/components/schemas/")
 
 
-@documented_operations
-def test_openapi_error_is_an_error_response(name: str) -> None:
-    responses = OPERATIONS[name]["responses"]
-    models = {s: model_name(responses[s]) for s in responses if int(s) >= 400}
-    if name in {"GET /health", "GET /health/ready"}:
-        assert models.pop("503") == model_name(responses["200"])
-    assert set(models.values()) == {"ErrorResponse"}
+def test_openapi_error_is_an_error_response() -> None:
+    for name, operation in operations().items():
+        responses = operation["responses"]
+        models = {s: model_name(responses[s]) for s in responses if int(s) >= 400}
+        if name in {"GET /health", "GET /health/ready"}:
+            assert models.pop("503") == model_name(responses["200"])
+        assert set(models.values()) == {"ErrorResponse"}, name
 
 
-@documented_operations
-def test_openapi_describes_operation(name: str) -> None:
-    assert re.fullmatch(r"[a-z]+(_[a-z]+)+", OPERATIONS[name]["operationId"])
-    assert re.fullmatch(r"[A-Z].+[.?]", OPERATIONS[name]["description"])
-
-
-@documented_operations
-async def test_openapi_asks_for_a_token(name: str, guest: Client) -> None:
-    method, path = name.split()
-    url = re.sub("{.*?}", "1", f"http://test{path}")
-    response = await guest.request(method, url, json={})
-    assert (response.status_code == 401) == ("security" in OPERATIONS[name])
+def test_openapi_operation_has_a_name_and_a_description() -> None:
+    for operation in operations().values():
+        assert re.fullmatch(r"[a-z]+(_[a-z]+)+", operation["operationId"])
+        assert re.fullmatch(r"[A-Z].+[.?]", operation["description"])
 
 
 HEADERS = {"201": "Location", "429": "Retry-After", "503": "Retry-After"}
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if "/api/v1/" in name])
-def test_openapi_describes_headers(name: str) -> None:
-    responses = OPERATIONS[name]["responses"]
-    for status in HEADERS.keys() & responses.keys():
-        header = responses[status]["headers"][HEADERS[status]]
-        assert re.match("[A-Z][a-z]", header["description"])
-        assert header["schema"]["type"] == ("string" if status == "201" else "integer")
+def test_openapi_describes_headers() -> None:
+    for name in [name for name in operations() if "/api/v1/" in name]:
+        responses = operations()[name]["responses"]
+        for status in HEADERS.keys() & responses.keys():
+            header = responses[status]["headers"][HEADERS[status]]
+            kind = "string" if status == "201" else "integer"
+            assert re.match("[A-Z][a-z]", header["description"])
+            assert header["schema"]["type"] == kind
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_openapi_schema_is_a_model_with_a_name(name: str) -> None:
-    text = json.dumps(SCHEMAS[name])
-    assert issubclass(getattr(main, name), pydantic.BaseModel)
-    assert '"additionalProperties": {' not in text
-    assert '"default": ""' not in text  # which would break its own minLength
-    for pattern in re.findall(r'"pattern": "(.*?)"', text):
-        assert not re.search(r"\\[AzZ]|\(\?", pattern)  # ECMA-262 has none of these
+def schemas() -> dict[str, Any]:
+    found: dict[str, Any] = openapi_document()["components"]["schemas"]
+    return found
 
 
-BODIES = [n for n in SCHEMAS if SCHEMAS[n].get("additionalProperties") is False]
+def test_openapi_schema_is_a_model_with_a_name() -> None:
+    for name, schema in schemas().items():
+        text = json.dumps(schema)
+        assert issubclass(getattr(main, name), pydantic.BaseModel)
+        assert '"additionalProperties": {' not in text
+        assert '"default": ""' not in text  # which would break its own minLength
+        for pattern in re.findall(r'"pattern": "(.*?)"', text):
+            assert not re.search(r"\\[AzZ]|\(\?", pattern)  # unknown to ECMA-262
 
 
-@pytest.mark.parametrize("name", BODIES)
-def test_openapi_examples_of_a_body_are_valid(name: str) -> None:
-    fields = SCHEMAS[name]["properties"].items()
-    assert getattr(main, name)(**{field: row["examples"][0] for field, row in fields})
+def test_openapi_examples_of_a_body_are_valid() -> None:
+    bodies = [n for n, s in schemas().items() if s.get("additionalProperties") is False]
+    assert bodies
+    for name in bodies:
+        fields = schemas()[name]["properties"].items()
+        getattr(main, name)(**{field: row["examples"][0] for field, row in fields})
 
 
 def token_url(document: dict[str, Any]) -> str:
@@ -3368,11 +3080,7 @@ def load_config(**variables: str) -> Any:
     return config
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [(name, value) for name, values in BAD_VALUES.items() for value in values],
-    ids=lambda text: text[:20],
-)
+@rows(BAD_VALUES)
 def test_bad_variable_ends_the_start_with_one_line(name: str, value: str) -> None:
     with pytest.raises(SystemExit, match=f"^bad settings: {name}: .+") as ending:
         load_config(**{name: value})
@@ -3398,9 +3106,7 @@ def test_gunicorn_setting(variables: dict[str, str], name: str, value: object) -
 
 
 @cases("quota, cpus", {"none": ("max", 4), "1.5": ("150000", 2), "0.1": ("10000", 1)})
-def test_workers_default_to_the_quota_of_the_cgroup(
-    quota: str, cpus: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_default_to_quota(quota: str, cpus: int, monkeypatch: Patch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
     Path("cpu.max").write_text(f"{quota} 100000\n")
     assert load_config().usable_cpus("cpu.max") == cpus
@@ -3417,7 +3123,7 @@ def test_open_file_limit_is_raised_to_the_hard_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_forwarded_allow_ips_star_warns(caplog: pytest.LogCaptureFixture) -> None:
+def test_forwarded_allow_ips_star_warns(caplog: CapLog) -> None:
     cfg = Config()
     cfg.set("forwarded_allow_ips", "10.0.0.0/8,*")
     load_config().when_ready(SimpleNamespace(cfg=cfg, log=logging.getLogger()))
@@ -3439,25 +3145,20 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 class Connection:
     """A client's end of a real connection to a BoundedHttpProtocol."""
 
-    def __init__(self, client: socket.socket, clock: pytest.MonkeyPatch) -> None:
+    def __init__(self, client: socket.socket) -> None:
         client.setblocking(False)
         self.client = client
         self.received = b""
         self.is_open = True
-        self.seconds = 0.0
-        loop = asyncio.get_running_loop()
-        now = loop.time
-        clock.setattr(loop, "time", lambda: now() + self.seconds)
         config = uvicorn.Config(echo, log_config=None, timeout_keep_alive=75)
         self.state = ServerState()
         self.state.default_headers = [(b"date", b"today")]
         self.protocol = load_config().BoundedHttpProtocol(config, self.state, {})
 
     async def forward(self, seconds: float) -> None:
-        """Put the event loop's clock forward, and take all that the server sends."""
-        self.seconds += seconds
-        for _ in range(10):
-            await asyncio.sleep(0)
+        """Let time pass, and take all that the server sends."""
+        skip_time(seconds)
+        await let_others_run()
         with suppress(BlockingIOError):
             while self.is_open:
                 data = self.client.recv(65536)
@@ -3477,10 +3178,10 @@ class Connection:
 
 
 @pytest.fixture
-async def connection(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Connection]:
+async def connection() -> AsyncIterator[Connection]:
     client, server = socket.socketpair()
     with client:
-        connection = Connection(client, monkeypatch)
+        connection = Connection(client)
         loop = asyncio.get_running_loop()
         await loop.connect_accepted_socket(lambda: connection.protocol, server)
         yield connection
@@ -3496,19 +3197,16 @@ CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
 LARGE = b"x" * 2**16
 EARLY = b"POST /early HTTP/1.1\r\nhost: test\r\n" + SIZE_5
 POST_LARGE = POST + b"content-length: 65536\r\n\r\n"
+HEADS = {
+    "64 KiB": ([POST + b"x: " + LARGE[:-99] + b"\r\n\r\n"], 200),
+    "in parts": ([POST + b"x: ", LARGE[:9000], LARGE[9000:]], 431),
+    "complete": ([POST + b"x: " + LARGE + b"\r\n\r\n"], 431),
+    "path": ([b"GET /" + LARGE + b" HTTP/1.1\r\nhost: test\r\n\r\n"], 431),
+    "upgrade": ([POST + UPGRADE + b"x: " + LARGE + b"\r\n" + SIZE_5], 431),
+}
 
 
-@cases(
-    "segments, status",
-    {
-        "64 KiB": ([POST + b"x: " + LARGE[:-99] + b"\r\n\r\n"], 200),
-        "incomplete": ([POST + b"x: " + LARGE], 431),
-        "in parts": ([POST + b"x: ", LARGE[:9000], LARGE[9000:]], 431),
-        "complete": ([POST + b"x: " + LARGE + b"\r\n\r\n"], 431),
-        "path": ([b"GET /" + LARGE + b" HTTP/1.1\r\nhost: test\r\n\r\n"], 431),
-        "upgrade": ([POST + UPGRADE + b"x: " + LARGE + b"\r\n" + SIZE_5], 431),
-    },
-)
+@cases("segments, status", HEADS)
 async def test_request_head_over_64_kib_is_431(
     segments: list[bytes], status: int, connection: Connection
 ) -> None:
@@ -3516,17 +3214,8 @@ async def test_request_head_over_64_kib_is_431(
     assert (connection.statuses(), connection.is_open) == ([status], status == 200)
 
 
-@cases(
-    "segments",
-    {
-        "one segment": [POST_LARGE + LARGE + GET],
-        "next head in parts": [POST_LARGE + LARGE + GET[:9], GET[9:]],
-    },
-)
-async def test_request_body_does_not_count_as_head(
-    segments: list[bytes], connection: Connection
-) -> None:
-    await connection.send(*segments)
+async def test_request_body_does_not_count_as_head(connection: Connection) -> None:
+    await connection.send(POST_LARGE + LARGE + GET[:9], GET[9:])
     assert connection.sizes() == [65536, 0]
 
 
@@ -3545,9 +3234,9 @@ async def test_timeout_of_an_idle_connection(
     segments: list[bytes], seconds: int, statuses: list[int], connection: Connection
 ) -> None:
     await connection.send(*segments)
-    await connection.forward(seconds - 0.1)
+    await connection.forward(seconds - 0.9)
     assert connection.is_open
-    await connection.forward(0.1)
+    await connection.forward(0.9)
     assert (connection.statuses(), connection.is_open) == (statuses, False)
 
 
@@ -3577,9 +3266,7 @@ async def test_timeout_is_off_during_a_slow_request(connection: Connection) -> N
         "websocket": [UPGRADE.replace(b"h2c", b"websocket") + SIZE_5, b"hello"],
     },
 )
-async def test_upgrade_request_is_read_as_if_it_had_no_upgrade(
-    segments: list[bytes], connection: Connection
-) -> None:
+async def test_upgrade_is_ignored(segments: Any, connection: Connection) -> None:
     await connection.send(POST, *segments, GET)
     assert connection.sizes() == [5, 0]
     assert b'"upgrade"' not in connection.received
@@ -3592,13 +3279,13 @@ async def test_upgrade_in_a_pipeline_keeps_the_order(connection: Connection) -> 
     assert connection.sizes() == [0, 5, 0, 5, 0]
 
 
-@cases(
-    "last",
-    {
-        "HTTP/1.0 without host": b"GET / HTTP/1.0\r\n\r\n",
-        "upgrade and close": POST + UPGRADE + b"connection: close\r\n" + HELLO,
-    },
-)
+LAST_HEADS = {
+    "HTTP/1.0 without host": b"GET / HTTP/1.0\r\n\r\n",
+    "upgrade and close": POST + UPGRADE + b"connection: close\r\n" + HELLO,
+}
+
+
+@cases("last", LAST_HEADS)
 async def test_last_request_is_answered(last: bytes, connection: Connection) -> None:
     await connection.send(last + GET)
     assert (connection.statuses(), connection.is_open) == ([200], False)
@@ -3640,10 +3327,9 @@ async def test_client_of_a_unix_socket_is_local(connection: Connection) -> None:
 
 async def test_stop_closes_an_idle_connection_late(connection: Connection) -> None:
     connection.protocol.shutdown()
-    await connection.forward(0.4)
     await connection.send(GET)
     assert (connection.statuses(), connection.is_open) == ([200], True)
-    await connection.forward(0.1)
+    await connection.forward(0.5)
     assert not connection.is_open
 
 
@@ -3652,13 +3338,13 @@ HOST = "[::ffff:127.0.0.1]" if socket.has_dualstack_ipv6() else "127.0.0.1"
 
 
 class Service:
-    """gunicorn, running_service with one word. Its clients look like ::ffff:127.0.0.1."""
+    """gunicorn, started without an argument. Its clients look like ::ffff:127.0.0.1."""
 
     def __init__(self, folder: Path, **variables: str) -> None:
         for name in ("main.py", "gunicorn.conf.py"):
             (folder / name).symlink_to(ROOT / name)
         self.port = free_port()
-        own = {"SECRET_KEY": "k" * 32, "BIND": f"{HOST}:{self.port}"}
+        own = {"SECRET_KEY": KEY, "BIND": f"{HOST}:{self.port}"}
         self.log = folder / "log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -3680,7 +3366,8 @@ class Service:
     def await_text(self, text: str, count: int = 1) -> None:
         until(lambda: self.log.read_text().count(text) >= count, f"{count} x {text}")
 
-    def workers(self) -> list[int]:  # all that were ever running_service
+    def workers(self) -> list[int]:
+        """The ids of all that were ever started."""
         pids = re.findall(r"Booting worker with pid: (\d+)", self.log.read_text())
         return [int(pid) for pid in pids]
 
@@ -3730,13 +3417,6 @@ def test_worker_stops_when_gunicorn_is_killed(tmp_path: Path) -> None:
     with running_service(tmp_path, WORKERS="1") as service:
         service.process.kill()
         service.await_text("Application shutdown complete.")
-
-
-def test_killed_worker_is_replaced(service: Service) -> None:
-    before = service.workers()
-    os.kill(before[-1], signal.SIGKILL)
-    service.await_text(READY, len(before) + 1)
-    assert service.get("/health/ready").status_code == 200
 
 
 def test_sighup_replaces_workers_and_keeps_limits_and_log(service: Service) -> None:
