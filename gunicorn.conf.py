@@ -1,10 +1,10 @@
 """gunicorn, started in this folder, reads its settings from this file.
 
-BIND or PORT, WORKERS or WEB_CONCURRENCY, MAX_REQUESTS, GRACEFUL_TIMEOUT,
-KEEP_ALIVE_SECONDS and FORWARDED_ALLOW_IPS come from the environment, never from `.env`.
+They come from the environment, never from `.env`; `.env.example` has a line on each.
 """
 
 import gc
+import logging
 import math
 import os
 import resource
@@ -17,6 +17,8 @@ from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
+
+import main
 
 MAX_HEAD_BYTES = 64 * 1024  # of a request line with its headers; nginx allows 32 KiB
 HEAD_SECONDS = 10  # for a request head to arrive; nginx allows 60
@@ -41,9 +43,9 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 class BoundedHttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol with bounds on request heads, and without `Upgrade`.
 
-    Unbounded heads fill the memory. When a request offers an `Upgrade`, httptools skips
-    its body or takes it for the next request; servers may ignore the offer (RFC 9110,
-    7.8). Private name, checked with uvicorn 0.54: `_unset_keepalive_if_required`.
+    If a request offers an `Upgrade`, httptools skips its body or takes it for the next
+    request; servers may ignore the offer (RFC 9110 § 7.8). Private name, checked with
+    uvicorn 0.54: `_unset_keepalive_if_required`.
     """
 
     head_bytes = 0.0  # received of a request head; minus infinity during a body
@@ -56,7 +58,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.start_head_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Refuse what is no request, and a head that grows too large."""
         self.head_bytes += len(data)
         try:
             self.parse(memoryview(data))
@@ -64,7 +65,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.refuse(431 if self.head_bytes > MAX_HEAD_BYTES else 400)
         if self.head_bytes > MAX_HEAD_BYTES:
             self.refuse(431)
-        # A head has begun but is not complete, and no request is being answered.
+        # A head has begun, and no request is being answered.
         elif self.head_bytes == len(data) and self.timeout_keep_alive_task:
             self.start_head_timer()
 
@@ -84,7 +85,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_headers_complete(self) -> None:
-        """Start the request if its head is good. An error stops the parser."""
         if self.parser.should_upgrade():
             return  # `parse` feeds this head again
         # Counted again, because a part of the body may have come with the head.
@@ -129,16 +129,15 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.app = self.wsgi
         self.config.http = BoundedHttpProtocol
         self.config.server_header = False
-        self.config.timeout_notify = 1  # seconds between two calls of `callback_notify`
+        self.config.timeout_notify = 1
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
         # gunicorn passes SIGINT and SIGQUIT on as SIGQUIT, but uvicorn needs SIGTERM.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # uvicorn raises SIGTERM again at its end. sys.exit, which `handle_quit` calls,
-        # lets the event loop wait for cancelled requests, so that they answer 503.
+        # uvicorn raises SIGTERM at its end; sys.exit then waits for cancelled requests.
         signal.signal(signal.SIGTERM, self.handle_quit)
         Server(self.config).run(self.sockets)
 
-    async def callback_notify(self) -> None:
+    async def callback_notify(self) -> None:  # each second
         await super().callback_notify()
         if os.getppid() != self.ppid:  # gunicorn was killed
             signal.raise_signal(signal.SIGTERM)
@@ -150,7 +149,8 @@ class ServiceLogger(Logger):  # type: ignore[misc]
 
 
 def when_ready(server: Any) -> None:
-    """Called before the workers are forked."""
+    if not logging.getLogger().handlers:  # main:create_app() leaves logging alone
+        main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))

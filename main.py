@@ -196,7 +196,7 @@ request_id_context: ContextVar[str | None] = ContextVar("request_id", default=No
 STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "taskName", "color_message"}
 # They log each statement, chunk or URL, some with parameters.
 MAX_TRACEBACK = 3000  # a line over 4 KiB is torn between workers; the end tells most
-CHATTY = "aiosqlite asyncio httpx main.FairPool psycopg"
+CHATTY = "aiosqlite asyncio httpx main.FairPool"
 
 
 class JsonFormatter(logging.Formatter):
@@ -245,7 +245,9 @@ def setup_logging(settings: Settings) -> None:
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name in CHATTY.split():
         logging.getLogger(name).setLevel("WARNING")
-    logging.getLogger("python_multipart").setLevel("ERROR")  # it warns of bad requests
+    # They warn of what the request's own line says.
+    logging.getLogger("python_multipart").setLevel("ERROR")
+    logging.getLogger("psycopg").setLevel("ERROR")
     logging.getLogger("sqlalchemy").setLevel("INFO" if settings.DEBUG else "WARNING")
     # The servers have given these loggers handlers of their own. Without one, uvicorn
     # writes no access log: RequestLoggingMiddleware writes a better line.
@@ -974,7 +976,8 @@ async def find_item(
 async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) -> Rows:
     """Return columns, not entities: the page is written as JSON and forgotten."""
     page = {"owner": owner_id, "after": after, "limit": limit}
-    return (await db.execute(LIST_ITEMS[db.get_bind().dialect.name], page)).all()
+    query = LIST_ITEMS[db.get_bind().dialect.name]
+    return (await db.execute(query, page)).all()
 
 
 async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
@@ -1114,6 +1117,7 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 # --- Rate limiting --------------------------------------------------------------------
 # Exact sliding windows: a log of each client's admissions, one for each budget.
 
+TABLES_BYTES = 64 * 2**20  # the memory of all budgets together
 BUCKET_ROWS = 16
 SECOND_NS = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
@@ -1170,7 +1174,7 @@ class SlidingWindowRateLimiter:
     client that was idle for longest loses its row, and there exactness ends.
     """
 
-    def __init__(self, limit: int, seconds: int, table_bytes: int = 32 * 2**20) -> None:
+    def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
         class Row(ctypes.Structure):
             _fields_ = (
                 ("client_hash", ctypes.c_int64),
@@ -1273,11 +1277,14 @@ class RateLimiter:
 
     def __init__(self, settings: Settings) -> None:
         seconds = settings.RATE_LIMIT_WINDOW_SECONDS
+        limits = {
+            "api": settings.RATE_LIMIT_REQUESTS,
+            "credentials": settings.RATE_LIMIT_LOGIN_REQUESTS,
+        }
+        table_bytes = TABLES_BYTES // len(limits)
         self.memory = {
-            "api": SlidingWindowRateLimiter(settings.RATE_LIMIT_REQUESTS, seconds),
-            "credentials": SlidingWindowRateLimiter(
-                settings.RATE_LIMIT_LOGIN_REQUESTS, seconds
-            ),
+            budget: SlidingWindowRateLimiter(limit, seconds, table_bytes)
+            for budget, limit in limits.items()
         }
         self.redis = RedisRateLimiter(settings) if settings.REDIS_URL else None
 

@@ -622,7 +622,7 @@ def logged_levels(name: str, log: Log) -> list[str]:
     return [line["level"] for line in log.lines()]
 
 
-CHATTY = "aiosqlite asyncio psycopg sqlalchemy.engine"
+CHATTY = "aiosqlite asyncio sqlalchemy.engine"
 
 
 @pytest.mark.parametrize("level", LEVELS)
