@@ -20,8 +20,8 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 
 import main
 
-MAX_HEAD_BYTES = 64 * 1024  # of a request line with its headers; nginx allows 32 KiB
-HEAD_SECONDS = 10  # for a request head to arrive; nginx allows 60
+MAX_HEAD_BYTES = 64 * 1024  # of a request line and its headers, as in other servers
+HEAD_SECONDS = 10  # after which a request head must have arrived
 
 
 def read_number(name: str, default: int, least: int, most: int = 1_000_000) -> int:
@@ -43,16 +43,16 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 class BoundedHttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol with bounds on request heads, and without `Upgrade`.
 
-    If a request offers an `Upgrade`, httptools skips its body or takes it for the next
-    request; servers may ignore the offer (RFC 9110 § 7.8). Private name, checked with
-    uvicorn 0.54: `_unset_keepalive_if_required`.
+    httptools stops after a head with `Upgrade`, so that the body would be parsed as the
+    next request. A server may ignore `Upgrade` (RFC 9110 § 7.8). Private name, checked
+    with uvicorn 0.54: `_unset_keepalive_if_required`, which stops the timer.
     """
 
-    head_bytes = 0.0  # received of a request head; minus infinity during a body
+    head_bytes = 0.0  # received of a request head; -inf while a body is received
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # No address: a unix socket, so a local proxy. ::ffff:a.b.c.d: IPv4 on [::].
+        # A unix socket has no address. "::ffff:192.0.2.1" is an IPv4-mapped address.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
         self.start_head_timer()
@@ -70,7 +70,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.start_head_timer()
 
     def parse(self, data: memoryview) -> None:
-        """Feed the parser. Feed a head with an Upgrade, without it, to a new parser."""
+        """Feed the parser. Parse a head with Upgrade again, without that header."""
         while data:
             try:
                 self.parser.feed_data(data)
@@ -87,7 +87,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # `parse` feeds this head again
-        # Counted again, because a part of the body may have come with the head.
+        # Count again: so far, a part of the body may have been counted, too.
         self.head_bytes = len(self.url)
         self.head_bytes += sum(len(name + value) + 4 for name, value in self.headers)
         hosts = [name for name, _ in self.headers].count(b"host")
@@ -117,7 +117,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def shutdown(self) -> None:
-        # uvicorn closes idle connections, but a new one may have sent its request.
+        # uvicorn closes idle connections, but a request may already be on its way.
         self.loop.call_later(0.5, super().shutdown)
 
 
@@ -125,13 +125,13 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
     """uvicorn's worker, which stops in time, on each of gunicorn's signals."""
 
     def run(self) -> None:
-        """Run uvicorn. It cancels requests after 4/5 of gunicorn's graceful_timeout."""
+        """Run uvicorn. It cancels requests at 4/5 of graceful_timeout."""
         self.config.app = self.wsgi
         self.config.http = BoundedHttpProtocol
         self.config.server_header = False
         self.config.timeout_notify = 1
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # gunicorn passes SIGINT and SIGQUIT on as SIGQUIT, but uvicorn needs SIGTERM.
+        # On SIGINT and SIGQUIT, gunicorn sends SIGQUIT; uvicorn needs SIGTERM.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
         # uvicorn raises SIGTERM at its end; sys.exit then waits for cancelled requests.
         signal.signal(signal.SIGTERM, self.handle_quit)
@@ -157,23 +157,23 @@ def when_ready(server: Any) -> None:
     if "*" in server.cfg.forwarded_allow_ips:
         problem = "lets clients forge their address: name proxies or their networks"
         server.log.warning(f"FORWARDED_ALLOW_IPS=* {problem}")
-    gc.freeze()  # else the collector touches, and so copies, memory that workers share
+    gc.freeze()  # the garbage collector then copies no memory that workers share
 
 
 wsgi_app = "main:app"
-every_host = f"0.0.0.0:{read_number('PORT', 8000, 1, 65535)}"
-bind = (os.getenv("BIND", "").strip() or every_host).split(",")
+default_bind = f"0.0.0.0:{read_number('PORT', 8000, 1, 65535)}"
+bind = (os.getenv("BIND", "").strip() or default_bind).split(",")
 for address in bind:
     if "/" not in address and address.rpartition(":")[2] not in map(str, range(65536)):
         raise SystemExit(f"bad settings: BIND: {address} has no port from 0 to 65535")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus(), 1), 1)
 worker_class = ServiceWorker
 logger_class = ServiceLogger
-preload_app = True  # a bad setting ends the start; the rate limiter's memory is shared
-max_requests = read_number("MAX_REQUESTS", 0, 0)  # 0 for never; README has the cost
+preload_app = True  # invalid settings stop the start; workers share rate limits
+max_requests = read_number("MAX_REQUESTS", 0, 0)  # 0: never, for it drops requests
 max_requests_jitter = max_requests // 10
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30, 1)
-timeout = graceful_timeout + 30  # of a blocked event loop; stopping counts as blocked
+timeout = graceful_timeout + 30  # longer: a worker that stops sends no heartbeat
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75, 1)  # load balancers keep 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
 control_socket_disable = True  # it would need a writable home directory

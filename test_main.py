@@ -694,7 +694,7 @@ def test_description_of_an_error_is_one_line() -> None:
 
 # --- Errors ---------------------------------------------------------------------------
 
-USUAL_500 = "Something went wrong; the log knows this request's id."
+USUAL_500 = "Something went wrong. Quote the request_id if you report it."
 FAILURES: dict[str, tuple[Exception, int, str]] = {
     "base": (main.AppException(), 500, USUAL_500),
     "credentials": (main.WrongCredentialsException(), 401, "Wrong username or passwo"),
@@ -1534,7 +1534,7 @@ async def test_hashing_leaves_the_event_loop_free() -> None:
             return super().encode(*args)
 
     hashing = asyncio.create_task(main.hash_password(Password(PASSWORD)))
-    await eventually(lambda: main.HASHING_THREADS.borrowed_tokens, "a thread")
+    await eventually(lambda: main.HASHING_LIMITER.borrowed_tokens, "a thread")
     loop_went_on.set()
     assert (await hashing).startswith(PARAMETERS)
 
@@ -1542,19 +1542,19 @@ async def test_hashing_leaves_the_event_loop_free() -> None:
 @asynccontextmanager
 async def busy_hashing() -> AsyncIterator[None]:
     """All threads for hashing are busy."""
-    threads = range(int(main.HASHING_THREADS.total_tokens))
+    threads = range(int(main.HASHING_LIMITER.total_tokens))
     for borrower in threads:
-        main.HASHING_THREADS.acquire_on_behalf_of_nowait(borrower)
+        main.HASHING_LIMITER.acquire_on_behalf_of_nowait(borrower)
     try:
         yield
     finally:
         for borrower in threads:
-            main.HASHING_THREADS.release_on_behalf_of(borrower)
+            main.HASHING_LIMITER.release_on_behalf_of(borrower)
 
 
 async def waiting_hashes(number: int) -> None:
     def is_reached() -> bool:
-        return main.HASHING_THREADS.statistics().tasks_waiting == number
+        return main.HASHING_LIMITER.statistics().tasks_waiting == number
 
     await eventually(is_reached, f"{number} hashes that wait")
 
