@@ -564,9 +564,9 @@ def make_record(message: str = "hello", **extra: Any) -> logging.LogRecord:
     return logging.makeLogRecord({**fields, **extra})
 
 
-def failed_record() -> logging.LogRecord:
+def failed_record(message: str = "first line\nsecond line") -> logging.LogRecord:
     try:
-        raise ValueError("first line\nsecond line")
+        raise ValueError(message)
     except ValueError:
         return make_record(exc_info=sys.exc_info())
 
@@ -580,6 +580,12 @@ def test_json_line_has_its_fields_in_order_and_those_of_the_record() -> None:
         '{"timestamp":"1970-01-01T00:00:00.250+00:00","level":"INFO",'
         '"logger":"service","message":"one of 2","request_id":"an-id","size":3}'
     )
+
+
+def test_log_line_keeps_the_end_of_a_long_traceback() -> None:
+    record = failed_record("first line\nsecond line" + "x" * 5000)
+    text = json.loads(main.JsonFormatter().format(record))["exception"]
+    assert text == "x" * main.MAX_TRACEBACK
 
 
 def test_log_line_of_an_error_has_its_traceback_indented_in_text() -> None:
@@ -1409,6 +1415,20 @@ async def test_hostile_form_is_400_or_422(options: Any, guest: Client) -> None:
     assert error_of(response)["error"] in {"bad_request", "validation_error"}
 
 
+async def test_multipart_in_a_codec_of_the_client_is_400(guest: Client) -> None:
+    headers = {"Content-Type": MULTIPART["Content-Type"] + "; charset=punycode"}
+    fields = [("username", (None, "ada")), ("password", (None, PASSWORD))]
+    response = await guest.post("/auth/token", files=fields, headers=headers)
+    assert response.status_code == 400
+
+
+async def test_form_over_64_kib_is_413_whatever_json_may_have() -> None:
+    async with serve(MAX_BODY_BYTES=200_000) as client:
+        form = await client.post("/auth/token", content=b"&" * 65_537, headers=FORM)
+        text = await client.post("/users", content=b" " * 65_537, headers=JSON)
+    assert (form.status_code, text.status_code) == (413, 422)
+
+
 HARMLESS_FORMS = {
     "lone surrogates": b"username=%ED%A0%80&password=%ED%A0%80",
     "bytes that are not UTF-8": b"username=\xff\xfe&password=\xff",
@@ -1628,6 +1648,7 @@ BAD_TOKENS = {
     "tampered": f"{HEAD}.{OTHER_BODY}.{SIGNATURE}",
     "expired": token_of(exp=int(time.time()) - 1),
     "without sub": token_of("sub"),
+    "sub beyond 64 bits": token_of(sub=str(2**63)),
     "without iat": token_of("iat"),
     "without exp": token_of("exp"),
     "without version": token_of("version"),
@@ -2291,6 +2312,16 @@ async def test_rate_limit_is_kept_in_memory_while_redis_is_away(
         await eventually(lambda: availability.is_available, "its end")
         await limiter.check("api", "192.0.2.2")
         assert own_redis.client.keys("*:192.0.2.2")
+
+
+async def test_health_check_keeps_idle_connections_to_redis(
+    own_redis: OwnRedis,
+) -> None:
+    async with redis_limiter(own_redis.url) as limiter:
+        await limiter.check("api", ADDRESS)
+        before = {client["id"] for client in own_redis.client.client_list()}
+        assert await limiter.redis.availability.check()
+        assert {client["id"] for client in own_redis.client.client_list()} == before
 
 
 def test_rate_limit_waits_for_redis_for_100_ms() -> None:
