@@ -1,7 +1,7 @@
 """A production-grade FastAPI service in one module: users, access tokens and items.
 
-No section uses a name that is defined below it. A request meets the sections roughly in
-the reverse order: middleware, dependencies, route, service, repository, database.
+Read it from the top: no section uses a name that is defined below it. A request goes
+the other way: middleware, dependencies, route, service, repository, database.
 
     Settings       every variable is validated before a socket is opened
     Logging        one JSON object per record; clients cannot forge a line
@@ -10,13 +10,13 @@ the reverse order: middleware, dependencies, route, service, repository, databas
     Database       a request holds a connection only while it talks to the database
     Schemas        what has passed here is safe in SQL, in JSON and in a log
     Security       passwords and tokens
-    Repositories   SQL: add_ find_ list_ update_ remove_
-    Services       rules: register_ authenticate_ create_ read_ change_ discard_
+    Repositories   SQL; functions named add_ find_ list_ update_ remove_
+    Services       rules; register_ authenticate_ create_ read_ change_ discard_
     Rate limiting  exact sliding windows, in shared memory or in Redis
     Middleware     what every request passes and every response gets
     Dependencies   what a route asks for, and what a test overrides
     Health routes  what orchestrators and monitors ask
-    API routes     HTTP: get_ post_ patch_ delete_
+    API routes     HTTP; get_ post_ patch_ delete_
     Application    create_app puts the parts together
 
 The verb of a function tells its layer. Repositories run SQL, services decide and raise
@@ -120,15 +120,16 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
 def parse_origin(url: pydantic.AnyUrl | str) -> str:
     """Return the origin as browsers send it. Pydantic has removed :80 and :443."""
     origin = str(url).removesuffix("/")
+    # "*", or a scheme and a host without path, query, fragment or user.
     if not re.fullmatch(r"\*|[^:]+://[^/?#@*]+", origin):
         raise ValueError("should be a list of origins such as https://app.example")
     return origin
 
 
-# NoDecode: the variable is no JSON.
+# NoDecode: do not parse the variable as JSON.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 Origin = Annotated[pydantic.AnyUrl | Literal["*"], AfterValidator(parse_origin)]
-# With a max_length, pydantic also refuses text that is not valid Unicode.
+# With a max_length, pydantic counts the characters, and so refuses invalid Unicode.
 Text = Annotated[str, Field(max_length=1000)]
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -163,7 +164,7 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     @pydantic.model_validator(mode="before")
     @classmethod
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Strip each value: secret files often end with a newline."""
+        """Strip each value, because secret files often end with a newline."""
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         return {k: v for k, v in (values | texts).items() if v != ""}
 
@@ -198,14 +199,14 @@ def get_settings() -> Settings:
 # --- Logging --------------------------------------------------------------------------
 # Each record is one line on stdout. Text from clients is encoded, never pasted.
 
-# Not `__name__`: SQLAlchemy's logger of the pool class below is named "main.FairPool",
-# so it would be a child of ours.
+# Not `__name__`: SQLAlchemy logs as "main.FairPool", by the module of the pool class,
+# and would get the level of a logger that is named "main".
 logger = logging.getLogger("service")
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
 # The attributes that every record has; the others were given as `extra`.
 STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "taskName", "color_message"}
-# A pipe writes 4 KiB at once: longer lines of several workers would be mixed. The end
-# of a traceback tells most.
+# Characters. Lines of up to 4 KiB are written to a pipe in one piece; longer ones of
+# several workers can be mixed. The end of a traceback tells most.
 MAX_TRACEBACK = 3000
 NOISY_LOGGERS = {
     # They log each statement or URL, some with parameters.
@@ -214,7 +215,7 @@ NOISY_LOGGERS = {
     "httpx": "WARNING",
     "main.FairPool": "WARNING",
     "sqlalchemy": "WARNING",
-    # They warn of what the request's own line says.
+    # Their warnings repeat what the request's own line says.
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
 }
@@ -268,13 +269,13 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(noisy_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # The servers have given these loggers handlers of their own. If uvicorn.access has
-    # no handler, uvicorn writes no access log: RequestLoggingMiddleware's line is
-    # better.
+    # The servers have given these loggers handlers of their own. If
+    # uvicorn.access has no handler, uvicorn writes no access log:
+    # RequestLoggingMiddleware's line is better.
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [] if name == "uvicorn.access" else [handler]
-        server_logger.setLevel("NOTSET")
+        server_logger.setLevel("NOTSET")  # the handler decides
         server_logger.propagate = False
     logging.captureWarnings(True)
     # If stdout is closed or full, logging would print a traceback for each record.
@@ -309,14 +310,16 @@ DEFAULT_ERRORS = {  # status: slug for programs, message for people
     504: ("timeout", "The request took too long."),
 }
 DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
-INVALID_TOKEN = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # RFC 6750 § 3.1
+INVALID_TOKEN_HEADERS = {
+    "WWW-Authenticate": 'Bearer error="invalid_token"'
+}  # RFC 6750 § 3.1
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 Headers = Mapping[str, str] | None
 Responses = dict[int | str, dict[str, Any]]
 
 
 class AppException(Exception):
-    """Base of the errors that are sent to clients. Its text goes to the log only."""
+    """Base of errors. Clients get `message`; `str(error)` is for the log only."""
 
     status_code = 500
     error = "internal_error"
@@ -331,7 +334,7 @@ class UnauthorizedException(AppException):
 
 class InvalidTokenException(UnauthorizedException):
     # The same error for every fault of a token, so that a forger learns nothing.
-    headers = INVALID_TOKEN
+    headers = INVALID_TOKEN_HEADERS
 
 
 class WrongCredentialsException(UnauthorizedException):
@@ -346,7 +349,7 @@ class WrongPasswordException(AppException):
 
 
 class NotFoundException(AppException):
-    # Other people's items are not found, too: a 403 would confirm that the id exists.
+    # Also raised for items of other users: a 403 would confirm that the id exists.
     status_code = 404
     error = "not_found"
 
@@ -440,7 +443,7 @@ async def http_exception_handler(request: Request, error: HTTPException) -> Resp
         message = str(error.detail)
     if status >= 500:
         request.state.reason = message
-    if status == 405:  # RFC 9110 § 15.5.6; the framework names one route's only
+    if status == 405:  # RFC 9110 § 15.5.6; the framework lists one route's methods
         allowed = [name for name in METHODS if is_method_allowed(request, name)]
         headers = {"Allow": ", ".join(allowed)}
     return error_response(request, status, slug, message, headers)
@@ -458,9 +461,9 @@ async def validation_exception_handler(
 
 
 async def unhandled_exception_handler(request: Request, error: Exception) -> Response:
-    """Answer a fault of the code. The request's log line gets the traceback."""
-    # RequestLimitsMiddleware calls it: a handler that is registered for Exception runs
-    # outside all middleware, so that its answer would have no id.
+    """Answer a fault of the code, which RequestLimitsMiddleware calls."""
+    # A handler that is registered for Exception runs outside all middleware, so that
+    # its answer would have no id. The request's log line gets the traceback.
     request.state.exception = error
     return error_response(request, 500, *DEFAULT_ERRORS[500])
 
@@ -478,8 +481,7 @@ def now() -> datetime:
 
 class Base(DeclarativeBase):
     type_annotation_map: ClassVar = {int: BigInt, datetime: sa.DateTime(timezone=True)}
-    # Without it, SQLite gives a deleted user's id to a new user, and old tokens have
-    # it.
+    # Never use a deleted user's id again: an old token would belong to the new user.
     __table_args__: Any = {"sqlite_autoincrement": True}  # noqa: RUF012
     id: Mapped[int] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(default=now)
@@ -499,17 +501,17 @@ class Item(Base):
     owner_id: Mapped[int] = mapped_column(sa.ForeignKey(User.id, ondelete="CASCADE"))
     title: Mapped[str] = mapped_column(sa.String(200))
     description: Mapped[str | None] = mapped_column(sa.String(2000))
-    # `create_item` sets it to the same moment as created_at.
+    # No default: `create_item` sets both times to the same moment.
     updated_at: Mapped[datetime] = mapped_column(onupdate=now)
 
 
 # --- Database -------------------------------------------------------------------------
-# A request holds a connection only while it talks to the database. Nothing asks the
-# database in the background while it answers.
+# A request holds a connection only while it talks to the database. While the database
+# works, nothing asks it in the background.
 
 RETRY_SECONDS = 1  # between two attempts to reach a server that is away
 CHECK_SECONDS = 2  # after which a health check is answered, whatever the server does
-# The number is arbitrary, but the same in all workers.
+# An advisory lock with an arbitrary id, the same in all workers.
 TABLES_LOCK = sa.select(sa.func.pg_advisory_xact_lock(7411))
 # What the drivers raise if a server is away, full, too slow or read-only.
 OUTAGES = (
@@ -567,18 +569,18 @@ class Availability:
             await asyncio.wait({self.task}, timeout=RETRY_SECONDS)
 
 
-def close_socket(entry: ConnectionPoolEntry) -> None:
+def abort_connection(entry: ConnectionPoolEntry) -> None:
     """Make the statement that runs on a PostgreSQL connection fail now.
 
     To cancel it would need an answer from the server, which may be what is silent.
     """
     connection = entry.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # A duplicate, because closing a socket object closes its descriptor.
+        # The driver owns the descriptor, so shut down through a copy of it.
         descriptor = os.dup(connection.fileno())
         with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
-        entry.invalidate(soft=True)  # or the next request would get it
+        entry.invalidate(soft=True)  # the pool then gives it to no other request
 
 
 class FairPool(AsyncAdaptedQueuePool):
@@ -592,44 +594,42 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.turns = asyncio.Semaphore(self.size())  # which is first come, first served
+        self.slots = asyncio.Semaphore(self.size())  # first come, first served
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
 
-    async def wait_for_turn(self) -> None:
+    async def wait_for_slot(self) -> None:
         try:
             async with asyncio.timeout(self.timeout()):
-                await self.turns.acquire()
+                await self.slots.acquire()
         except TimeoutError:
             raise exc.TimeoutError("no connection was free in time") from None
 
     def _do_get(self) -> ConnectionPoolEntry:
-        await_(
-            self.wait_for_turn()
-        )  # SQLAlchemy's way to await in a synchronous method
+        # This method is synchronous; SQLAlchemy awaits in it with `await_`.
+        await_(self.wait_for_slot())
         try:
             entry = super()._do_get()
         except BaseException:
-            self.turns.release()
+            self.slots.release()
             raise
         loop = asyncio.get_running_loop()
-        self.timers[entry] = loop.call_later(self.timeout(), close_socket, entry)
+        self.timers[entry] = loop.call_later(self.timeout(), abort_connection, entry)
         return entry
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         self.timers.pop(record).cancel()
-        self.turns.release()
+        self.slots.release()
         super()._do_return_conn(record)
 
 
-def handle_database_error(context: sa.engine.ExceptionContext) -> None:
+def clean_database_error(context: sa.engine.ExceptionContext) -> None:
     original = context.original_exception
     # The second line of PostgreSQL's messages contains the whole row, with the password
     # hash of a user. No log may have that, so keep the first line only.
     for error in (original, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
-    # This server is no longer the primary. SQLAlchemy then drops the pool's
-    # connections.
+    # After a failover, the former primary only reads: drop all connections of the pool.
     if isinstance(original, psycopg.errors.ReadOnlySqlTransaction):
         context.is_disconnect = True
 
@@ -643,7 +643,7 @@ def prepare_sqlite_connection(connection: Any, entry: ConnectionPoolEntry) -> No
 
 
 class ReadOnlySession(Session):
-    """A session in autocommit, which cannot roll back: `refuse_write` guards it."""
+    """A session in autocommit. It refuses writes, which could not be rolled back."""
 
 
 @event.listens_for(ReadOnlySession, "before_flush")
@@ -667,8 +667,8 @@ class Database:
         options = {"isolation_level": "READ COMMITTED"}
         self.write_engine = self.read_engine.execution_options(**options)
         if self.is_sqlite:
-            # SQLite allows one writer. Writers wait for it in the queue of a pool of
-            # one.
+            # SQLite allows one writer. Writers wait for it in the
+            # queue of a pool of one.
             self.write_engine = self.create_engine(1)
             # In autocommit, the driver sends no BEGIN. We send one that locks the file
             # at once, and the session's commit() or rollback() ends it.
@@ -676,9 +676,9 @@ class Database:
             event.listen(
                 engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE")
             )
-        # Health checks have a connection of their own: they do not wait behind
-        # requests. It is pinged first, so that a closed connection is not taken for an
-        # outage.
+        # Health checks have a connection of their own: they do not wait
+        # behind requests. It is pinged first, so that a closed connection is
+        # not taken for an outage.
         self.check_engine = self.create_engine(1, pool_pre_ping=True)
         self.read_session = async_sessionmaker(
             self.read_engine, sync_session_class=ReadOnlySession
@@ -686,10 +686,12 @@ class Database:
         self.write_session = async_sessionmaker(
             self.write_engine, expire_on_commit=False
         )
-        # Available: it answers and has its tables with all their columns.
+        # Available: it answers and has all tables and columns. See `is_ready`.
         self.availability = Availability("the database", self.probe)
-        # Reachable: it answers and has its tables. Only then are requests let through.
+        # Reachable: it answers and has all tables. See `session`.
         self.is_reachable = False
+        # It was too slow for its caller: the next one gets its result.
+        self.unread_check: asyncio.Task[bool] | None = None
 
     def create_engine(self, pool_size: int, pool_pre_ping: bool = False) -> AsyncEngine:
         """Return an engine in autocommit."""
@@ -724,7 +726,7 @@ class Database:
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,  # or every error would log them
         )
-        event.listen(engine.sync_engine, "handle_error", handle_database_error)
+        event.listen(engine.sync_engine, "handle_error", clean_database_error)
         if self.is_sqlite:
             event.listen(engine.sync_engine, "connect", prepare_sqlite_connection)
         return engine
@@ -742,8 +744,8 @@ class Database:
         self.is_reachable = True
         async with self.check_engine.connect() as connection:
             for table in Base.metadata.sorted_tables:
-                # This reads and locks no row, but it fails if a column is missing, and
-                # FOR UPDATE fails on a replica. SQLite leaves FOR UPDATE out.
+                # It reads no row. It fails if a column is missing, and by FOR UPDATE on
+                # a server that is read-only. SQLite leaves FOR UPDATE out.
                 await connection.execute(sa.select(table).limit(0).with_for_update())
 
     async def make_tables(self) -> None:
@@ -761,9 +763,13 @@ class Database:
         """Answer within CHECK_SECONDS. A slow check goes on for the next caller."""
         if not self.availability.is_available:
             return False
-        check = self.availability.check()
+        check = self.unread_check or self.availability.check()
+        self.unread_check = check
         await asyncio.wait({check}, timeout=CHECK_SECONDS)
-        return check.done() and check.result()
+        if not check.done():
+            return False
+        self.unread_check = None
+        return check.result()
 
     def session(self, writes: bool) -> AsyncSession:
         """Return a session, or raise ServiceUnavailableException during an outage."""
@@ -780,7 +786,7 @@ class Database:
 async def database_exception_handler(
     request: Request, error: exc.SQLAlchemyError
 ) -> Response:
-    """Answer 503 if the database cannot serve now; other errors become a 500."""
+    """Answer 503 if the database cannot serve now. Other errors become a 500."""
     # sqlite3 raises an OperationalError for a column that does not exist, too.
     original = getattr(error, "orig", None)
     is_fault = getattr(original, "sqlite_errorname", "") == "SQLITE_ERROR"
@@ -817,14 +823,17 @@ LoginName = Annotated[str, Field(min_length=1, max_length=1024, pattern=NO_NUL),
 LoginPassword = Annotated[str, Field(min_length=1, max_length=1024), Normalized]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
 Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
-NextId = Annotated[int | None, Field(description="The next `after`; null at the end")]
+NextId = Annotated[
+    int | None,
+    Field(description="Send it as `after` for the next page; null on the last"),
+]
 
 
 class RequestBody(BaseModel, extra="forbid"):
     @pydantic.model_validator(mode="before")
     @classmethod
     def refuse_many_fields(cls, value: object) -> object:
-        """Thousands of unknown fields would make a response of 800 KB."""
+        """Each unknown field would add an entry to the response."""
         if isinstance(value, dict) and len(value) > 20:
             raise PydanticCustomError("too_many_fields", "There are too many fields")
         return value
@@ -870,7 +879,9 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # The title may be left out, but it may not be null. The default is never stored.
+    # The title may be left out, but it may not be null, so None is no
+    # default. A factory keeps the default out of the OpenAPI document;
+    # `change_item` never stores it.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -913,6 +924,7 @@ class HealthStatus(BaseModel):
 PASSWORDS = PasswordHash([Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1)])
 # For names that do not exist: verifying it takes as long as verifying a real hash, so
 # that the time of a login does not tell which usernames exist.
+# It has the form of an Argon2 hash, but belongs to no password.
 DUMMY_HASH = f"$argon2id$v=19$m=19456,t=2,p=1${'A' * 22}${'A' * 43}"
 # Two threads bound the memory. The event loop goes on, because argon2 releases the GIL.
 HASHING_LIMITER = CapacityLimiter(2)
@@ -941,7 +953,7 @@ def signing_key(settings: Settings) -> Key:
 
     python-jose would read a text that looks like JSON or PEM in its own way.
     """
-    # The bytes of an environment variable need not be UTF-8.
+    # Python keeps bytes of the environment that are not UTF-8 as surrogates.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
     json_web_key = {"kty": "oct", "k": base64url_encode(secret).decode()}
     return jwk.construct(json_web_key, settings.ALGORITHM)
@@ -961,7 +973,7 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
     try:
         claims = jwt.decode(token, signing_key(settings), settings.ALGORITHM, required)
         user_id = int(claims["sub"])
-        if not 0 < user_id <= MAX_ID:  # signed by another service with this key
+        if not 0 < user_id <= MAX_ID:  # a token of another service that shares the key
             raise InvalidTokenException
         return user_id, claims["version"]
     except Exception:  # noqa: BLE001 - python-jose raises TypeError, RecursionError
@@ -969,11 +981,11 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
 
 
 # --- Repositories ---------------------------------------------------------------------
-# SQL and nothing else: rows or None come back, no rule is decided, nothing is
-# committed.
+# SQL and nothing else: rows or None come back, no rule is decided,
+# nothing is committed.
 
 Rows = Sequence[Any]
-# These two run in most requests, so they are built once: that takes 0.2 ms.
+# To build a query takes 0.2 ms, so those of the busiest routes are built once.
 FIND_USER = sa.select(User).where(User.id == sa.bindparam("id"))
 LIMIT = sa.bindparam("limit", type_=sa.Integer)
 ITEMS = sa.select(Item.__table__).order_by(Item.owner_id, Item.id).limit(LIMIT)
@@ -1008,8 +1020,8 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
 
 async def update_user(db: AsyncSession, user: User, **changes: Any) -> bool:
     """Change the user if the password is still the one that `user` was read with."""
-    is_unchanged = (User.id == user.id) & (User.password_hash == user.password_hash)
-    query = sa.update(User).where(is_unchanged).values(changes).returning(User.id)
+    same_password = (User.id == user.id) & (User.password_hash == user.password_hash)
+    query = sa.update(User).where(same_password).values(changes).returning(User.id)
     return await db.scalar(query) is not None
 
 
@@ -1033,19 +1045,21 @@ async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) ->
 
 
 async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
-    is_own = (Item.id == item_id) & (Item.owner_id == owner_id)
-    return await db.scalar(sa.delete(Item).where(is_own).returning(Item.id)) is not None
+    own_item = (Item.id == item_id) & (Item.owner_id == owner_id)
+    return (
+        await db.scalar(sa.delete(Item).where(own_item).returning(Item.id)) is not None
+    )
 
 
 # --- Services -------------------------------------------------------------------------
-# The rules. A service that writes commits at its end. Before a password is hashed, a
-# commit gives the connection back, because hashing takes 30 ms.
+# The rules. A service that writes commits at its end. No service holds a connection
+# while a password is hashed, which takes 30 ms.
 
 Page = dict[str, Any]
 
 
-def page_of(name: str, rows: Rows, limit: int) -> Page:
-    """Make a page of rows, of which `limit + 1` were asked for."""
+def make_page(name: str, rows: Rows, limit: int) -> Page:
+    """Make a page. The repository was asked for one row more: is there a next page?"""
     next_id = rows[limit - 1].id if len(rows) > limit else None
     return {name: rows[:limit], "next": next_id}
 
@@ -1095,7 +1109,7 @@ async def read_token_owner(db: AsyncSession, user_id: int, version: int) -> User
 
 
 async def read_users(db: AsyncSession, after: int, limit: int) -> Page:
-    return page_of("users", await list_users(db, after, limit + 1), limit)
+    return make_page("users", await list_users(db, after, limit + 1), limit)
 
 
 async def change_password(db: AsyncSession, user: User, change: PasswordChange) -> None:
@@ -1106,12 +1120,12 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
     new_hash = await hash_password(change.new_password)
     version = user.token_version + 1
     if not await update_user(db, user, password_hash=new_hash, token_version=version):
-        raise WrongPasswordException  # it has been changed in the meantime
+        raise WrongPasswordException  # the password has been changed in the meantime
     await db.commit()
 
 
 async def discard_tokens(db: AsyncSession, user: User) -> None:
-    # Nothing is left to do if the password has been changed in the meantime.
+    # If it returns False, a change of the password has made them invalid already.
     await update_user(db, user, token_version=user.token_version + 1)
     await db.commit()
 
@@ -1145,7 +1159,7 @@ async def read_item(db: AsyncSession, owner: User, item_id: int) -> Item:
 
 
 async def read_items(db: AsyncSession, owner: User, after: int, limit: int) -> Page:
-    return page_of("items", await list_items(db, owner.id, after, limit + 1), limit)
+    return make_page("items", await list_items(db, owner.id, after, limit + 1), limit)
 
 
 async def change_item(
@@ -1170,15 +1184,15 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 # Exact sliding windows: the times of each client's admitted requests. Each budget, such
 # as "api", has a limit of its own.
 
-TABLES_BYTES = 64 * 2**20  # the memory of all budgets together
+SHARED_MEMORY_BYTES = 64 * 2**20  # the memory of all budgets together
 BUCKET_ROWS = 16
 SECOND_NS = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CALLS = 32  # at the same time, each on a connection of its own
-# A sorted set of the times of admitted requests, in microseconds of Redis's clock. The
-# next request is admitted when `leaving` has left the window. That is the oldest
-# request, unless hosts have different limits and the set is longer than this host's
-# limit.
+# A sorted set of the times of admitted requests, in microseconds of Redis's
+# clock. The next request is admitted when `leaving` has left the window. That is
+# the oldest request, unless hosts have different limits and the set is longer
+# than this host's limit.
 REDIS_SCRIPT = """
 local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
@@ -1257,8 +1271,8 @@ class SlidingWindowRateLimiter:
 
     def find_row(self, client: str) -> ctypes.Structure:
         """Return the client's row, or one that it takes over."""
-        # Forked processes share the random seed of Python's hash; clients do not know
-        # it.
+        # All workers share the random seed of Python's hash. Clients do not know it, so
+        # they cannot choose a bucket.
         client_hash = hash(client)
         bucket = self.buckets[client_hash % len(self.buckets)]
         rows: list[ctypes.Structure] = list(bucket)
@@ -1266,7 +1280,7 @@ class SlidingWindowRateLimiter:
             if row.client_hash == client_hash:
                 return row
         row = min(rows, key=attrgetter("seen_ns"))
-        row.first = row.next  # forget the requests of the previous client
+        row.first = row.next  # the ring is empty: forget the previous client
         row.client_hash = client_hash
         return row
 
@@ -1280,7 +1294,7 @@ class SlidingWindowRateLimiter:
         allowed = row.next - row.first < self.limit
         if allowed:
             times[row.next % self.limit] = now_ns
-            row.next += 1  # last: a process may be killed between any two lines
+            row.next += 1  # last, so that a process that is killed leaves a valid row
         remaining = self.limit - (row.next - row.first)
         reset_ns = times[row.first % self.limit] - window_start
         reset_seconds = math.ceil(reset_ns / SECOND_NS)
@@ -1291,20 +1305,22 @@ class RedisRateLimiter:
     """The same rule in Redis, for all processes and hosts together."""
 
     def __init__(self, settings: Settings) -> None:
-        self.redis = Redis.from_url(
+        self.client = Redis.from_url(
             str(settings.REDIS_URL),
             socket_timeout=REDIS_TIMEOUT_SECONDS,
             socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
             retry=Retry(NoBackoff(), 0),
         )
-        self.script = self.redis.register_script(REDIS_SCRIPT)
+        self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{settings.PROJECT_NAME}:rate-limit"
         self.calls = asyncio.Semaphore(REDIS_CALLS)
         self.availability = Availability("Redis", self.probe)
 
     async def check(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
-        async with self.calls:  # this wait does not count as waiting for Redis
+        async with (
+            self.calls
+        ):  # the wait for a slot does not count as waiting for Redis
             if not self.availability.is_available:
                 return None
             try:
@@ -1324,7 +1340,7 @@ class RedisRateLimiter:
         """Raise an exception unless Redis can write. A replica answers PING, too."""
         if not self.availability.is_available:
             # Old connections may lead to a former primary, new ones to the new primary.
-            await self.redis.connection_pool.disconnect(inuse_connections=False)
+            await self.client.connection_pool.disconnect(inuse_connections=False)
         await self.run_script("probe", 1, 1)
 
 
@@ -1337,7 +1353,7 @@ class RateLimiter:
             "api": settings.RATE_LIMIT_REQUESTS,
             "credentials": settings.RATE_LIMIT_LOGIN_REQUESTS,
         }
-        table_bytes = TABLES_BYTES // len(limits)
+        table_bytes = SHARED_MEMORY_BYTES // len(limits)
         self.memory = {
             budget: SlidingWindowRateLimiter(limit, seconds, table_bytes)
             for budget, limit in limits.items()
@@ -1356,7 +1372,7 @@ class RateLimiter:
     async def close(self) -> None:
         if self.redis:
             await self.redis.availability.stop()
-            await self.redis.redis.aclose()
+            await self.redis.client.aclose()
 
     async def apply(self, budget: str, state: dict[str, Any]) -> None:
         """Count a request of the client in `state`. Raises RateLimitedException."""
@@ -1372,7 +1388,7 @@ class RateLimiter:
 # --- Middleware -----------------------------------------------------------------------
 # Pure ASGI, because BaseHTTPMiddleware costs a multiple. What they know of a request is
 # in scope["state"], which is `request.state`: request_id, client, trace_id, user_id,
-# rate_limit (RateLimitResult), status_code, and for the log reason and exception.
+# rate_limit, status_code, and for the log line `reason` and `exception`.
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 TRACEPARENT = re.compile(  # W3C Trace Context § 3.2
@@ -1380,7 +1396,7 @@ TRACEPARENT = re.compile(  # W3C Trace Context § 3.2
     rb"-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
 MAX_FORM_BYTES = 64 * 1024  # forms take longer to parse than JSON
-MAX_LOGGED_PATH = 500  # for the reason that MAX_TRACEBACK has
+MAX_LOGGED_PATH = 500  # characters; see MAX_TRACEBACK
 CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 SECURITY_HEADERS = {
     "Content-Security-Policy": CSP,
@@ -1443,9 +1459,8 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        if (
-            self.root_path
-        ):  # ASGI wants the prefix in the path; the proxy has removed it
+        if self.root_path:
+            # The proxy has removed the prefix, but ASGI wants it in the path.
             scope["root_path"] = self.root_path
             scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1473,15 +1488,14 @@ class RequestLoggingMiddleware:
         if not REQUEST_ID.fullmatch(request_id):
             request_id = secrets.token_hex(16).encode()
         state["request_id"] = request_id.decode()
-        # Always set: uvicorn may run several requests of a connection in one context.
+        # Overwrite what an earlier request of the same connection has set.
         request_id_context.set(state["request_id"])
         trace = TRACEPARENT.fullmatch(headers.get(b"traceparent", b""))
         if trace:
             state["trace_id"] = trace[1].decode()
         client = scope["client"][0] if scope["client"] else "unknown"
         state["client"] = client[:64]  # a proxy may send any text
-        # If uvicorn trusts the peer, it has taken the client's address from this
-        # header.
+        # If uvicorn trusted the peer, the client would be one of these addresses.
         forwarded_for = headers.get(b"x-forwarded-for", b"").decode("latin-1")
         if forwarded_for and client not in forwarded_for:
             warn_of_untrusted_proxy()
@@ -1529,7 +1543,7 @@ class SecurityHeadersMiddleware:
 
 
 class OriginCORSMiddleware(CORSMiddleware):
-    """Starlette's CORS for requests with an Origin; the others need not pay for it."""
+    """Starlette's CORS, skipped for requests without an Origin header."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if b"origin" in dict(scope.get("headers", ())):
@@ -1570,7 +1584,7 @@ class RateLimitMiddleware:
 
 
 class RequestLimitsMiddleware:
-    """Bound a request's body and time, and answer what goes wrong."""
+    """Bound a request's body and time. Answer crashes, and requests at a shutdown."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
@@ -1584,7 +1598,7 @@ class RequestLimitsMiddleware:
         request = Request(scope)
         timer = asyncio.timeout(self.timeout_seconds)
         try:
-            receive = self.check_body(request, receive)
+            receive = self.bound_body(request, receive)
             async with timer:
                 return await self.app(scope, receive, send)
         except HTTPException as refusal:
@@ -1600,11 +1614,11 @@ class RequestLimitsMiddleware:
                 response = await app_exception_handler(request, late)
             else:
                 response = await unhandled_exception_handler(request, error)
-        # If the response has begun, uvicorn closes the connection.
+        # It is too late for an answer if one has begun: uvicorn closes the connection.
         if "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
-    def check_body(self, request: Request, receive: Receive) -> Receive:
+    def bound_body(self, request: Request, receive: Receive) -> Receive:
         """Refuse a body by its headers; return a `receive` that bounds its size.
 
         Raises HTTPException: FastAPI turns any other exception in a body into a 400.
@@ -1637,10 +1651,9 @@ class RequestLimitsMiddleware:
 # What a route asks for, and what a test overrides. All are coroutines: FastAPI runs
 # plain functions in a thread each.
 
-# The URL is for /docs only. `customize_openapi` puts the prefix from the settings
-# before it.
+# The URL is for /docs only. `customize_openapi` completes it from the settings.
 oauth2_scheme = OAuth2PasswordBearer("auth/token")
-TokenDep = Annotated[str, Depends(oauth2_scheme)]
+BearerToken = Annotated[str, Depends(oauth2_scheme)]
 
 
 async def get_db(request: Request) -> AsyncIterator[AsyncSession]:
@@ -1654,7 +1667,7 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
         yield session
 
 
-async def get_current_user(request: Request, token: TokenDep) -> User:
+async def get_current_user(request: Request, token: BearerToken) -> User:
     """Return the owner of the token. Raises InvalidTokenException."""
     user_id, version = decode_access_token(token, request.app.state.settings)
     # This session ends before the route's own begins. A request that held two
@@ -1682,7 +1695,7 @@ health_router = APIRouter(
     prefix="/health",
     tags=["health"],
     responses=error_responses(413, 500, 504),
-    generate_unique_id_function=attrgetter("name"),
+    generate_unique_id_function=attrgetter("name"),  # operationId = function name
 )
 HEALTHY = HealthCheck(status="healthy")
 UNHEALTHY = HealthCheck(status="unhealthy")
@@ -1698,6 +1711,7 @@ async def check_database(request: Request, response: Response) -> HealthCheck:
 
 
 async def check_redis(redis: RedisRateLimiter | None) -> HealthCheck | None:
+    """Without Redis, the service is degraded, but ready."""
     if redis is None:
         return None
     # Other requests may wait for the same check: do not cancel it with this request.
@@ -1873,7 +1887,7 @@ api_router.include_router(items_router)
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Open the database and close it. A silent one delays the start by a second."""
+    """Open and close the database. If it does not answer, start after a second."""
     database = Database(app.state.settings)
     app.state.database = database
     await asyncio.wait({database.availability.check()}, timeout=RETRY_SECONDS)
@@ -1893,8 +1907,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
         allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
         expose_headers=(*EXPOSED_HEADERS, *SECURITY_HEADERS, *HTTPS_HEADERS),
     )
-    # A response passes only the middleware before the one that made it. So CORS stands
-    # before those that refuse requests: otherwise browsers could not read the refusal.
+    # CORS stands before all that can refuse a request: a browser hides a refusal
+    # without CORS headers from the page.
     return [
         Middleware(RequestLoggingMiddleware, settings),
         Middleware(SecurityHeadersMiddleware),
@@ -1941,7 +1955,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        routes=health_router.routes,  # included as below, it costs a fifth of the speed
+        # Not included like api_router: that would cost a fifth of a probe's speed.
+        routes=health_router.routes,
         # FastAPI's own OpenTelemetry is off: README says how to use it.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )

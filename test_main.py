@@ -1126,6 +1126,16 @@ async def test_readiness_check_may_go_on(postgresql_url: str, caplog: CapLog) ->
     assert not caplog.records  # slow is not away
 
 
+async def test_readiness_tells_the_result_of_a_slow_check_once(
+    database: main.Database, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(main, "CHECK_SECONDS", 0)
+    assert not await database.is_ready()
+    await eventually(database.availability.check().done, "the end of the check")
+    assert await database.is_ready()
+    assert not await database.is_ready()
+
+
 async def test_tables_are_made_once(database_url: str, statements: list[Any]) -> None:
     settings = make_settings(DATABASE_URL=database_url)
     databases = [main.Database(settings) for _ in range(4)]
