@@ -1395,6 +1395,7 @@ TRACEPARENT = re.compile(  # W3C Trace Context § 3.2
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})"
     rb"-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
+OTHER_CHARSET = re.compile(rb'charset(?!=("?)utf-8\1\s*(;|$))')  # than UTF-8
 MAX_FORM_BYTES = 64 * 1024  # forms take longer to parse than JSON
 MAX_LOGGED_PATH = 500  # characters; see MAX_TRACEBACK
 CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -1626,7 +1627,7 @@ class RequestLimitsMiddleware:
         headers = dict(request.scope["headers"])
         content_type = headers.get(b"content-type", b"").lower()
         # Python would decode with the codec that a client names: "punycode" is slow.
-        if b"multipart" in content_type and b"charset" in content_type:
+        if b"multipart" in content_type and OTHER_CHARSET.search(content_type):
             raise HTTPException(400)
         max_bytes = (
             self.max_form_bytes if b"form" in content_type else self.max_body_bytes
