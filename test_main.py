@@ -739,8 +739,8 @@ async def parse(numbers: list[int]) -> None:
     pass
 
 
-async def not_modified() -> None:
-    raise HTTPException(304)
+async def bodiless(status: int) -> None:
+    raise HTTPException(status)
 
 
 async def break_off() -> StreamingResponse:
@@ -759,7 +759,7 @@ def odd_app(timeout: float = 30) -> FastAPI:
     app = main.create_app(settings)
     router = APIRouter(prefix="/api/v1", include_in_schema=False)
     router.add_api_route("/fail/{name}", fail, methods=["GET", "PUT", "OPTIONS"])
-    for route in (hang, read, parse, break_off, not_modified):
+    for route in (hang, read, parse, break_off, bodiless):
         router.add_api_route(f"/{route.__name__}", route, methods=["GET", "POST"])
     app.include_router(router)
     return app
@@ -780,9 +780,10 @@ async def test_error_of_a_route(name: str, odd: Client) -> None:
     assert "hunter2" not in response.text
 
 
-async def test_http_exception_of_status_304_has_no_body(odd: Client) -> None:
-    response = await odd.get("/not_modified")
-    assert (response.status_code, response.content) == (304, b"")
+@pytest.mark.parametrize("status", [204, 304])
+async def test_http_exception_without_body(status: int, odd: Client) -> None:
+    response = await odd.get("/bodiless", params={"status": status})
+    assert (response.status_code, response.content) == (status, b"")
 
 
 JSON = {"Content-Type": "application/json"}
