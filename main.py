@@ -1031,7 +1031,7 @@ async def remove_user(db: AsyncSession, user_id: int) -> None:
 
 
 async def find_item(
-    db: AsyncSession, owner_id: int, item_id: int, for_update: bool = False
+    db: AsyncSession, owner_id: int, item_id: int, for_update: bool
 ) -> Item | None:
     query = sa.select(Item).where(Item.id == item_id, Item.owner_id == owner_id)
     return await db.scalar(query.with_for_update() if for_update else query)
@@ -1151,8 +1151,10 @@ async def create_item(db: AsyncSession, owner: User, item_in: ItemIn) -> Item:
     return item
 
 
-async def read_item(db: AsyncSession, owner: User, item_id: int) -> Item:
-    item = await find_item(db, owner.id, item_id)
+async def read_item(
+    db: AsyncSession, owner: User, item_id: int, for_update: bool = False
+) -> Item:
+    item = await find_item(db, owner.id, item_id, for_update)
     if item is None:
         raise NotFoundException
     return item
@@ -1165,9 +1167,7 @@ async def read_items(db: AsyncSession, owner: User, after: int, limit: int) -> P
 async def change_item(
     db: AsyncSession, owner: User, item_id: int, patch: ItemPatch
 ) -> Item:
-    item = await find_item(db, owner.id, item_id, for_update=True)
-    if item is None:
-        raise NotFoundException
+    item = await read_item(db, owner, item_id, for_update=True)
     for name, value in patch.model_dump(exclude_unset=True).items():
         setattr(item, name, value)
     await db.commit()
@@ -1318,9 +1318,8 @@ class RedisRateLimiter:
 
     async def check(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
-        async with (
-            self.calls
-        ):  # the wait for a slot does not count as waiting for Redis
+        # The wait for a slot does not count as waiting for Redis.
+        async with self.calls:
             if not self.availability.is_available:
                 return None
             try:
