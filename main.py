@@ -49,7 +49,6 @@ from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import cache, lru_cache, partial
-from http.client import responses as REASON_PHRASES  # status: its standard text
 from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from urllib.parse import quote
@@ -62,8 +61,7 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, FastAPI, Form, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import OAuth2PasswordBearer
-from jose import jwk, jwt
-from jose.backends.base import Key
+from jose import jwt
 from jose.utils import base64url_encode
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
@@ -74,12 +72,7 @@ from redis.asyncio import Redis, RedisError
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from sqlalchemy import event, exc
-from sqlalchemy.ext.asyncio import (
-    AsyncEngine,
-    AsyncSession,
-    async_sessionmaker,
-    create_async_engine,
-)
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 from sqlalchemy.util import await_
@@ -91,7 +84,8 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # --- Settings -------------------------------------------------------------------------
-# What an operator can set. No other section reads the environment.
+# What an operator can set; `.env.example` says more. No other section reads the
+# environment.
 
 PSYCOPG = "postgresql+psycopg"
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgres": PSYCOPG, "postgresql": PSYCOPG}
@@ -102,18 +96,15 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
     try:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
-        # If the "@" of a password is not encoded, a part of the password is parsed as
-        # the host, which is logged.
-        if "@" in (url.host or ""):
-            raise ValueError
-        if (url.port or 0) > 65535:
-            raise ValueError
-        # Each connection to ":memory:" would have a database of its own.
-        if url.drivername != PSYCOPG and url.database in {None, "", ":memory:"}:
-            raise ValueError
     except (exc.ArgumentError, ValueError, KeyError):
-        form = "postgresql://user:password@host/name (special characters encoded)"
-        raise ValueError(f"should be {form} or sqlite:///path") from None
+        raise ValueError("should be postgresql://… or sqlite:///path") from None
+    if "@" in (url.host or ""):  # it would be logged as a part of the host
+        raise ValueError("the password has special characters that are not encoded")
+    if (url.port or 0) > 65535:
+        raise ValueError("the port should be at most 65535")
+    # Each connection to ":memory:" would have a database of its own.
+    if url.drivername != PSYCOPG and url.database in {None, "", ":memory:"}:
+        raise ValueError("should name the file of the database")
     return url
 
 
@@ -126,10 +117,10 @@ def parse_origin(url: pydantic.AnyUrl | str) -> str:
     return origin
 
 
-# NoDecode: do not parse the variable as JSON.
+# NoDecode: pydantic-settings does not parse the variable as JSON.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 Origin = Annotated[pydantic.AnyUrl | Literal["*"], AfterValidator(parse_origin)]
-# With a max_length, pydantic counts the characters, and so refuses invalid Unicode.
+# With a max_length, pydantic refuses invalid Unicode, too.
 Text = Annotated[str, Field(max_length=1000)]
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -161,12 +152,11 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     REQUEST_TIMEOUT_SECONDS: Seconds = 30
     LOG_LEVEL: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
 
-    @pydantic.model_validator(mode="before")
+    @pydantic.field_validator("*", mode="before")
     @classmethod
-    def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Strip each value, because secret files often end with a newline."""
-        texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
-        return {k: v for k, v in (values | texts).items() if v != ""}
+    def strip_white_space(cls, value: Any) -> Any:
+        """Secret files often end with a newline."""
+        return value.strip() if isinstance(value, str) else value
 
     @pydantic.model_validator(mode="after")
     def refuse_unsafe_values(self) -> Self:
@@ -188,9 +178,13 @@ def get_settings() -> Settings:
     folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
     try:
         return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
-    except pydantic.ValidationError as error:  # its own text would show the values
-        lines = [": ".join([*map(str, e["loc"][:1]), e["msg"]]) for e in error.errors()]
-        reason = "; ".join(lines).replace("Value error, ", "")
+    except pydantic.ValidationError as error:
+        # Not str(error), which shows the values. The errors of `refuse_unsafe_values`
+        # have no `loc`, so they name the variable themselves.
+        faults = [
+            ": ".join([*map(str, e["loc"][:1]), e["msg"]]) for e in error.errors()
+        ]
+        reason = "; ".join(faults).replace("Value error, ", "")
     except (ValueError, OSError) as error:
         reason = f"{error} (in the environment, .env or /run/secrets)"
     raise SystemExit(f"bad settings: {reason}")
@@ -205,13 +199,12 @@ logger = logging.getLogger("service")
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
 # The attributes that every record has; the others were given as `extra`.
 STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "taskName", "color_message"}
-# Characters. Lines of up to 4 KiB are written to a pipe in one piece; longer ones of
-# several workers can be mixed. The end of a traceback tells most.
+# Characters of a traceback's end, which tells most. Lines over 4 KiB are not written to
+# a pipe in one piece, so that those of several workers can be mixed.
 MAX_TRACEBACK = 3000
-NOISY_LOGGERS = {
+LIBRARY_LEVELS = {
     # They log each statement or URL, some with parameters.
     "aiosqlite": "WARNING",
-    "asyncio": "WARNING",
     "httpx": "WARNING",
     "main.FairPool": "WARNING",
     "sqlalchemy": "WARNING",
@@ -222,7 +215,17 @@ NOISY_LOGGERS = {
 
 
 class JsonFormatter(logging.Formatter):
+    """Write a record as one JSON object, with the fields of its `extra`."""
+
     def format(self, record: logging.LogRecord) -> str:
+        fields = self.fields(record)
+        try:
+            line = to_json(fields, ensure_ascii=True, fallback=str, inf_nan_mode="null")
+            return line.decode()
+        except PydanticSerializationError:  # for text that is not valid Unicode
+            return json.dumps(fields, default=str)
+
+    def fields(self, record: logging.LogRecord) -> dict[str, Any]:
         moment = datetime.fromtimestamp(record.created, UTC)
         fields = {
             "timestamp": moment.isoformat(timespec="milliseconds"),
@@ -233,50 +236,43 @@ class JsonFormatter(logging.Formatter):
         }
         fields |= {k: v for k, v in vars(record).items() if k not in STANDARD_FIELDS}
         if record.exc_info:
-            traceback = self.formatException(record.exc_info)
-            fields["exception"] = traceback[-MAX_TRACEBACK:]
-        return self.serialize(fields)
-
-    def serialize(self, fields: dict[str, Any]) -> str:
-        try:
-            line = to_json(fields, ensure_ascii=True, fallback=str, inf_nan_mode="null")
-            return line.decode()
-        except PydanticSerializationError:  # for text that is not valid Unicode
-            return json.dumps(fields, default=str)
+            fields["exception"] = self.formatException(record.exc_info)[-MAX_TRACEBACK:]
+        return fields
 
 
 class TextFormatter(JsonFormatter):
-    """The same fields as a line for people."""
+    """Write the same fields as text for people."""
 
-    def serialize(self, fields: dict[str, Any]) -> str:
+    def format(self, record: logging.LogRecord) -> str:
+        fields = self.fields(record)
         traceback = fields.pop("exception", "").splitlines()
         words = [fields.pop(name) for name in ("timestamp", "level", "message")]
         words += [f"{name}={value}" for name, value in fields.items()]
-        # `ascii` puts quotes round the text and escapes what is not printable.
-        lines = [ascii(line)[1:-1] for line in (" ".join(words), *traceback)]
-        return "\n    | ".join(lines)
+        lines = [" ".join(words), *traceback]
+        # `ascii` escapes what is not printable, and adds quotes, which are cut off.
+        return "\n    | ".join(ascii(line)[1:-1] for line in lines)
 
 
 def setup_logging(settings: Settings) -> None:
     """Give the service, its servers and its libraries one handler and one form."""
-    handler = logging.StreamHandler(sys.stdout)
     is_development = settings.ENVIRONMENT == "development"
-    handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
-    for name, noisy_level in NOISY_LOGGERS.items():
-        logging.getLogger(name).setLevel(noisy_level)
+    for name, library_level in LIBRARY_LEVELS.items():
+        logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # The servers have given these loggers handlers of their own. If
-    # uvicorn.access has no handler, uvicorn writes no access log:
-    # RequestLoggingMiddleware's line is better.
+    # The servers have given these loggers handlers of their own.
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "gunicorn.error"):
         server_logger = logging.getLogger(name)
-        server_logger.handlers = [] if name == "uvicorn.access" else [handler]
+        server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # the handler decides
         server_logger.propagate = False
+    # Without a handler, uvicorn writes no access log. RequestLoggingMiddleware does.
+    logging.getLogger("uvicorn.access").handlers = []
     logging.captureWarnings(True)
     # If stdout is closed or full, logging would print a traceback for each record.
     logging.raiseExceptions = False
@@ -292,27 +288,22 @@ def describe(error: BaseException) -> str:
 # --- Errors ---------------------------------------------------------------------------
 # `error_response` writes the body of every error. Services raise AppExceptions.
 
-DEFAULT_ERRORS = {  # status: slug for programs, message for people
-    400: ("bad_request", "The request cannot be read."),
-    401: ("unauthorized", "A valid access token is required."),
-    403: ("forbidden", "This is not allowed."),
-    404: ("not_found", "There is nothing here."),
-    405: ("method_not_allowed", "This path does not have that method."),
-    409: ("conflict", "This conflicts with what is there."),
-    413: ("payload_too_large", "The body is too large."),
-    422: ("validation_error", "The request is not valid."),
-    429: ("rate_limited", "Too many requests; try again later."),
-    500: (
-        "internal_error",
-        "Something went wrong. Quote the request_id if you report it.",
-    ),
-    503: ("service_unavailable", "The service is not available; try again soon."),
-    504: ("timeout", "The request took too long."),
+ERROR_SLUGS = {
+    400: "bad_request",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    409: "conflict",
+    413: "payload_too_large",
+    422: "validation_error",
+    429: "rate_limited",
+    500: "internal_error",
+    503: "service_unavailable",
+    504: "timeout",
 }
 DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
-INVALID_TOKEN_HEADERS = {
-    "WWW-Authenticate": 'Bearer error="invalid_token"'
-}  # RFC 6750 § 3.1
+INVALID_TOKEN = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # RFC 6750 § 3.1
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 Headers = Mapping[str, str] | None
 Responses = dict[int | str, dict[str, Any]]
@@ -322,47 +313,46 @@ class AppException(Exception):
     """Base of errors. Clients get `message`; `str(error)` is for the log only."""
 
     status_code = 500
-    error = "internal_error"
-    message = ""  # empty: the default message of the status
+    message = "Something went wrong. Quote the request_id if you report it."
     headers: Headers = None  # in addition to the default headers of the status
+
+    @property
+    def error(self) -> str:
+        return ERROR_SLUGS[self.status_code]
 
 
 class UnauthorizedException(AppException):
-    status_code = 401
-    error = "unauthorized"
-
-
-class InvalidTokenException(UnauthorizedException):
     # The same error for every fault of a token, so that a forger learns nothing.
-    headers = INVALID_TOKEN_HEADERS
+    status_code = 401
+    message = "The access token is not valid."
+    headers = INVALID_TOKEN
 
 
-class WrongCredentialsException(UnauthorizedException):
+class WrongCredentialsException(AppException):
     # The same error if the name does not exist: nobody learns which names do.
+    status_code = 401
     message = "Wrong username or password."
 
 
 class WrongPasswordException(AppException):
     status_code = 403
-    error = "forbidden"
     message = "The current password is wrong."
 
 
 class NotFoundException(AppException):
     # Also raised for items of other users: a 403 would confirm that the id exists.
     status_code = 404
-    error = "not_found"
+    message = "There is nothing here."
 
 
 class UsernameTakenException(AppException):
     status_code = 409
-    error = "conflict"
     message = "This username is taken."
 
 
 class RateLimitedException(AppException):
     status_code = 429
-    error = "rate_limited"
+    message = "Too many requests; try again later."
 
     def __init__(self, retry_after_seconds: int) -> None:
         self.headers = {"Retry-After": str(retry_after_seconds)}
@@ -370,12 +360,12 @@ class RateLimitedException(AppException):
 
 class ServiceUnavailableException(AppException):
     status_code = 503
-    error = "service_unavailable"
+    message = "The service is not available; try again soon."
 
 
 class RequestTimeoutException(AppException):
     status_code = 504
-    error = "timeout"
+    message = "The request took too long."
 
 
 class ErrorDetail(BaseModel):
@@ -393,60 +383,55 @@ class ErrorResponse(BaseModel):
 
 def error_responses(*statuses: int) -> Responses:
     """Return what the OpenAPI document says of these errors."""
-    seconds = {"description": "In seconds", "schema": {"type": "integer"}}
-    responses: Responses = {}
-    for status in statuses:
-        message = DEFAULT_ERRORS[status][1]
-        responses[status] = {"model": ErrorResponse, "description": message}
-        if status in {429, 503}:
-            responses[status]["headers"] = {"Retry-After": seconds}
+    retry_after = {"description": "In seconds", "schema": {"type": "integer"}}
+    responses: Responses = {status: {"model": ErrorResponse} for status in statuses}
+    for status in {429, 503}.intersection(statuses):
+        responses[status]["headers"] = {"Retry-After": retry_after}
     return responses
 
 
 def error_response(
-    request: Request, status: int, error: str, message: str, headers: Headers = None
+    request: Request, status_code: int, message: str, headers: Headers = None
 ) -> Response:
-    """Write the one form of all errors."""
+    """Write the one form of all errors, `ErrorResponse`."""
     body = {
-        "error": error,
+        "error": ERROR_SLUGS.get(status_code, f"http_{status_code}"),
         "message": message,
         "details": getattr(request.state, "details", None),
         "request_id": request.state.request_id,
     }
-    headers = {**DEFAULT_HEADERS.get(status, {}), **(headers or {})}
+    all_headers = {**DEFAULT_HEADERS.get(status_code, {}), **(headers or {})}
     # In ASCII: the name of an unknown field may not be valid Unicode.
-    return Response(json.dumps(body), status, headers, "application/json")
+    return Response(json.dumps(body), status_code, all_headers, "application/json")
 
 
 async def app_exception_handler(request: Request, error: AppException) -> Response:
-    status = error.status_code
-    message = error.message or DEFAULT_ERRORS[status][1]
-    if status >= 500:
+    if error.status_code >= 500:
         request.state.reason = str(error)  # for the request's log line
-    return error_response(request, status, error.error, message, error.headers)
+    return error_response(request, error.status_code, error.message, error.headers)
 
 
-def is_method_allowed(request: Request, method: str) -> bool:
-    scope = {**request.scope, "method": method}
-    return any(route.matches(scope)[0] == Match.FULL for route in request.app.routes)
+def allowed_methods(request: Request) -> str:
+    """Return the methods of all routes on the path, as RFC 9110 § 15.5.6 demands."""
+    allowed = []
+    for method in METHODS:
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
+            allowed.append(method)
+    return ", ".join(allowed)
 
 
 async def http_exception_handler(request: Request, error: HTTPException) -> Response:
     """Answer what the framework raises, and HTTPExceptions of your own."""
-    status = error.status_code
+    status_code = error.status_code
     headers = error.headers
-    if status in {204, 304}:
-        return Response(None, status, headers)
-    slug, message = DEFAULT_ERRORS.get(status, (f"http_{status}", str(error.detail)))
-    # Without a text of its own, an HTTPException has the status's reason phrase.
-    if error.detail != REASON_PHRASES.get(status):
-        message = str(error.detail)
-    if status >= 500:
-        request.state.reason = message
-    if status == 405:  # RFC 9110 § 15.5.6; the framework lists one route's methods
-        allowed = [name for name in METHODS if is_method_allowed(request, name)]
-        headers = {"Allow": ", ".join(allowed)}
-    return error_response(request, status, slug, message, headers)
+    if status_code in {204, 304}:  # these have no body
+        return Response(None, status_code, headers)
+    if status_code == 405:  # the framework names the methods of one route only
+        headers = {"Allow": allowed_methods(request)}
+    if status_code >= 500:
+        request.state.reason = str(error.detail)
+    return error_response(request, status_code, str(error.detail), headers)
 
 
 async def validation_exception_handler(
@@ -457,15 +442,15 @@ async def validation_exception_handler(
         {"field": ".".join(map(str, e["loc"])), "message": e["msg"], "type": e["type"]}
         for e in error.errors()
     ]
-    return error_response(request, 422, *DEFAULT_ERRORS[422])
+    return error_response(request, 422, "The request is not valid.")
 
 
 async def unhandled_exception_handler(request: Request, error: Exception) -> Response:
-    """Answer a fault of the code, which RequestLimitsMiddleware calls."""
-    # A handler that is registered for Exception runs outside all middleware, so that
-    # its answer would have no id. The request's log line gets the traceback.
+    """Answer a fault of the code, with the traceback in the request's log line."""
+    # Called by RequestLimitsMiddleware. A handler that is registered for Exception runs
+    # outside all middleware: its answer would have no id and no security headers.
     request.state.exception = error
-    return error_response(request, 500, *DEFAULT_ERRORS[500])
+    return error_response(request, 500, AppException.message)
 
 
 # --- Models ---------------------------------------------------------------------------
@@ -513,7 +498,7 @@ RETRY_SECONDS = 1  # between two attempts to reach a server that is away
 CHECK_SECONDS = 2  # after which a health check is answered, whatever the server does
 # An advisory lock with an arbitrary id, the same in all workers.
 TABLES_LOCK = sa.select(sa.func.pg_advisory_xact_lock(7411))
-# What the drivers raise if a server is away, full, too slow or read-only.
+# SQLAlchemy raises these if a server is away, full, too slow or read-only.
 OUTAGES = (
     exc.OperationalError,
     exc.InterfaceError,
@@ -523,10 +508,10 @@ OUTAGES = (
 
 
 class Availability:
-    """Whether a server can be used; `probe` raises an exception while it cannot.
+    """Whether a server can be used. `probe` raises an exception if it cannot.
 
-    After a failure the probe is repeated every second. The log has one warning for an
-    outage, and one line for its end. While all is well, nothing is probed.
+    While all is well, nothing is probed. After a failure the probe is repeated every
+    second. The log has one warning for an outage, and one line for its end.
     """
 
     def __init__(self, name: str, probe: Callable[[], Awaitable[object]]) -> None:
@@ -534,15 +519,17 @@ class Availability:
         self.probe = probe
         self.is_available = True
         self.task: asyncio.Task[bool] | None = None
+        self.unread_task: asyncio.Task[bool] | None = None
         self.retry: asyncio.TimerHandle | None = None
 
     def check(self) -> asyncio.Task[bool]:
-        """Start a check of the server, unless one is running; callers share it."""
+        """Start the probe, unless it is running: callers share the task."""
         if self.task is None or self.task.done():
             self.task = asyncio.create_task(self.run_probe())
         return self.task
 
     async def run_probe(self) -> bool:
+        """Return whether the probe succeeded, and log what has changed."""
         if self.retry is not None:
             self.retry.cancel()
         try:
@@ -560,8 +547,18 @@ class Availability:
         self.is_available = True
         return True
 
+    async def is_ready(self) -> bool:
+        """Answer within CHECK_SECONDS. If the probe is slower, it goes on, and the next
+        caller gets its result."""
+        if not self.is_available:
+            return False
+        task = self.unread_task or self.check()
+        await asyncio.wait({task}, timeout=CHECK_SECONDS)
+        self.unread_task = None if task.done() else task
+        return task.done() and task.result()
+
     async def stop(self) -> None:
-        """Check no more, without waiting long for a server that is silent."""
+        """Probe no more, without waiting long for a server that is silent."""
         if self.retry is not None:
             self.retry.cancel()
         if self.task is not None:
@@ -605,8 +602,7 @@ class FairPool(AsyncAdaptedQueuePool):
             raise exc.TimeoutError("no connection was free in time") from None
 
     def _do_get(self) -> ConnectionPoolEntry:
-        # This method is synchronous; SQLAlchemy awaits in it with `await_`.
-        await_(self.wait_for_slot())
+        await_(self.wait_for_slot())  # SQLAlchemy's `await` for plain functions
         try:
             entry = super()._do_get()
         except BaseException:
@@ -622,14 +618,15 @@ class FairPool(AsyncAdaptedQueuePool):
         super()._do_return_conn(record)
 
 
-def clean_database_error(context: sa.engine.ExceptionContext) -> None:
+def handle_database_error(context: sa.engine.ExceptionContext) -> None:
+    """Remove what no log may show; leave a server that has become read-only."""
     original = context.original_exception
-    # The second line of PostgreSQL's messages contains the whole row, with the password
-    # hash of a user. No log may have that, so keep the first line only.
+    # PostgreSQL's messages go on with the whole row, password hash and all, from the
+    # second line on.
     for error in (original, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
-    # After a failover, the former primary only reads: drop all connections of the pool.
+    # A former primary, after a failover. The pool then drops all its connections.
     if isinstance(original, psycopg.errors.ReadOnlySqlTransaction):
         context.is_disconnect = True
 
@@ -640,6 +637,12 @@ def prepare_sqlite_connection(connection: Any, entry: ConnectionPoolEntry) -> No
     with suppress(sqlite3.OperationalError):
         connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA foreign_keys = ON")
+
+
+def begin_immediate(connection: sa.Connection) -> None:
+    # A transaction that takes SQLite's write lock only when it writes fails at once if
+    # another one has written meanwhile. This one waits for the lock at its beginning.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 class ReadOnlySession(Session):
@@ -663,35 +666,19 @@ class Database:
         size = settings.DATABASE_POOL_SIZE + settings.DATABASE_MAX_OVERFLOW
         # Reads run in autocommit, which saves the round trips of BEGIN and ROLLBACK.
         self.read_engine = self.create_engine(size)
-        # The same pool, but in transactions.
-        options = {"isolation_level": "READ COMMITTED"}
-        self.write_engine = self.read_engine.execution_options(**options)
         if self.is_sqlite:
-            # SQLite allows one writer. Writers wait for it in the
-            # queue of a pool of one.
+            # SQLite has one writer at a time; the others wait in the pool's queue.
             self.write_engine = self.create_engine(1)
-            # In autocommit, the driver sends no BEGIN. We send one that locks the file
-            # at once, and the session's commit() or rollback() ends it.
-            engine = self.write_engine.sync_engine
-            event.listen(
-                engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE")
-            )
-        # Health checks have a connection of their own: they do not wait
-        # behind requests. It is pinged first, so that a closed connection is
-        # not taken for an outage.
+            event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
+        else:
+            # The same pool, but in transactions.
+            options = {"isolation_level": "READ COMMITTED"}
+            self.write_engine = self.read_engine.execution_options(**options)
+        # Health checks do not wait behind requests. The ping replaces a connection that
+        # was closed meanwhile, which is no outage.
         self.check_engine = self.create_engine(1, pool_pre_ping=True)
-        self.read_session = async_sessionmaker(
-            self.read_engine, sync_session_class=ReadOnlySession
-        )
-        self.write_session = async_sessionmaker(
-            self.write_engine, expire_on_commit=False
-        )
-        # Available: it answers and has all tables and columns. See `is_ready`.
         self.availability = Availability("the database", self.probe)
-        # Reachable: it answers and has all tables. See `session`.
-        self.is_reachable = False
-        # It was too slow for its caller: the next one gets its result.
-        self.unread_check: asyncio.Task[bool] | None = None
+        self.has_tables = False
 
     def create_engine(self, pool_size: int, pool_pre_ping: bool = False) -> AsyncEngine:
         """Return an engine in autocommit."""
@@ -726,22 +713,15 @@ class Database:
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,  # or every error would log them
         )
-        event.listen(engine.sync_engine, "handle_error", clean_database_error)
+        event.listen(engine.sync_engine, "handle_error", handle_database_error)
         if self.is_sqlite:
             event.listen(engine.sync_engine, "connect", prepare_sqlite_connection)
         return engine
 
     async def probe(self) -> None:
-        """Create missing tables and look for all columns.
-
-        Raises an exception if the database cannot be used.
-        """
-        try:
-            await self.make_tables()
-        except Exception:
-            self.is_reachable = False
-            raise
-        self.is_reachable = True
+        """Make missing tables, and look for all columns."""
+        await self.make_tables()
+        self.has_tables = True
         async with self.check_engine.connect() as connection:
             for table in Base.metadata.sorted_tables:
                 # It reads no row. It fails if a column is missing, and by FOR UPDATE on
@@ -749,7 +729,7 @@ class Database:
                 await connection.execute(sa.select(table).limit(0).with_for_update())
 
     async def make_tables(self) -> None:
-        """Create missing tables. Any number of workers and hosts may do it at once."""
+        """Make missing tables. Any number of workers and hosts may do it at once."""
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         if set(Base.metadata.tables) <= set(names):
@@ -759,23 +739,13 @@ class Database:
                 await connection.execute(TABLES_LOCK)
             await connection.run_sync(Base.metadata.create_all)
 
-    async def is_ready(self) -> bool:
-        """Answer within CHECK_SECONDS. A slow check goes on for the next caller."""
-        if not self.availability.is_available:
-            return False
-        check = self.unread_check or self.availability.check()
-        self.unread_check = check
-        await asyncio.wait({check}, timeout=CHECK_SECONDS)
-        if not check.done():
-            return False
-        self.unread_check = None
-        return check.result()
-
     def session(self, writes: bool) -> AsyncSession:
-        """Return a session, or raise ServiceUnavailableException during an outage."""
-        if not self.is_reachable:
+        """Raises ServiceUnavailableException as long as there are no tables."""
+        if not self.has_tables:
             raise ServiceUnavailableException("the database is not reachable")
-        return self.write_session() if writes else self.read_session()
+        if writes:
+            return AsyncSession(self.write_engine, expire_on_commit=False)
+        return AsyncSession(self.read_engine, sync_session_class=ReadOnlySession)
 
     async def close(self) -> None:
         await self.availability.stop()
@@ -948,15 +918,11 @@ async def verify_password(password: str, known_hash: str) -> tuple[bool, str | N
     return await run_sync(verify, password, known_hash, limiter=HASHING_LIMITER)
 
 
-def signing_key(settings: Settings) -> Key:
-    """Return the key as a JSON Web Key.
-
-    python-jose would read a text that looks like JSON or PEM in its own way.
-    """
+def signing_key(settings: Settings) -> dict[str, str]:
+    """Return a JSON Web Key. A plain text would be parsed if it is JSON or PEM."""
     # Python keeps bytes of the environment that are not UTF-8 as surrogates.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
-    json_web_key = {"kty": "oct", "k": base64url_encode(secret).decode()}
-    return jwk.construct(json_web_key, settings.ALGORITHM)
+    return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
 
 def create_access_token(user: User, settings: Settings) -> str:
@@ -968,16 +934,16 @@ def create_access_token(user: User, settings: Settings) -> str:
 
 
 def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
-    """Return the user's id and the token's version. Raises InvalidTokenException."""
+    """Return the user's id and the token's version. Raises UnauthorizedException."""
     required = {"require_sub": True, "require_iat": True, "require_exp": True}
     try:
         claims = jwt.decode(token, signing_key(settings), settings.ALGORITHM, required)
         user_id = int(claims["sub"])
         if not 0 < user_id <= MAX_ID:  # a token of another service that shares the key
-            raise InvalidTokenException
+            raise UnauthorizedException
         return user_id, claims["version"]
     except Exception:  # noqa: BLE001 - python-jose raises TypeError, RecursionError
-        raise InvalidTokenException from None
+        raise UnauthorizedException from None
 
 
 # --- Repositories ---------------------------------------------------------------------
@@ -990,7 +956,7 @@ FIND_USER = sa.select(User).where(User.id == sa.bindparam("id"))
 LIMIT = sa.bindparam("limit", type_=sa.Integer)
 ITEMS = sa.select(Item.__table__).order_by(Item.owner_id, Item.id).limit(LIMIT)
 LIST_ITEMS = {
-    # SQLite uses only the first column of a comparison of rows to search an index.
+    # SQLite searches an index by the first column only of a comparison of rows.
     "sqlite": ITEMS.where(sa.text("owner_id = :owner AND id > :after")),
     # With SQLite's form, PostgreSQL may walk through the items of all owners.
     "postgresql": ITEMS.where(
@@ -1040,8 +1006,7 @@ async def find_item(
 async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) -> Rows:
     """Return plain rows, which are cheaper than ORM objects."""
     page = {"owner": owner_id, "after": after, "limit": limit}
-    query = LIST_ITEMS[db.get_bind().dialect.name]
-    return (await db.execute(query, page)).all()
+    return (await db.execute(LIST_ITEMS[db.get_bind().dialect.name], page)).all()
 
 
 async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
@@ -1101,10 +1066,10 @@ async def read_user(db: AsyncSession, user_id: int) -> User:
 
 
 async def read_token_owner(db: AsyncSession, user_id: int, version: int) -> User:
-    """Raises InvalidTokenException if the user is gone or the token is outdated."""
+    """Raises UnauthorizedException if the user is gone or the token is outdated."""
     user = await find_user(db, user_id)
     if user is None or user.token_version != version:
-        raise InvalidTokenException
+        raise UnauthorizedException
     return user
 
 
@@ -1136,7 +1101,7 @@ async def discard_user(db: AsyncSession, user: User) -> None:
 
 
 async def create_item(db: AsyncSession, owner: User, item_in: ItemIn) -> Item:
-    """Raises InvalidTokenException if the owner has been deleted in the meantime."""
+    """Raises UnauthorizedException if the owner has been deleted in the meantime."""
     moment = now()
     values = item_in.model_dump()
     item = Item(owner_id=owner.id, created_at=moment, updated_at=moment, **values)
@@ -1146,7 +1111,7 @@ async def create_item(db: AsyncSession, owner: User, item_in: ItemIn) -> Item:
         await db.rollback()
         if await find_user(db, owner.id):
             raise  # some other constraint, so a fault of the code
-        raise InvalidTokenException from None
+        raise UnauthorizedException from None
     await db.commit()
     return item
 
@@ -1184,15 +1149,12 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 # Exact sliding windows: the times of each client's admitted requests. Each budget, such
 # as "api", has a limit of its own.
 
-SHARED_MEMORY_BYTES = 64 * 2**20  # the memory of all budgets together
-BUCKET_ROWS = 16
+SHARED_MEMORY_BYTES = 64 * 2**20  # of all budgets together
+ROWS_IN_BUCKET = 16
 SECOND_NS = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CALLS = 32  # at the same time, each on a connection of its own
-# A sorted set of the times of admitted requests, in microseconds of Redis's
-# clock. The next request is admitted when `leaving` has left the window. That is
-# the oldest request, unless hosts have different limits and the set is longer
-# than this host's limit.
+# A sorted set of the times of admitted requests, in microseconds of Redis's clock.
 REDIS_SCRIPT = """
 local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
@@ -1206,13 +1168,12 @@ if count < limit then
     count = count + 1
     allowed = 1
 end
-local rank = math.max(0, count - limit)
-local leaving = redis.call('ZRANGE', key, rank, rank, 'WITHSCORES')[2]
-local reset_seconds = math.ceil((leaving + window - now) / 1000000)
+local oldest = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')[2]
+local reset_seconds = math.ceil((oldest + window - now) / 1000000)
 return {allowed, limit, math.max(0, limit - count), reset_seconds}
 """
-# One file for all tables: a process holds its lock for microseconds, and if the process
-# is killed, the kernel releases the lock.
+# Opened once, for all tables. If a process is killed while it holds the lock, the
+# kernel releases it.
 open_lock_file = cache(tempfile.TemporaryFile)
 
 
@@ -1238,9 +1199,10 @@ def client_key(address: str) -> str:
 class SlidingWindowRateLimiter:
     """Admit at most `limit` requests of a client in any `seconds`, exactly.
 
-    Cost: one lock, one hash, a search among 16 rows. Memory: a table that forked
-    processes share. A client's hash selects a bucket of rows; in a full bucket the
-    client that was idle for longest loses its row, and there exactness ends.
+    Memory: a table of fixed size, which forked processes share. A client's hash selects
+    a bucket of rows. If none of them is the client's, it takes over the row of the
+    client that was idle for longest; only that client's limit is not exact then.
+    Cost: one lock, one hash, a search among 16 rows.
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
@@ -1253,7 +1215,7 @@ class SlidingWindowRateLimiter:
                 ("times", ctypes.c_int64 * limit),  # admission n is in cell n % limit
             )
 
-        bucket_type = Row * BUCKET_ROWS
+        bucket_type = Row * ROWS_IN_BUCKET
         table_type = bucket_type * (table_bytes // ctypes.sizeof(bucket_type))
         self.buckets = table_type.from_buffer(mmap.mmap(-1, ctypes.sizeof(table_type)))
         self.limit = limit
@@ -1270,7 +1232,6 @@ class SlidingWindowRateLimiter:
             fcntl.lockf(self.lock_file, fcntl.LOCK_UN)
 
     def find_row(self, client: str) -> ctypes.Structure:
-        """Return the client's row, or one that it takes over."""
         # All workers share the random seed of Python's hash. Clients do not know it, so
         # they cannot choose a bucket.
         client_hash = hash(client)
@@ -1280,7 +1241,7 @@ class SlidingWindowRateLimiter:
             if row.client_hash == client_hash:
                 return row
         row = min(rows, key=attrgetter("seen_ns"))
-        row.first = row.next  # the ring is empty: forget the previous client
+        row.first = row.next  # no admission: forget those of the previous client
         row.client_hash = client_hash
         return row
 
@@ -1368,12 +1329,7 @@ class RateLimiter:
                 return result
         return memory.check(key)
 
-    async def close(self) -> None:
-        if self.redis:
-            await self.redis.availability.stop()
-            await self.redis.client.aclose()
-
-    async def apply(self, budget: str, state: dict[str, Any]) -> None:
+    async def count_request(self, budget: str, state: dict[str, Any]) -> None:
         """Count a request of the client in `state`. Raises RateLimitedException."""
         result = await self.check(budget, state["client"])
         shown: RateLimitResult | None = state.get("rate_limit")
@@ -1382,6 +1338,11 @@ class RateLimiter:
             state["rate_limit"] = result
         if not result.allowed:
             raise RateLimitedException(result.reset_seconds)
+
+    async def close(self) -> None:
+        if self.redis:
+            await self.redis.availability.stop()
+            await self.redis.client.aclose()
 
 
 # --- Middleware -----------------------------------------------------------------------
@@ -1412,16 +1373,10 @@ SECURITY_HEADERS = {
 }
 # RFC 6797 § 7.2: over https only. Not for subdomains: they may be somebody else's.
 HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
-# Besides the headers above, scripts of other origins may read these.
-EXPOSED_HEADERS = (
-    "Location",
-    "Retry-After",
-    "X-Request-ID",
-    "X-Response-Time",
-    "X-RateLimit-Limit",
-    "X-RateLimit-Remaining",
-    "X-RateLimit-Reset",
-)
+LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
+OTHER_HEADERS = ("Location", "Retry-After", "X-Request-ID", "X-Response-Time")
+# Scripts of other origins may read these.
+EXPOSED_HEADERS = (*SECURITY_HEADERS, *HTTPS_HEADERS, *LIMIT_HEADERS, *OTHER_HEADERS)
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
 # Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline.
 DOCS_HEADERS = SECURITY_HEADERS | {
@@ -1445,24 +1400,23 @@ def warn_of_untrusted_proxy() -> None:
 
 def route_path(scope: Scope) -> str:
     """Return the path without ROOT_PATH, as the router sees it."""
-    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+    return str(scope["path"]).removeprefix(scope["root_path"])
 
 
 class RequestLoggingMiddleware:
     """Give a request its id and full path, measure its time, write its log line."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
         self.app = app
-        self.root_path = settings.ROOT_PATH
+        self.root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        if self.root_path:
-            # The proxy has removed the prefix, but ASGI wants it in the path.
-            scope["root_path"] = self.root_path
-            scope["path"] = self.root_path + scope["path"]
+        # ASGI wants the path as clients see it; the proxy has removed ROOT_PATH.
+        scope["root_path"] = self.root_path
+        scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
         self.set_request_context(scope, state)
 
@@ -1576,7 +1530,7 @@ class RateLimitMiddleware:
             await send(message)
 
         try:
-            await self.rate_limiter.apply("api", scope["state"])
+            await self.rate_limiter.count_request("api", scope["state"])
         except RateLimitedException as error:
             response = await app_exception_handler(Request(scope), error)
             return await response(scope, receive, send_with_rate_limit)
@@ -1589,48 +1543,43 @@ class RequestLimitsMiddleware:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
         self.max_body_bytes = settings.MAX_BODY_BYTES
-        self.max_form_bytes = min(settings.MAX_BODY_BYTES, MAX_FORM_BYTES)
         self.timeout_seconds = settings.REQUEST_TIMEOUT_SECONDS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        request = Request(scope)
         timer = asyncio.timeout(self.timeout_seconds)
         try:
-            receive = self.bound_body(request, receive)
             async with timer:
-                return await self.app(scope, receive, send)
+                return await self.app(scope, self.bound_body(scope, receive), send)
         except HTTPException as refusal:
-            response = await http_exception_handler(request, refusal)
+            response = await http_exception_handler(Request(scope), refusal)
         except asyncio.CancelledError:  # by uvicorn, at the end of GRACEFUL_TIMEOUT
-            gone = ServiceUnavailableException("the server is shutting down")
-            response = await app_exception_handler(request, gone)
+            end = ServiceUnavailableException("the server is shutting down")
+            response = await app_exception_handler(Request(scope), end)
         except Exception as error:  # noqa: BLE001 - none may get past this line
             if timer.expired():
-                late = RequestTimeoutException(
-                    "it took longer than REQUEST_TIMEOUT_SECONDS"
-                )
-                response = await app_exception_handler(request, late)
+                late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS have passed")
+                response = await app_exception_handler(Request(scope), late)
             else:
-                response = await unhandled_exception_handler(request, error)
+                response = await unhandled_exception_handler(Request(scope), error)
         # It is too late for an answer if one has begun: uvicorn closes the connection.
         if "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
-    def bound_body(self, request: Request, receive: Receive) -> Receive:
-        """Refuse a body by its headers; return a `receive` that bounds its size.
+    def bound_body(self, scope: Scope, receive: Receive) -> Receive:
+        """Return a `receive` that refuses a body that is too large.
 
         Raises HTTPException: FastAPI turns any other exception in a body into a 400.
         """
-        headers = dict(request.scope["headers"])
+        headers = dict(scope["headers"])
         content_type = headers.get(b"content-type", b"").lower()
-        # Python would decode with the codec that a client names: "punycode" is slow.
-        if b"multipart" in content_type and OTHER_CHARSET.search(content_type):
-            raise HTTPException(400)
-        max_bytes = (
-            self.max_form_bytes if b"form" in content_type else self.max_body_bytes
-        )
+        max_bytes = self.max_body_bytes
+        if b"form" in content_type:
+            max_bytes = min(max_bytes, MAX_FORM_BYTES)
+            # Python would decode with the codec that a client names: "punycode" is slow.
+            if OTHER_CHARSET.search(content_type):
+                raise HTTPException(400, "Forms must be in UTF-8")
         # The server has checked that the header is a number.
         if int(headers.get(b"content-length", 0)) > max_bytes:
             raise HTTPException(413)
@@ -1668,7 +1617,7 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
 
 
 async def get_current_user(request: Request, token: BearerToken) -> User:
-    """Return the owner of the token. Raises InvalidTokenException."""
+    """Return the owner of the token. Raises UnauthorizedException."""
     user_id, version = decode_access_token(token, request.app.state.settings)
     # This session ends before the route's own begins. A request that held two
     # connections could wait for itself for ever.
@@ -1680,7 +1629,9 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
 
 async def rate_limit_dependency(request: Request) -> None:
     """Count a request that may hash a password against a budget of its own."""
-    await request.app.state.rate_limiter.apply("credentials", request.scope["state"])
+    await request.app.state.rate_limiter.count_request(
+        "credentials", request.scope["state"]
+    )
 
 
 # scope="function" closes the session before the response is sent.
@@ -1703,7 +1654,7 @@ UNHEALTHY = HealthCheck(status="unhealthy")
 
 async def check_database(request: Request, response: Response) -> HealthCheck:
     """Turn the response into a 503 if the database is not ready."""
-    if await request.app.state.database.is_ready():
+    if await request.app.state.database.availability.is_ready():
         return HEALTHY
     request.state.reason = "the database is not ready"
     response.status_code = 503
@@ -1714,9 +1665,7 @@ async def check_redis(redis: RedisRateLimiter | None) -> HealthCheck | None:
     """Without Redis, the service is degraded, but ready."""
     if redis is None:
         return None
-    # Other requests may wait for the same check: do not cancel it with this request.
-    is_ready = await asyncio.shield(redis.availability.check())
-    return HEALTHY if is_ready else UNHEALTHY
+    return HEALTHY if await redis.availability.is_ready() else UNHEALTHY
 
 
 @health_router.get("/live")
@@ -1905,12 +1854,12 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
         allow_origins=[str(origin) for origin in settings.CORS_ORIGINS],
         allow_methods=("GET", "POST", "PATCH", "DELETE"),
         allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
-        expose_headers=(*EXPOSED_HEADERS, *SECURITY_HEADERS, *HTTPS_HEADERS),
+        expose_headers=EXPOSED_HEADERS,
     )
     # CORS stands before all that can refuse a request: a browser hides a refusal
     # without CORS headers from the page.
     return [
-        Middleware(RequestLoggingMiddleware, settings),
+        Middleware(RequestLoggingMiddleware, settings.ROOT_PATH),
         Middleware(SecurityHeadersMiddleware),
         *([cors] if settings.CORS_ORIGINS else []),
         Middleware(RateLimitMiddleware, settings, rate_limiter),
