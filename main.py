@@ -1,17 +1,19 @@
 """A production-grade FastAPI service in one module: users, access tokens and items.
 
-Read it from the top: no section uses a name that is defined below it. A request goes
-the other way: middleware, dependencies, route, service, repository, database.
+Read it from the top: a section uses only names that are defined above it. A request
+passes through the sections from the bottom up: middleware, dependencies, route, service,
+repository, database. The verb of a function tells its layer: find_user is a repository,
+read_user a service, get_user a route.
 
     Settings       every variable is validated before a socket is opened
     Logging        one JSON object per record; clients cannot forge a line
-    Errors         every failure leaves in one form and reveals nothing internal
+    Errors         every error has one form and reveals nothing internal
     Models         the tables
     Database       a request holds a connection only while it talks to the database
-    Schemas        what has passed here is safe in SQL, in JSON and in a log
+    Schemas        bodies of requests and responses; text is bounded and valid Unicode
     Security       passwords and tokens
     Repositories   SQL; functions named add_ find_ list_ update_ remove_
-    Services       rules; register_ authenticate_ create_ read_ change_ discard_
+    Services       business logic; register_ authenticate_ create_ read_ change_ discard_
     Rate limiting  exact sliding windows, in shared memory or in Redis
     Middleware     what every request passes and every response gets
     Dependencies   what a route asks for, and what a test overrides
@@ -19,12 +21,9 @@ the other way: middleware, dependencies, route, service, repository, database.
     API routes     HTTP; get_ post_ patch_ delete_
     Application    create_app puts the parts together
 
-The verb of a function tells its layer. Repositories run SQL, services decide and raise
-AppExceptions, routes return schemas.
-
-    Run:    ENVIRONMENT=development gunicorn
-    Test:   pytest
-    Change: ENVIRONMENT=development uvicorn main:app --reload
+    Run:     ENVIRONMENT=development gunicorn
+    Test:    pytest
+    Develop: ENVIRONMENT=development uvicorn main:app --reload
 """
 
 import asyncio
@@ -50,7 +49,16 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import cache, lru_cache, partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Self,
+)
 from urllib.parse import quote
 
 import psycopg
@@ -98,7 +106,8 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
     except (exc.ArgumentError, ValueError, KeyError):
         raise ValueError("should be postgresql://… or sqlite:///path") from None
-    if "@" in (url.host or ""):  # it would be logged as a part of the host
+    # An "@" in the password that is not encoded: the rest of it is now in the host.
+    if "@" in (url.host or ""):
         raise ValueError("the password has special characters that are not encoded")
     if (url.port or 0) > 65535:
         raise ValueError("the port should be at most 65535")
@@ -117,19 +126,20 @@ def parse_origin(url: pydantic.AnyUrl | str) -> str:
     return origin
 
 
-# NoDecode: pydantic-settings does not parse the variable as JSON.
+# NoDecode, because sa.URL is a tuple, and pydantic-settings reads tuples as JSON.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 Origin = Annotated[pydantic.AnyUrl | Literal["*"], AfterValidator(parse_origin)]
-# With a max_length, pydantic refuses invalid Unicode, too.
-Text = Annotated[str, Field(max_length=1000)]
+# To check a max_length, pydantic counts characters, and refuses invalid Unicode.
+ShortText = Annotated[str, Field(max_length=1000)]
+# At most 10,000, because the rate limiter's table has room for as many times per client.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="ignore"):
-    PROJECT_NAME: Text = "Items"
-    PROJECT_DESCRIPTION: Text = "Users and their items."
-    VERSION: Text = "1.0.0"
+    PROJECT_NAME: ShortText = "Items"
+    PROJECT_DESCRIPTION: ShortText = "Users and their items."
+    VERSION: ShortText = "1.0.0"
     ENVIRONMENT: Literal["development", "test", "production"] = "production"
     DEBUG: bool = False
     API_V1_PREFIX: str = Field(default="/api/v1", pattern=r"^(/[A-Za-z0-9._~-]+)+$")
@@ -139,6 +149,7 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
+    # Parsed here, because pydantic does not validate defaults.
     DATABASE_URL: DatabaseUrl = parse_database_url("sqlite:///./app.db")
     DATABASE_POOL_SIZE: int = Field(default=5, ge=1)
     DATABASE_MAX_OVERFLOW: int = Field(default=10, ge=0)
@@ -160,7 +171,7 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
 
     @pydantic.model_validator(mode="after")
     def refuse_unsafe_values(self) -> Self:
-        """Raise ValueError for what only a developer's own machine may do."""
+        """Raise ValueError for values that are safe in development only."""
         is_development = self.ENVIRONMENT == "development"
         if not is_development and "SECRET_KEY" not in self.model_fields_set:
             raise ValueError("SECRET_KEY: is required outside development")
@@ -174,38 +185,41 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
 @lru_cache
 def get_settings() -> Settings:
     """Read the settings once. Exits with a line that names each bad variable."""
-    # pydantic-settings would warn of a folder that is not there.
+    # pydantic-settings would warn of a folder that does not exist.
     folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
     try:
         return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
     except pydantic.ValidationError as error:
         # Not str(error), which shows the values. The errors of `refuse_unsafe_values`
-        # have no `loc`, so they name the variable themselves.
-        faults = [
-            ": ".join([*map(str, e["loc"][:1]), e["msg"]]) for e in error.errors()
-        ]
-        reason = "; ".join(faults).replace("Value error, ", "")
-    except (ValueError, OSError) as error:
+        # have no location: their messages name the variable.
+        reasons = []
+        for fault in error.errors():
+            name = f"{fault['loc'][0]}: " if fault["loc"] else ""
+            reasons.append(name + fault["msg"].removeprefix("Value error, "))
+        reason = "; ".join(reasons)
+    except (ValueError, OSError) as error:  # no JSON, or a file that cannot be read
         reason = f"{error} (in the environment, .env or /run/secrets)"
     raise SystemExit(f"bad settings: {reason}")
 
 
 # --- Logging --------------------------------------------------------------------------
-# Each record is one line on stdout. Text from clients is encoded, never pasted.
+# Each record is one line on stdout. Control characters are escaped, so that the text of
+# a client cannot forge a line.
 
-# Not `__name__`: SQLAlchemy logs as "main.FairPool", by the module of the pool class,
-# and would get the level of a logger that is named "main".
+# Not `__name__`: SQLAlchemy's logger for our pool class is called "main.FairPool". It
+# would be a child of "main" and would inherit its level.
 logger = logging.getLogger("service")
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
-# The attributes that every record has; the others were given as `extra`.
+# The attributes that are no `extra`: those of every record, taskName, which is new in
+# Python 3.12, and uvicorn's color_message.
 STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "taskName", "color_message"}
-# Characters of a traceback's end, which tells most. Lines over 4 KiB are not written to
-# a pipe in one piece, so that those of several workers can be mixed.
-MAX_TRACEBACK = 3000
+# The end of a traceback is kept, because it has the error. A line over 4 KiB (PIPE_BUF)
+# could be mixed with lines of other workers.
+MAX_TRACEBACK_CHARACTERS = 3000
 LIBRARY_LEVELS = {
     # They log each statement or URL, some with parameters.
     "aiosqlite": "WARNING",
-    "httpx": "WARNING",
+    "httpx": "WARNING",  # not ours, but often added
     "main.FairPool": "WARNING",
     "sqlalchemy": "WARNING",
     # Their warnings repeat what the request's own line says.
@@ -222,8 +236,8 @@ class JsonFormatter(logging.Formatter):
         try:
             line = to_json(fields, ensure_ascii=True, fallback=str, inf_nan_mode="null")
             return line.decode()
-        except PydanticSerializationError:  # for text that is not valid Unicode
-            return json.dumps(fields, default=str)
+        except PydanticSerializationError:  # text that is not valid Unicode
+            return json.dumps(fields, default=str)  # slower
 
     def fields(self, record: logging.LogRecord) -> dict[str, Any]:
         moment = datetime.fromtimestamp(record.created, UTC)
@@ -236,7 +250,9 @@ class JsonFormatter(logging.Formatter):
         }
         fields |= {k: v for k, v in vars(record).items() if k not in STANDARD_FIELDS}
         if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)[-MAX_TRACEBACK:]
+            fields["exception"] = self.formatException(record.exc_info)[
+                -MAX_TRACEBACK_CHARACTERS:
+            ]
         return fields
 
 
@@ -259,7 +275,7 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    handler.setLevel(level)
+    handler.setLevel(level)  # also for loggers whose own level is lower
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
         logging.getLogger(name).setLevel(library_level)
@@ -269,9 +285,10 @@ def setup_logging(settings: Settings) -> None:
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
-        server_logger.setLevel("NOTSET")  # the handler decides
+        server_logger.setLevel("NOTSET")
         server_logger.propagate = False
-    # Without a handler, uvicorn writes no access log. RequestLoggingMiddleware does.
+    # RequestLoggingMiddleware logs requests instead. uvicorn writes its access log only
+    # if this logger has a handler.
     logging.getLogger("uvicorn.access").handlers = []
     logging.captureWarnings(True)
     # If stdout is closed or full, logging would print a traceback for each record.
@@ -288,7 +305,7 @@ def describe(error: BaseException) -> str:
 # --- Errors ---------------------------------------------------------------------------
 # `error_response` writes the body of every error. Services raise AppExceptions.
 
-ERROR_SLUGS = {
+ERROR_SLUGS = {  # what programs read, by status code
     400: "bad_request",
     401: "unauthorized",
     403: "forbidden",
@@ -310,7 +327,7 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 class AppException(Exception):
-    """Base of errors. Clients get `message`; `str(error)` is for the log only."""
+    """Base of errors. Clients get `message`; what you pass is for the log only."""
 
     status_code = 500
     message = "Something went wrong. Quote the request_id if you report it."
@@ -335,6 +352,7 @@ class WrongCredentialsException(AppException):
 
 
 class WrongPasswordException(AppException):
+    # Not 401, because the token is valid: clients log out on a 401.
     status_code = 403
     message = "The current password is wrong."
 
@@ -391,28 +409,38 @@ def error_responses(*statuses: int) -> Responses:
 
 
 def error_response(
-    request: Request, status_code: int, message: str, headers: Headers = None
+    request: Request,
+    status_code: int,
+    error: str,
+    message: str,
+    headers: Headers = None,
+    details: list[dict[str, str]] | None = None,
 ) -> Response:
     """Write the one form of all errors, `ErrorResponse`."""
     body = {
-        "error": ERROR_SLUGS.get(status_code, f"http_{status_code}"),
+        "error": error,
         "message": message,
-        "details": getattr(request.state, "details", None),
+        "details": details,
         "request_id": request.state.request_id,
     }
     all_headers = {**DEFAULT_HEADERS.get(status_code, {}), **(headers or {})}
-    # In ASCII: the name of an unknown field may not be valid Unicode.
+    # json.dumps escapes to ASCII: the name of an unknown field can be invalid Unicode.
     return Response(json.dumps(body), status_code, all_headers, "application/json")
 
 
 async def app_exception_handler(request: Request, error: AppException) -> Response:
     if error.status_code >= 500:
         request.state.reason = str(error)  # for the request's log line
-    return error_response(request, error.status_code, error.message, error.headers)
+    return error_response(
+        request, error.status_code, error.error, error.message, error.headers
+    )
 
 
 def allowed_methods(request: Request) -> str:
-    """Return the methods of all routes on the path, as RFC 9110 § 15.5.6 demands."""
+    """Return the methods of all routes on the path, as RFC 9110 § 15.5.6 demands.
+
+    The framework's own header names those of one route only.
+    """
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
@@ -424,37 +452,40 @@ def allowed_methods(request: Request) -> str:
 async def http_exception_handler(request: Request, error: HTTPException) -> Response:
     """Answer what the framework raises, and HTTPExceptions of your own."""
     status_code = error.status_code
+    slug = ERROR_SLUGS.get(status_code, f"http_{status_code}")
+    message = str(error.detail)
     headers = error.headers
-    if status_code in {204, 304}:  # these have no body
-        return Response(None, status_code, headers)
-    if status_code == 405:  # the framework names the methods of one route only
+    if status_code == 405:
         headers = {"Allow": allowed_methods(request)}
     if status_code >= 500:
-        request.state.reason = str(error.detail)
-    return error_response(request, status_code, str(error.detail), headers)
+        request.state.reason = message
+    return error_response(request, status_code, slug, message, headers)
 
 
 async def validation_exception_handler(
     request: Request, error: RequestValidationError
 ) -> Response:
     """Answer an invalid request. No value is echoed: it can be a password."""
-    request.state.details = [
+    details = [
         {"field": ".".join(map(str, e["loc"])), "message": e["msg"], "type": e["type"]}
         for e in error.errors()
     ]
-    return error_response(request, 422, "The request is not valid.")
+    message = "The request is not valid."
+    return error_response(request, 422, "validation_error", message, details=details)
 
 
 async def unhandled_exception_handler(request: Request, error: Exception) -> Response:
-    """Answer a fault of the code, with the traceback in the request's log line."""
-    # Called by RequestLimitsMiddleware. A handler that is registered for Exception runs
-    # outside all middleware: its answer would have no id and no security headers.
+    """Answer an unhandled exception; the request's log line has the traceback.
+
+    RequestGuardMiddleware calls it. If it were registered for Exception, it would run
+    outside all middleware: its answer would have no id and no security headers.
+    """
     request.state.exception = error
-    return error_response(request, 500, AppException.message)
+    return error_response(request, 500, AppException().error, AppException.message)
 
 
 # --- Models ---------------------------------------------------------------------------
-# The tables. `Database.make_tables` creates missing tables; it never changes one.
+# The tables. `Database.create_tables` creates missing tables; it never changes one.
 
 # SQLite autoincrements only INTEGER primary keys; its INTEGER has 64 bits.
 BigInt = sa.BigInteger().with_variant(sa.Integer, "sqlite")
@@ -482,7 +513,10 @@ class User(Base):
 
 class Item(Base):
     __tablename__ = "items"
-    __table_args__ = (sa.Index("items_of_owner", "owner_id", "id"), Base.__table_args__)
+    __table_args__ = (
+        sa.Index("items_of_owner", "owner_id", "id"),
+        {"sqlite_autoincrement": True},
+    )
     owner_id: Mapped[int] = mapped_column(sa.ForeignKey(User.id, ondelete="CASCADE"))
     title: Mapped[str] = mapped_column(sa.String(200))
     description: Mapped[str | None] = mapped_column(sa.String(2000))
@@ -491,14 +525,15 @@ class Item(Base):
 
 
 # --- Database -------------------------------------------------------------------------
-# A request holds a connection only while it talks to the database. While the database
-# works, nothing asks it in the background.
+# A request holds a connection only while it talks to the database. Nothing polls a
+# database that is available.
 
-RETRY_SECONDS = 1  # between two attempts to reach a server that is away
-CHECK_SECONDS = 2  # after which a health check is answered, whatever the server does
+PROBE_SECONDS = 1  # between two probes of a server that is not available
+HEALTH_CHECK_SECONDS = 2  # after which a health check is answered in any case
+START_AND_STOP_SECONDS = 1  # for which they wait for a server
 # An advisory lock with an arbitrary id, the same in all workers.
 TABLES_LOCK = sa.select(sa.func.pg_advisory_xact_lock(7411))
-# SQLAlchemy raises these if a server is away, full, too slow or read-only.
+# SQLAlchemy raises these if a server is not reachable, full, too slow or read-only.
 OUTAGES = (
     exc.OperationalError,
     exc.InterfaceError,
@@ -508,30 +543,32 @@ OUTAGES = (
 
 
 class Availability:
-    """Whether a server can be used. `probe` raises an exception if it cannot.
+    """Whether a server can be used: a circuit breaker.
 
-    While all is well, nothing is probed. After a failure the probe is repeated every
-    second. The log has one warning for an outage, and one line for its end.
+    `probe` raises an exception if the server cannot be used. It runs when a request has
+    failed or a health check asks. If it fails, it runs again every second until it
+    succeeds. The log has one warning for an outage, and one line for its end.
     """
 
     def __init__(self, name: str, probe: Callable[[], Awaitable[object]]) -> None:
         self.name = name
         self.probe = probe
         self.is_available = True
-        self.task: asyncio.Task[bool] | None = None
-        self.unread_task: asyncio.Task[bool] | None = None
-        self.retry: asyncio.TimerHandle | None = None
+        self.probe_task: asyncio.Task[bool] | None = None
+        # A probe that was too slow for the health check which has started it.
+        self.slow_probe_task: asyncio.Task[bool] | None = None
+        self.next_probe: asyncio.TimerHandle | None = None
 
-    def check(self) -> asyncio.Task[bool]:
+    def start_probe(self) -> asyncio.Task[bool]:
         """Start the probe, unless it is running: callers share the task."""
-        if self.task is None or self.task.done():
-            self.task = asyncio.create_task(self.run_probe())
-        return self.task
+        if self.probe_task is None or self.probe_task.done():
+            self.probe_task = asyncio.create_task(self.run_probe())
+        return self.probe_task
 
     async def run_probe(self) -> bool:
-        """Return whether the probe succeeded, and log what has changed."""
-        if self.retry is not None:
-            self.retry.cancel()
+        """Return whether the probe has succeeded, and log a change."""
+        if self.next_probe is not None:
+            self.next_probe.cancel()
         try:
             await self.probe()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
@@ -540,7 +577,7 @@ class Availability:
                 logger.warning("%s is not ready", self.name, extra=extra)
             self.is_available = False
             loop = asyncio.get_running_loop()
-            self.retry = loop.call_later(RETRY_SECONDS, self.check)
+            self.next_probe = loop.call_later(PROBE_SECONDS, self.start_probe)
             return False
         if not self.is_available:
             logger.info("%s is ready again", self.name)
@@ -548,32 +585,35 @@ class Availability:
         return True
 
     async def is_ready(self) -> bool:
-        """Answer within CHECK_SECONDS. If the probe is slower, it goes on, and the next
-        caller gets its result."""
+        """Answer a health check within HEALTH_CHECK_SECONDS.
+
+        A slower probe goes on, and its result is for the next health check. Otherwise a
+        server that needs 3 seconds would never be ready.
+        """
         if not self.is_available:
             return False
-        task = self.unread_task or self.check()
-        await asyncio.wait({task}, timeout=CHECK_SECONDS)
-        self.unread_task = None if task.done() else task
+        task = self.slow_probe_task or self.start_probe()
+        await asyncio.wait({task}, timeout=HEALTH_CHECK_SECONDS)
+        self.slow_probe_task = None if task.done() else task
         return task.done() and task.result()
 
     async def stop(self) -> None:
-        """Probe no more, without waiting long for a server that is silent."""
-        if self.retry is not None:
-            self.retry.cancel()
-        if self.task is not None:
-            self.task.cancel()
-            await asyncio.wait({self.task}, timeout=RETRY_SECONDS)
+        if self.next_probe is not None:
+            self.next_probe.cancel()
+        if self.probe_task is not None:
+            self.probe_task.cancel()
+            await asyncio.wait({self.probe_task}, timeout=START_AND_STOP_SECONDS)
 
 
 def abort_connection(entry: ConnectionPoolEntry) -> None:
     """Make the statement that runs on a PostgreSQL connection fail now.
 
-    To cancel it would need an answer from the server, which may be what is silent.
+    Cancelling it would need the server, which may not answer. So shut down the socket:
+    the driver sees the end of the connection.
     """
     connection = entry.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # The driver owns the descriptor, so shut down through a copy of it.
+        # A copy, because the driver will close its own descriptor itself.
         descriptor = os.dup(connection.fileno())
         with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
@@ -585,8 +625,10 @@ class FairPool(AsyncAdaptedQueuePool):
 
     SQLAlchemy's own pool lets newcomers overtake: under load, some requests wait until
     they fail. A PostgreSQL connection that is held for longer than the timeout is
-    closed, so that a silent server does not take all of them. SQLAlchemy's own pools
-    override the same two methods, `_do_get` and `_do_return_conn` (2.1.9).
+    closed, so that a silent server does not take all of them.
+
+    `_do_get` hands out a connection, `_do_return_conn` takes it back. SQLAlchemy's own
+    pools override the same two methods (checked with 2.1.9).
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -602,7 +644,8 @@ class FairPool(AsyncAdaptedQueuePool):
             raise exc.TimeoutError("no connection was free in time") from None
 
     def _do_get(self) -> ConnectionPoolEntry:
-        await_(self.wait_for_slot())  # SQLAlchemy's `await` for plain functions
+        # SQLAlchemy runs this in a greenlet, where `await_` awaits a coroutine.
+        await_(self.wait_for_slot())
         try:
             entry = super()._do_get()
         except BaseException:
@@ -614,19 +657,21 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         self.timers.pop(record).cancel()
-        self.slots.release()
-        super()._do_return_conn(record)
+        try:
+            super()._do_return_conn(record)
+        finally:
+            self.slots.release()
 
 
 def handle_database_error(context: sa.engine.ExceptionContext) -> None:
-    """Remove what no log may show; leave a server that has become read-only."""
+    """Cut values out of messages. Drop all connections to a server that only reads."""
     original = context.original_exception
-    # PostgreSQL's messages go on with the whole row, password hash and all, from the
-    # second line on.
+    # From its second line on, PostgreSQL's message shows the whole row, with the
+    # password's hash.
     for error in (original, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
-    # A former primary, after a failover. The pool then drops all its connections.
+    # After a failover, the former primary refuses writes.
     if isinstance(original, psycopg.errors.ReadOnlySqlTransaction):
         context.is_disconnect = True
 
@@ -640,21 +685,27 @@ def prepare_sqlite_connection(connection: Any, entry: ConnectionPoolEntry) -> No
 
 
 def begin_immediate(connection: sa.Connection) -> None:
-    # A transaction that takes SQLite's write lock only when it writes fails at once if
-    # another one has written meanwhile. This one waits for the lock at its beginning.
+    # Take SQLite's write lock at the start, and wait for it. A transaction that reads
+    # first and takes the lock later fails at once if another has written in between.
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 class ReadOnlySession(Session):
-    """A session in autocommit. It refuses writes, which could not be rolled back."""
+    """What is behind a route's `ReadSession`. It refuses to write.
+
+    Its connections are in autocommit, so that a write could not be rolled back.
+    """
 
 
 @event.listens_for(ReadOnlySession, "before_flush")
+def refuse_flush(*_: object) -> None:
+    raise RuntimeError("a ReadSession cannot write: the route needs a WriteSession")
+
+
 @event.listens_for(ReadOnlySession, "do_orm_execute")
-def refuse_write(subject: Any, *_: Any) -> None:
-    is_flush = isinstance(subject, Session)
-    if is_flush or subject.is_insert or subject.is_update or subject.is_delete:
-        raise RuntimeError("a ReadSession cannot write: the route needs a WriteSession")
+def refuse_statement(state: sa.orm.ORMExecuteState) -> None:
+    if state.is_insert or state.is_update or state.is_delete:
+        refuse_flush()
 
 
 class Database:
@@ -669,13 +720,15 @@ class Database:
         if self.is_sqlite:
             # SQLite has one writer at a time; the others wait in the pool's queue.
             self.write_engine = self.create_engine(1)
+            # In autocommit, the driver sends no BEGIN of its own.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             # The same pool, but in transactions.
-            options = {"isolation_level": "READ COMMITTED"}
-            self.write_engine = self.read_engine.execution_options(**options)
-        # Health checks do not wait behind requests. The ping replaces a connection that
-        # was closed meanwhile, which is no outage.
+            self.write_engine = self.read_engine.execution_options(
+                isolation_level="READ COMMITTED"
+            )
+        # Health checks do not wait behind requests. The ping is for a connection that
+        # was closed while it was idle: that is no outage.
         self.check_engine = self.create_engine(1, pool_pre_ping=True)
         self.availability = Availability("the database", self.probe)
         self.has_tables = False
@@ -685,21 +738,9 @@ class Database:
         seconds = self.settings.DATABASE_TIMEOUT_SECONDS
         url = self.settings.DATABASE_URL
         if self.is_sqlite:
-            connect_args: dict[str, float | None] = {"timeout": seconds}  # for a lock
+            connect_args: dict[str, float | None] = {"timeout": seconds}  # for the lock
         else:
-            milliseconds = math.ceil(seconds * 1000)
-            options = {
-                "application_name": self.settings.PROJECT_NAME,
-                "connect_timeout": str(math.ceil(seconds)),
-                "keepalives_idle": "60",  # routers forget what is idle for minutes
-                "tcp_user_timeout": str(milliseconds),
-                "target_session_attrs": "read-write",  # never connect to a replica
-                # The server itself ends a statement a little before FairPool would, and
-                # frees the locks of a worker that it has lost.
-                "options": f"-c statement_timeout={milliseconds * 9 // 10} "
-                f"-c idle_in_transaction_session_timeout={milliseconds}",
-            }
-            url = url.set(query={**options, **url.query})
+            url = url.set(query={**self.postgresql_options(), **url.query})
             # Prepared statements would fail for ever after an ALTER TABLE.
             connect_args = {"prepare_threshold": None}
         engine = create_async_engine(
@@ -707,7 +748,7 @@ class Database:
             connect_args=connect_args,
             poolclass=FairPool,
             pool_size=pool_size,
-            max_overflow=0,
+            max_overflow=0,  # the pool would close and open overflow all the time
             pool_timeout=seconds,
             pool_pre_ping=pool_pre_ping,
             isolation_level="AUTOCOMMIT",
@@ -718,18 +759,38 @@ class Database:
             event.listen(engine.sync_engine, "connect", prepare_sqlite_connection)
         return engine
 
+    def postgresql_options(self) -> dict[str, str]:
+        """Return what is added to the URL, where its own options win."""
+        seconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS)
+        milliseconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS * 1000)
+        # The server ends a statement shortly before FairPool would close the connection.
+        statement_timeout = f"-c statement_timeout={milliseconds * 9 // 10}"
+        # If a worker is lost, the server frees the locks that it holds.
+        idle_timeout = f"-c idle_in_transaction_session_timeout={milliseconds}"
+        return {
+            "application_name": self.settings.PROJECT_NAME,
+            "connect_timeout": str(seconds),
+            "keepalives_idle": "60",  # NAT routers drop what is idle for minutes
+            "tcp_user_timeout": str(milliseconds),  # for sent data to be acknowledged
+            "target_session_attrs": "read-write",  # never connect to a replica
+            "options": f"{statement_timeout} {idle_timeout}",
+        }
+
     async def probe(self) -> None:
-        """Make missing tables, and look for all columns."""
-        await self.make_tables()
+        """Check that tables and models agree.
+
+        Create missing tables first: the database may start after the service.
+        """
+        await self.create_tables()
         self.has_tables = True
         async with self.check_engine.connect() as connection:
             for table in Base.metadata.sorted_tables:
-                # It reads no row. It fails if a column is missing, and by FOR UPDATE on
-                # a server that is read-only. SQLite leaves FOR UPDATE out.
+                # Reads no row, but fails if a column is missing. FOR UPDATE fails on a
+                # server that only reads. (SQLAlchemy omits it for SQLite.)
                 await connection.execute(sa.select(table).limit(0).with_for_update())
 
-    async def make_tables(self) -> None:
-        """Make missing tables. Any number of workers and hosts may do it at once."""
+    async def create_tables(self) -> None:
+        """Create missing tables. Any number of workers and hosts may do it at once."""
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         if set(Base.metadata.tables) <= set(names):
@@ -740,7 +801,10 @@ class Database:
             await connection.run_sync(Base.metadata.create_all)
 
     def session(self, writes: bool) -> AsyncSession:
-        """Raises ServiceUnavailableException as long as there are no tables."""
+        """Return a session in a transaction, or a ReadOnlySession.
+
+        Raises ServiceUnavailableException until the tables have been found or created.
+        """
         if not self.has_tables:
             raise ServiceUnavailableException("the database is not reachable")
         if writes:
@@ -757,20 +821,22 @@ async def database_exception_handler(
     request: Request, error: exc.SQLAlchemyError
 ) -> Response:
     """Answer 503 if the database cannot serve now. Other errors become a 500."""
-    # sqlite3 raises an OperationalError for a column that does not exist, too.
-    original = getattr(error, "orig", None)
-    is_fault = getattr(original, "sqlite_errorname", "") == "SQLITE_ERROR"
     is_lost = getattr(error, "connection_invalidated", False)
-    if is_fault or not (is_lost or isinstance(error, OUTAGES)):
-        raise error
-    request.app.state.database.availability.check()
+    is_outage = is_lost or isinstance(error, OUTAGES)
+    # sqlite3's OperationalError can mean wrong SQL, too, which is a bug.
+    driver_error = getattr(error, "orig", None)
+    is_bug = getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR"
+    if is_bug or not is_outage:
+        raise error  # RequestGuardMiddleware answers 500
+    request.app.state.database.availability.start_probe()
     unavailable = ServiceUnavailableException(f"database: {describe(error)}")
     return await app_exception_handler(request, unavailable)
 
 
 # --- Schemas --------------------------------------------------------------------------
-# The bodies of requests and responses. Every text has a bounded length, which excludes
-# invalid Unicode. Stored texts contain no NUL, because PostgreSQL cannot store it.
+# The bodies of requests and responses. Every text that is read has a max_length, with
+# which pydantic refuses invalid Unicode. Stored texts contain no NUL, because PostgreSQL
+# cannot store it.
 
 MAX_ID = 2**63 - 1
 NO_NUL = r"^[^\x00]*$"
@@ -786,7 +852,8 @@ Lower = AfterValidator(str.lower)
 # Keyboards differ in how they compose an accent (NIST SP 800-63B-4 § 3.1.1.2).
 Normalized = AfterValidator(partial(unicodedata.normalize, "NFC"))
 NewUsername = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$"), Lower]
-# NIST SP 800-63B-4: 15 characters for a single factor, and no rules of composition.
+# NIST SP 800-63B-4: at least 15 characters where there is no second factor, and no rule
+# such as "one digit".
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), Normalized]
 # A login with a password that is too short is answered 401, not 422.
 LoginName = Annotated[str, Field(min_length=1, max_length=1024, pattern=NO_NUL), Lower]
@@ -803,7 +870,7 @@ class RequestBody(BaseModel, extra="forbid"):
     @pydantic.model_validator(mode="before")
     @classmethod
     def refuse_many_fields(cls, value: object) -> object:
-        """Each unknown field would add an entry to the response."""
+        """Count first: pydantic would make an error for each unknown field."""
         if isinstance(value, dict) and len(value) > 20:
             raise PydanticCustomError("too_many_fields", "There are too many fields")
         return value
@@ -831,7 +898,7 @@ class PasswordChange(RequestBody):
 
 
 class LoginForm(BaseModel):
-    # RFC 6749 § 4.3.2. FastAPI's OAuth2PasswordRequestForm bounds no length.
+    # RFC 6749 § 4.3.2. FastAPI's own OAuth2PasswordRequestForm accepts any length.
     grant_type: Literal["password"] = "password"
     username: LoginName
     password: LoginPassword
@@ -849,9 +916,8 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # The title may be left out, but it may not be null, so None is no
-    # default. A factory keeps the default out of the OpenAPI document;
-    # `change_item` never stores it.
+    # Optional, but never null. The empty default is never stored, because `change_item`
+    # takes only what was sent. A factory keeps it out of the OpenAPI document.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -876,7 +942,7 @@ class HealthCheck(BaseModel):
     status: Literal["healthy", "unhealthy"]
 
 
-class HealthChecks(BaseModel):
+class ServerChecks(BaseModel):
     database: HealthCheck
     redis: HealthCheck | None = None
 
@@ -885,18 +951,21 @@ class HealthStatus(BaseModel):
     status: Literal["healthy", "degraded"]
     timestamp: datetime
     version: str
-    checks: HealthChecks
+    checks: ServerChecks
 
 
 # --- Security -------------------------------------------------------------------------
 # Argon2id with OWASP's parameters: a guess costs 19 MiB and some 30 ms of a CPU.
 
-PASSWORDS = PasswordHash([Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1)])
+PASSWORD_HASHER = PasswordHash(
+    [Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1)]
+)
 # For names that do not exist: verifying it takes as long as verifying a real hash, so
 # that the time of a login does not tell which usernames exist.
 # It has the form of an Argon2 hash, but belongs to no password.
 DUMMY_HASH = f"$argon2id$v=19$m=19456,t=2,p=1${'A' * 22}${'A' * 43}"
-# Two threads bound the memory. The event loop goes on, because argon2 releases the GIL.
+# At most two hashes at a time, in threads, which bounds the memory. The event loop goes
+# on meanwhile, because argon2 releases the GIL.
 HASHING_LIMITER = CapacityLimiter(2)
 MAX_WAITING_HASHES = 100  # the last of them waits for some 2 s
 
@@ -908,19 +977,19 @@ def refuse_if_hashing_is_busy() -> None:
 
 async def hash_password(password: str) -> str:
     refuse_if_hashing_is_busy()
-    return await run_sync(PASSWORDS.hash, password, limiter=HASHING_LIMITER)
+    return await run_sync(PASSWORD_HASHER.hash, password, limiter=HASHING_LIMITER)
 
 
 async def verify_password(password: str, known_hash: str) -> tuple[bool, str | None]:
     """Return whether it matches, and a new hash where `known_hash` is outdated."""
     refuse_if_hashing_is_busy()
-    verify = PASSWORDS.verify_and_update
+    verify = PASSWORD_HASHER.verify_and_update
     return await run_sync(verify, password, known_hash, limiter=HASHING_LIMITER)
 
 
 def signing_key(settings: Settings) -> dict[str, str]:
-    """Return a JSON Web Key. A plain text would be parsed if it is JSON or PEM."""
-    # Python keeps bytes of the environment that are not UTF-8 as surrogates.
+    """Return a JSON Web Key. Of a plain text, python-jose guesses what it is."""
+    # An environment variable may contain bytes that are not UTF-8.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -935,12 +1004,15 @@ def create_access_token(user: User, settings: Settings) -> str:
 
 def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
     """Return the user's id and the token's version. Raises UnauthorizedException."""
-    required = {"require_sub": True, "require_iat": True, "require_exp": True}
+    options = {"require_sub": True, "require_iat": True, "require_exp": True}
+    key = signing_key(settings)
     try:
-        claims = jwt.decode(token, signing_key(settings), settings.ALGORITHM, required)
+        claims = jwt.decode(
+            token, key, algorithms=[settings.ALGORITHM], options=options
+        )
         user_id = int(claims["sub"])
-        if not 0 < user_id <= MAX_ID:  # a token of another service that shares the key
-            raise UnauthorizedException
+        if not 0 < user_id <= MAX_ID:  # another service may share the key
+            raise ValueError
         return user_id, claims["version"]
     except Exception:  # noqa: BLE001 - python-jose raises TypeError, RecursionError
         raise UnauthorizedException from None
@@ -951,15 +1023,18 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
 # nothing is committed.
 
 Rows = Sequence[Any]
-# To build a query takes 0.2 ms, so those of the busiest routes are built once.
-FIND_USER = sa.select(User).where(User.id == sa.bindparam("id"))
-LIMIT = sa.bindparam("limit", type_=sa.Integer)
-ITEMS = sa.select(Item.__table__).order_by(Item.owner_id, Item.id).limit(LIMIT)
-LIST_ITEMS = {
-    # SQLite searches an index by the first column only of a comparison of rows.
-    "sqlite": ITEMS.where(sa.text("owner_id = :owner AND id > :after")),
-    # With SQLite's form, PostgreSQL may walk through the items of all owners.
-    "postgresql": ITEMS.where(
+# The queries of the busiest routes are built once, because that takes 0.2 ms.
+FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
+PAGE_SIZE = sa.bindparam("limit", type_=sa.Integer)
+ITEMS_QUERY = (
+    sa.select(Item.__table__).order_by(Item.owner_id, Item.id).limit(PAGE_SIZE)
+)
+# One page, in the form for which each database uses both columns of `items_of_owner`.
+LIST_ITEMS_QUERIES = {
+    # Of a comparison of rows, such as (a, b) > (1, 2), SQLite uses the first column only.
+    "sqlite": ITEMS_QUERY.where(sa.text("owner_id = :owner AND id > :after")),
+    # Without a comparison of rows, PostgreSQL may walk through the items of all owners.
+    "postgresql": ITEMS_QUERY.where(
         sa.text("(owner_id, id) > (:owner, :after) AND owner_id <= :owner")
     ),
 }
@@ -972,7 +1047,7 @@ async def add_row(db: AsyncSession, row: Base) -> None:
 
 
 async def find_user(db: AsyncSession, user_id: int) -> User | None:
-    return await db.scalar(FIND_USER, {"id": user_id})
+    return await db.scalar(FIND_USER_QUERY, {"id": user_id})
 
 
 async def find_user_by_name(db: AsyncSession, username: str) -> User | None:
@@ -985,7 +1060,7 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
 
 
 async def update_user(db: AsyncSession, user: User, **changes: Any) -> bool:
-    """Change the user if the password is still the one that `user` was read with."""
+    """Return False, and change nothing, if the password was changed meanwhile."""
     same_password = (User.id == user.id) & (User.password_hash == user.password_hash)
     query = sa.update(User).where(same_password).values(changes).returning(User.id)
     return await db.scalar(query) is not None
@@ -1005,8 +1080,9 @@ async def find_item(
 
 async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) -> Rows:
     """Return plain rows, which are cheaper than ORM objects."""
+    query = LIST_ITEMS_QUERIES[db.get_bind().dialect.name]
     page = {"owner": owner_id, "after": after, "limit": limit}
-    return (await db.execute(LIST_ITEMS[db.get_bind().dialect.name], page)).all()
+    return (await db.execute(query, page)).all()
 
 
 async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
@@ -1017,14 +1093,14 @@ async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
 
 
 # --- Services -------------------------------------------------------------------------
-# The rules. A service that writes commits at its end. No service holds a connection
+# Business logic. A service that writes commits at its end. No service holds a connection
 # while a password is hashed, which takes 30 ms.
 
 Page = dict[str, Any]
 
 
 def make_page(name: str, rows: Rows, limit: int) -> Page:
-    """Make a page. The repository was asked for one row more: is there a next page?"""
+    """Make a page of `limit` rows. One row more shows that there is a next page."""
     next_id = rows[limit - 1].id if len(rows) > limit else None
     return {name: rows[:limit], "next": next_id}
 
@@ -1038,7 +1114,7 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
     except exc.IntegrityError:
         await db.rollback()
         if await find_user_by_name(db, user_in.username) is None:
-            raise  # some other constraint, so a fault of the code
+            raise  # another constraint was violated, which is a bug
         raise UsernameTakenException from None
     await db.commit()
     return user
@@ -1090,7 +1166,7 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
 
 
 async def discard_tokens(db: AsyncSession, user: User) -> None:
-    # If it returns False, a change of the password has made them invalid already.
+    # If the password was changed meanwhile, the tokens are invalid already.
     await update_user(db, user, token_version=user.token_version + 1)
     await db.commit()
 
@@ -1110,7 +1186,7 @@ async def create_item(db: AsyncSession, owner: User, item_in: ItemIn) -> Item:
     except exc.IntegrityError:
         await db.rollback()
         if await find_user(db, owner.id):
-            raise  # some other constraint, so a fault of the code
+            raise  # another constraint was violated, which is a bug
         raise UnauthorizedException from None
     await db.commit()
     return item
@@ -1146,15 +1222,16 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 
 
 # --- Rate limiting --------------------------------------------------------------------
-# Exact sliding windows: the times of each client's admitted requests. Each budget, such
-# as "api", has a limit of its own.
+# Exact sliding windows: of each client, the times of the allowed requests are kept. There
+# are two limits, "api" and "login".
 
-SHARED_MEMORY_BYTES = 64 * 2**20  # of all budgets together
+SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 ROWS_IN_BUCKET = 16
 SECOND_NS = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
-REDIS_CALLS = 32  # at the same time, each on a connection of its own
-# A sorted set of the times of admitted requests, in microseconds of Redis's clock.
+MAX_REDIS_CONNECTIONS = 32  # of a worker
+# The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
+# ARGV[3] is random, because each member of a set must be different.
 REDIS_SCRIPT = """
 local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
@@ -1172,52 +1249,57 @@ local oldest = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')[2]
 local reset_seconds = math.ceil((oldest + window - now) / 1000000)
 return {allowed, limit, math.max(0, limit - count), reset_seconds}
 """
-# Opened once, for all tables. If a process is killed while it holds the lock, the
-# kernel releases it.
-open_lock_file = cache(tempfile.TemporaryFile)
+
+
+@cache
+def open_lock_file() -> IO[bytes]:
+    """Open the lock of all limiters. The kernel releases it if a process is killed."""
+    return tempfile.TemporaryFile()
 
 
 class RateLimitResult(NamedTuple):
     allowed: bool
     limit: int
     remaining: int
-    reset_seconds: int  # until the oldest admission leaves the window
+    reset_seconds: int  # until the oldest request leaves the window
 
 
 @lru_cache(8192)
 def client_key(address: str) -> str:
-    """Return who has a budget: an IPv4 address, or an IPv6 /64, the size of a site."""
+    """Return what counts as one client: an IPv4 address, or an IPv6 /64, a site's."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
-        return "unknown"  # one budget for all of them: a client could invent many
+        return "unknown"  # all of them together, because a client can invent many
     if isinstance(ip, ipaddress.IPv6Address):
         return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
     return str(ip)
 
 
 class SlidingWindowRateLimiter:
-    """Admit at most `limit` requests of a client in any `seconds`, exactly.
+    """Allow at most `limit` requests of a client in any `seconds`, exactly.
 
-    Memory: a table of fixed size, which forked processes share. A client's hash selects
-    a bucket of rows. If none of them is the client's, it takes over the row of the
-    client that was idle for longest; only that client's limit is not exact then.
+    It is a hash table in anonymous shared memory, of a fixed size. A client's hash selects
+    a bucket of 16 rows. In a full bucket, a new client takes the row of the one that was
+    idle for longest, whose requests are then forgotten.
     Cost: one lock, one hash, a search among 16 rows.
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
         class Row(ctypes.Structure):
+            # `times` is a ring buffer: request number n is at n % limit.
             _fields_ = (
                 ("client_hash", ctypes.c_int64),
-                ("seen_ns", ctypes.c_int64),  # time of its latest request
-                ("first", ctypes.c_int64),  # number of its oldest admission in window
-                ("next", ctypes.c_int64),  # number of its next admission
-                ("times", ctypes.c_int64 * limit),  # admission n is in cell n % limit
+                ("last_seen_ns", ctypes.c_int64),
+                ("oldest_number", ctypes.c_int64),  # of the requests in the window
+                ("next_number", ctypes.c_int64),
+                ("times", ctypes.c_int64 * limit),
             )
 
         bucket_type = Row * ROWS_IN_BUCKET
         table_type = bucket_type * (table_bytes // ctypes.sizeof(bucket_type))
-        self.buckets = table_type.from_buffer(mmap.mmap(-1, ctypes.sizeof(table_type)))
+        memory = mmap.mmap(-1, ctypes.sizeof(table_type))  # forked processes share it
+        self.buckets = table_type.from_buffer(memory)
         self.limit = limit
         self.seconds = seconds
         self.clock_ns = time.monotonic_ns  # the same in all processes of a machine
@@ -1225,6 +1307,7 @@ class SlidingWindowRateLimiter:
 
     def check(self, client: str) -> RateLimitResult:
         """Count a request of the client, if the limit allows it."""
+        # This blocks the event loop, while another worker counts: for microseconds.
         fcntl.lockf(self.lock_file, fcntl.LOCK_EX)
         try:
             return self.count(self.find_row(client))
@@ -1240,25 +1323,28 @@ class SlidingWindowRateLimiter:
         for row in rows:
             if row.client_hash == client_hash:
                 return row
-        row = min(rows, key=attrgetter("seen_ns"))
-        row.first = row.next  # no admission: forget those of the previous client
+        row = min(rows, key=attrgetter("last_seen_ns"))
         row.client_hash = client_hash
+        row.oldest_number = row.next_number  # empties the ring buffer
         return row
 
     def count(self, row: ctypes.Structure) -> RateLimitResult:
         times = row.times
+        window_ns = self.seconds * SECOND_NS
         now_ns = self.clock_ns()
-        window_start = now_ns - self.seconds * SECOND_NS
-        row.seen_ns = now_ns
-        while row.first < row.next and times[row.first % self.limit] <= window_start:
-            row.first += 1
-        allowed = row.next - row.first < self.limit
+        row.last_seen_ns = now_ns
+        while row.oldest_number < row.next_number:
+            if times[row.oldest_number % self.limit] > now_ns - window_ns:
+                break
+            row.oldest_number += 1
+        allowed = row.next_number - row.oldest_number < self.limit
         if allowed:
-            times[row.next % self.limit] = now_ns
-            row.next += 1  # last, so that a process that is killed leaves a valid row
-        remaining = self.limit - (row.next - row.first)
-        reset_ns = times[row.first % self.limit] - window_start
-        reset_seconds = math.ceil(reset_ns / SECOND_NS)
+            times[row.next_number % self.limit] = now_ns
+            # Last, so that a process that is killed leaves a valid row.
+            row.next_number += 1
+        remaining = self.limit - (row.next_number - row.oldest_number)
+        oldest_ns = times[row.oldest_number % self.limit]
+        reset_seconds = math.ceil((oldest_ns + window_ns - now_ns) / SECOND_NS)
         return RateLimitResult(allowed, self.limit, remaining, reset_seconds)
 
 
@@ -1274,19 +1360,19 @@ class RedisRateLimiter:
         )
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{settings.PROJECT_NAME}:rate-limit"
-        self.calls = asyncio.Semaphore(REDIS_CALLS)
+        self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
         self.availability = Availability("Redis", self.probe)
 
     async def check(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
-        # The wait for a slot does not count as waiting for Redis.
-        async with self.calls:
+        # Outside of the timeout: that requests wait here is no outage of Redis.
+        async with self.slots:
             if not self.availability.is_available:
                 return None
             try:
                 return await self.run_script(key, limit, seconds)
             except (RedisError, OSError, TimeoutError):
-                self.availability.check()
+                self.availability.start_probe()
                 return None
 
     async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
@@ -1297,41 +1383,42 @@ class RedisRateLimiter:
         return RateLimitResult(bool(allowed), *numbers)
 
     async def probe(self) -> None:
-        """Raise an exception unless Redis can write. A replica answers PING, too."""
+        """Raise an exception if Redis cannot write. A replica would answer PING."""
         if not self.availability.is_available:
-            # Old connections may lead to a former primary, new ones to the new primary.
+            # They may lead to a former primary. New ones lead to its successor.
             await self.client.connection_pool.disconnect(inuse_connections=False)
         await self.run_script("probe", 1, 1)
 
 
 class RateLimiter:
-    """All budgets. Made before the fork, so that the workers share the memory."""
+    """All limits. Made before the fork, so that the workers share the memory."""
 
     def __init__(self, settings: Settings) -> None:
         seconds = settings.RATE_LIMIT_WINDOW_SECONDS
         limits = {
             "api": settings.RATE_LIMIT_REQUESTS,
-            "credentials": settings.RATE_LIMIT_LOGIN_REQUESTS,
+            "login": settings.RATE_LIMIT_LOGIN_REQUESTS,
         }
         table_bytes = SHARED_MEMORY_BYTES // len(limits)
-        self.memory = {
-            budget: SlidingWindowRateLimiter(limit, seconds, table_bytes)
-            for budget, limit in limits.items()
+        self.in_memory = {
+            name: SlidingWindowRateLimiter(limit, seconds, table_bytes)
+            for name, limit in limits.items()
         }
         self.redis = RedisRateLimiter(settings) if settings.REDIS_URL else None
 
-    async def check(self, budget: str, address: str) -> RateLimitResult:
-        memory = self.memory[budget]
-        key = f"{budget}:{client_key(address)}"
+    async def check(self, name: str, address: str) -> RateLimitResult:
+        """Count a request, if the limit of this name allows it."""
+        in_memory = self.in_memory[name]
+        key = f"{name}:{client_key(address)}"
         if self.redis:
-            result = await self.redis.check(key, memory.limit, memory.seconds)
+            result = await self.redis.check(key, in_memory.limit, in_memory.seconds)
             if result:
                 return result
-        return memory.check(key)
+        return in_memory.check(key)
 
-    async def count_request(self, budget: str, state: dict[str, Any]) -> None:
+    async def enforce(self, name: str, state: dict[str, Any]) -> None:
         """Count a request of the client in `state`. Raises RateLimitedException."""
-        result = await self.check(budget, state["client"])
+        result = await self.check(name, state["client"])
         shown: RateLimitResult | None = state.get("rate_limit")
         # The response shows the limit that refused, else the one that leaves less.
         if shown is None or not result.allowed or result.remaining < shown.remaining:
@@ -1346,16 +1433,18 @@ class RateLimiter:
 
 
 # --- Middleware -----------------------------------------------------------------------
-# Pure ASGI, because BaseHTTPMiddleware costs a multiple. What they know of a request is
-# in scope["state"], which is `request.state`: request_id, client, trace_id, user_id,
-# rate_limit, status_code, and for the log line `reason` and `exception`.
+# Pure ASGI, because BaseHTTPMiddleware is several times slower. What they know of a
+# request is in scope["state"], which is `request.state`: request_id, client, trace_id,
+# user_id, rate_limit, status_code, and for the log line `reason` and `exception`.
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-TRACEPARENT = re.compile(  # W3C Trace Context § 3.2
+# W3C Trace Context § 3.2: version, trace id, parent id (neither of them zero), flags.
+TRACEPARENT = re.compile(
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})"
     rb"-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
-OTHER_CHARSET = re.compile(rb'charset(?!=("?)utf-8\1\s*(;|$))')  # than UTF-8
+# A charset parameter with any value but utf-8, which may be quoted.
+NOT_UTF8 = re.compile(rb'charset(?!=("?)utf-8\1\s*(;|$))')
 MAX_FORM_BYTES = 64 * 1024  # forms take longer to parse than JSON
 MAX_LOGGED_PATH = 500  # characters; see MAX_TRACEBACK
 CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -1375,7 +1464,7 @@ SECURITY_HEADERS = {
 HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
 LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
 OTHER_HEADERS = ("Location", "Retry-After", "X-Request-ID", "X-Response-Time")
-# Scripts of other origins may read these.
+# Scripts of other origins may read all headers that the service sends.
 EXPOSED_HEADERS = (*SECURITY_HEADERS, *HTTPS_HEADERS, *LIMIT_HEADERS, *OTHER_HEADERS)
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
 # Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline.
@@ -1389,9 +1478,8 @@ DOCS_HEADERS = SECURITY_HEADERS | {
 }
 
 
-@cache
+@cache  # so that it runs once in each process
 def warn_of_untrusted_proxy() -> None:
-    """Warn once in each process."""
     logger.warning(
         "X-Forwarded-For came from a peer that FORWARDED_ALLOW_IPS does not name. If "
         "it is your proxy, all its clients share one rate limit."
@@ -1404,7 +1492,7 @@ def route_path(scope: Scope) -> str:
 
 
 class RequestLoggingMiddleware:
-    """Give a request its id and full path, measure its time, write its log line."""
+    """Set a request's id, client and full path; measure its time; log it."""
 
     def __init__(self, app: ASGIApp, root_path: str) -> None:
         self.app = app
@@ -1414,7 +1502,7 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # ASGI wants the path as clients see it; the proxy has removed ROOT_PATH.
+        # As `uvicorn --root-path` does: the proxy has removed ROOT_PATH from the path.
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1442,14 +1530,14 @@ class RequestLoggingMiddleware:
         if not REQUEST_ID.fullmatch(request_id):
             request_id = secrets.token_hex(16).encode()
         state["request_id"] = request_id.decode()
-        # Overwrite what an earlier request of the same connection has set.
+        # Never reset: the next request of this connection overwrites it.
         request_id_context.set(state["request_id"])
         trace = TRACEPARENT.fullmatch(headers.get(b"traceparent", b""))
         if trace:
             state["trace_id"] = trace[1].decode()
         client = scope["client"][0] if scope["client"] else "unknown"
         state["client"] = client[:64]  # a proxy may send any text
-        # If uvicorn trusted the peer, the client would be one of these addresses.
+        # If uvicorn trusts the peer, it takes the client's address from this header.
         forwarded_for = headers.get(b"x-forwarded-for", b"").decode("latin-1")
         if forwarded_for and client not in forwarded_for:
             warn_of_untrusted_proxy()
@@ -1497,7 +1585,7 @@ class SecurityHeadersMiddleware:
 
 
 class OriginCORSMiddleware(CORSMiddleware):
-    """Starlette's CORS, skipped for requests without an Origin header."""
+    """Starlette's CORS, which other clients than browsers would pay for, too (8 µs)."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if b"origin" in dict(scope.get("headers", ())):
@@ -1530,15 +1618,18 @@ class RateLimitMiddleware:
             await send(message)
 
         try:
-            await self.rate_limiter.count_request("api", scope["state"])
+            await self.rate_limiter.enforce("api", scope["state"])
         except RateLimitedException as error:
             response = await app_exception_handler(Request(scope), error)
             return await response(scope, receive, send_with_rate_limit)
         await self.app(scope, receive, send_with_rate_limit)
 
 
-class RequestLimitsMiddleware:
-    """Bound a request's body and time. Answer crashes, and requests at a shutdown."""
+class RequestGuardMiddleware:
+    """Limit a request's body and time. Answer what nobody else answers.
+
+    That is 413, 504, 500 for an unhandled exception, and 503 at a shutdown.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
@@ -1552,12 +1643,15 @@ class RequestLimitsMiddleware:
         try:
             async with timer:
                 return await self.app(scope, self.bound_body(scope, receive), send)
-        except HTTPException as refusal:
-            response = await http_exception_handler(Request(scope), refusal)
-        except asyncio.CancelledError:  # by uvicorn, at the end of GRACEFUL_TIMEOUT
-            end = ServiceUnavailableException("the server is shutting down")
-            response = await app_exception_handler(Request(scope), end)
+        except HTTPException as error:  # of `bound_body`
+            response = await http_exception_handler(Request(scope), error)
+        except asyncio.CancelledError:
+            # By uvicorn, because the server stops. Not raised again: the client gets an
+            # answer.
+            stopping = ServiceUnavailableException("the server is shutting down")
+            response = await app_exception_handler(Request(scope), stopping)
         except Exception as error:  # noqa: BLE001 - none may get past this line
+            # Not `except TimeoutError`, which the code of a route can raise, too.
             if timer.expired():
                 late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS have passed")
                 response = await app_exception_handler(Request(scope), late)
@@ -1577,9 +1671,10 @@ class RequestLimitsMiddleware:
         max_bytes = self.max_body_bytes
         if b"form" in content_type:
             max_bytes = min(max_bytes, MAX_FORM_BYTES)
-            # Python would decode with the codec that a client names: "punycode" is slow.
-            if OTHER_CHARSET.search(content_type):
-                raise HTTPException(400, "Forms must be in UTF-8")
+        # The form would be decoded by the charset that the client names. Some of Python's
+        # codecs are slow, such as punycode.
+        if b"multipart" in content_type and NOT_UTF8.search(content_type):
+            raise HTTPException(400, "The charset must be utf-8")
         # The server has checked that the header is a number.
         if int(headers.get(b"content-length", 0)) > max_bytes:
             raise HTTPException(413)
@@ -1600,18 +1695,19 @@ class RequestLimitsMiddleware:
 # What a route asks for, and what a test overrides. All are coroutines: FastAPI runs
 # plain functions in a thread each.
 
-# The URL is for /docs only. `customize_openapi` completes it from the settings.
+# The URL is for /docs only. create_app puts the real one into the OpenAPI document.
 oauth2_scheme = OAuth2PasswordBearer("auth/token")
 BearerToken = Annotated[str, Depends(oauth2_scheme)]
 
 
 async def get_db(request: Request) -> AsyncIterator[AsyncSession]:
-    """A session for a route that writes: one transaction, which the service commits."""
+    """A session for a route that writes: a transaction, which the service commits."""
     async with request.app.state.database.session(writes=True) as session:
         yield session
 
 
 async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
+    """A session for a route that only reads: in autocommit, which is cheaper."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
 
@@ -1628,10 +1724,8 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
 
 
 async def rate_limit_dependency(request: Request) -> None:
-    """Count a request that may hash a password against a budget of its own."""
-    await request.app.state.rate_limiter.count_request(
-        "credentials", request.scope["state"]
-    )
+    """Apply the login limit: for routes that hash or verify a password."""
+    await request.app.state.rate_limiter.enforce("login", request.scope["state"])
 
 
 # scope="function" closes the session before the response is sent.
@@ -1645,7 +1739,7 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
-    responses=error_responses(413, 500, 504),
+    responses=error_responses(413, 500, 504),  # of RequestGuardMiddleware
     generate_unique_id_function=attrgetter("name"),  # operationId = function name
 )
 HEALTHY = HealthCheck(status="healthy")
@@ -1653,7 +1747,7 @@ UNHEALTHY = HealthCheck(status="unhealthy")
 
 
 async def check_database(request: Request, response: Response) -> HealthCheck:
-    """Turn the response into a 503 if the database is not ready."""
+    """If the database is not ready, also set the status 503 and the reason to log."""
     if await request.app.state.database.availability.is_ready():
         return HEALTHY
     request.state.reason = "the database is not ready"
@@ -1697,7 +1791,7 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
         status="degraded" if UNHEALTHY in (database, redis) else "healthy",
         timestamp=now(),
         version=request.app.version,
-        checks=HealthChecks(database=database, redis=redis),
+        checks=ServerChecks(database=database, redis=redis),
     )
 
 
@@ -1708,13 +1802,13 @@ IdPath = Annotated[int, Path(ge=1, le=MAX_ID)]
 After = Annotated[int, Query(ge=0, le=MAX_ID, description="`next` of the last page")]
 Limit = Annotated[int, Query(ge=1, le=100)]
 TokenForm = Annotated[LoginForm, Form()]
-LIMITED = [Depends(rate_limit_dependency)]
+LOGIN_LIMIT = [Depends(rate_limit_dependency)]
 TOKEN_ERRORS = error_responses(401)
 BODY_ERRORS = error_responses(400, 422)
 PASSWORD_ERRORS = BODY_ERRORS | error_responses(401, 403)
-LOCATION = {"description": "Where it is", "schema": {"type": "string"}}
-CREATED = BODY_ERRORS | {201: {"headers": {"Location": LOCATION}}}
-USER_CREATED = CREATED | error_responses(409)
+LOCATION = {"description": "The URL of the new resource", "schema": {"type": "string"}}
+CREATE_RESPONSES = BODY_ERRORS | {201: {"headers": {"Location": LOCATION}}}
+CREATE_USER_RESPONSES = CREATE_RESPONSES | error_responses(409)
 
 users_router = APIRouter(prefix="/users", tags=["users"])
 auth_router = APIRouter(
@@ -1723,7 +1817,9 @@ auth_router = APIRouter(
 items_router = APIRouter(prefix="/items", tags=["items"], responses=TOKEN_ERRORS)
 
 
-@users_router.post("", status_code=201, dependencies=LIMITED, responses=USER_CREATED)
+@users_router.post(
+    "", status_code=201, dependencies=LOGIN_LIMIT, responses=CREATE_USER_RESPONSES
+)
 async def post_user(
     user_in: UserIn, request: Request, response: Response, db: WriteSession
 ) -> UserOut:
@@ -1748,7 +1844,7 @@ async def get_me(user: CurrentUser) -> UserOut:
 
 
 @users_router.patch(
-    "/me", status_code=204, dependencies=LIMITED, responses=PASSWORD_ERRORS
+    "/me", status_code=204, dependencies=LOGIN_LIMIT, responses=PASSWORD_ERRORS
 )
 async def patch_me(change: PasswordChange, user: CurrentUser, db: WriteSession) -> None:
     """Change the password. Every token issued before becomes invalid."""
@@ -1767,7 +1863,9 @@ async def get_user(user_id: IdPath, user: CurrentUser, db: ReadSession) -> UserO
     return UserOut.model_validate(await read_user(db, user_id))
 
 
-@auth_router.post("/token", dependencies=LIMITED, responses=BODY_ERRORS | TOKEN_ERRORS)
+@auth_router.post(
+    "/token", dependencies=LOGIN_LIMIT, responses=BODY_ERRORS | TOKEN_ERRORS
+)
 async def post_token(form: TokenForm, request: Request, db: WriteSession) -> TokenOut:
     """Log in. Send the token as `Authorization: Bearer`."""
     user = await authenticate_user(db, form.username, form.password)
@@ -1783,7 +1881,7 @@ async def delete_token(user: CurrentUser, db: WriteSession) -> None:
     await discard_tokens(db, user)
 
 
-@items_router.post("", status_code=201, responses=CREATED)
+@items_router.post("", status_code=201, responses=CREATE_RESPONSES)
 async def post_item(
     item_in: ItemIn,
     user: CurrentUser,
@@ -1836,10 +1934,11 @@ api_router.include_router(items_router)
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Open and close the database. If it does not answer, start after a second."""
+    """Connect to the database and close it. Without an answer, start after a second."""
     database = Database(app.state.settings)
     app.state.database = database
-    await asyncio.wait({database.availability.check()}, timeout=RETRY_SECONDS)
+    probe = database.availability.start_probe()
+    await asyncio.wait({probe}, timeout=START_AND_STOP_SECONDS)
     try:
         yield
     finally:
@@ -1851,7 +1950,7 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
     """Return the middleware, outermost first."""
     cors = Middleware(
         OriginCORSMiddleware,
-        allow_origins=[str(origin) for origin in settings.CORS_ORIGINS],
+        allow_origins=[str(origin) for origin in settings.CORS_ORIGINS],  # for mypy
         allow_methods=("GET", "POST", "PATCH", "DELETE"),
         allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
         expose_headers=EXPOSED_HEADERS,
@@ -1863,7 +1962,7 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
         Middleware(SecurityHeadersMiddleware),
         *([cors] if settings.CORS_ORIGINS else []),
         Middleware(RateLimitMiddleware, settings, rate_limiter),
-        Middleware(RequestLimitsMiddleware, settings),
+        Middleware(RequestGuardMiddleware, settings),
     ]
 
 
@@ -1875,7 +1974,7 @@ def register_exception_handlers(app: FastAPI) -> None:
 
 
 def customize_openapi(app: FastAPI) -> None:
-    """Tell the Authorize button of /docs where to log in; settings move the path."""
+    """Put the token URL into the OpenAPI document, for the Authorize button of /docs."""
     settings: Settings = app.state.settings
     token_url = f"{settings.ROOT_PATH}{settings.API_V1_PREFIX}/auth/token"
 
@@ -1900,13 +1999,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=settings.VERSION,
         openapi_url=f"{settings.API_V1_PREFIX}/openapi.json",
         servers=[{"url": settings.ROOT_PATH or "/"}],
-        redirect_slashes=False,  # a redirect would trust the Host header
+        redirect_slashes=False,  # its redirects would be made from the Host header
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not included like api_router: that would cost a fifth of a probe's speed.
+        # Not by include_router, which would make health checks a fifth slower.
         routes=health_router.routes,
-        # FastAPI's own OpenTelemetry is off: README says how to use it.
+        # FastAPI's OpenTelemetry costs time even if unused; README says how to use it.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.settings = settings
@@ -1917,12 +2016,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
+# A module's __getattr__ (PEP 562) builds `main:app` when a server asks for it, so that
+# importing this module needs no settings. mypy only needs the type.
 if TYPE_CHECKING:
     app: FastAPI
 else:
 
     def __getattr__(name: str) -> FastAPI:
-        """Build `main:app` when a server asks for it. Importing reads no settings."""
         if name != "app":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         setup_logging(get_settings())
