@@ -1,7 +1,4 @@
-"""gunicorn, started in this folder, reads its settings from this file.
-
-They come from the environment, never from `.env`; `.env.example` has a line on each.
-"""
+"""gunicorn reads this file at its start. Its values come from the environment only."""
 
 import gc
 import logging
@@ -20,63 +17,65 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 
 import main
 
-MAX_HEAD_BYTES = 64 * 1024  # of a request line and its headers, as in other servers
-HEAD_SECONDS = 10  # after which a request head must have arrived
+MAX_HEAD_BYTES = 64 * 1024  # head: the request line and the headers
+HEAD_TIMEOUT_SECONDS = 10
 
 
-def read_number(name: str, default: int, least: int, most: int = 1_000_000) -> int:
+def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
     text = os.getenv(name, "").strip() or str(default)
-    if not (text.isdecimal() and len(text) < 8 and least <= int(text) <= most):
-        raise SystemExit(f"bad settings: {name}: not a number from {least} to {most}")
-    return int(text)
+    if text.isdecimal() and len(text) < 8 and minimum <= int(text) <= maximum:
+        return int(text)
+    raise SystemExit(f"bad settings: {name}: not a number from {minimum} to {maximum}")
 
 
 def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    with suppress(OSError, ValueError), open(quota_file) as file:  # "max": no quota
+    # A quota of two CPUs is "200000 100000". No quota is "max 100000", a ValueError.
+    with suppress(OSError, ValueError), open(quota_file) as file:
         quota, period = file.read().split()
         cpus = min(cpus, math.ceil(int(quota) / int(period)))
     return cpus
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with bounds on request heads, and without `Upgrade`.
+    """uvicorn's protocol (0.54, with its internals), and bounds on request heads.
 
-    httptools stops after a head with `Upgrade`, so that the body would be parsed as the
-    next request. A server may ignore `Upgrade` (RFC 9110 § 7.8). Private name, checked
-    with uvicorn 0.54: `_unset_keepalive_if_required`, which stops the timer.
+    It ignores `Upgrade` (RFC 9110 § 7.8). httptools stops after such a head, and uvicorn
+    would take the body for the next request (request smuggling).
     """
 
-    head_bytes = 0.0  # received of a request head; -inf while a body is received
+    head_bytes = 0  # of the head that is being received, or was received last
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # A unix socket has no address. "::ffff:192.0.2.1" is an IPv4-mapped address.
+        # For FORWARDED_ALLOW_IPS: a unix socket has no address, "::ffff:" is IPv4 in IPv6.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
         self.start_head_timer()
 
     def data_received(self, data: bytes) -> None:
-        self.head_bytes += len(data)
+        is_new_head = self.head_bytes == 0
+        if not (self.cycle and self.cycle.more_body):  # data is no body
+            self.head_bytes += len(data)
         try:
             self.parse(memoryview(data))
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(431 if self.head_bytes > MAX_HEAD_BYTES else 400)
         if self.head_bytes > MAX_HEAD_BYTES:
             self.refuse(431)
-        # A head has begun, and no request is being answered.
-        elif self.head_bytes == len(data) and self.timeout_keep_alive_task:
+        # These were the first bytes on an idle connection, where a timer is running.
+        elif is_new_head and self.timeout_keep_alive_task:
             self.start_head_timer()
 
     def parse(self, data: memoryview) -> None:
-        """Feed the parser. Parse a head with Upgrade again, without that header."""
+        """Feed the parser. If it stops at `Upgrade`, a new one gets the head without."""
         while data:
             try:
                 self.parser.feed_data(data)
                 return
             except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]
+                data = data[upgrade.args[0] :]  # what follows the head
             version = self.parser.get_http_version().encode()
             lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
             lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
@@ -87,17 +86,17 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # `parse` feeds this head again
-        # Count again: so far, a part of the body may have been counted, too.
-        self.head_bytes = len(self.url)
-        self.head_bytes += sum(len(name + value) + 4 for name, value in self.headers)
+        # The exact size: what was counted so far can contain a part of the body.
+        header_bytes = sum(len(name + value) + 4 for name, value in self.headers)
+        self.head_bytes = len(self.url) + header_bytes
         hosts = [name for name, _ in self.headers].count(b"host")
-        is_ambiguous = hosts != 1 and self.parser.get_http_version() == "1.1"
-        if is_ambiguous or self.head_bytes > MAX_HEAD_BYTES:
+        # RFC 9112 § 3.2: a request of HTTP/1.1 has exactly one Host.
+        is_invalid = hosts != 1 and self.parser.get_http_version() == "1.1"
+        if is_invalid or self.head_bytes > MAX_HEAD_BYTES:
             raise httptools.HttpParserError
-        self.head_bytes = -math.inf
-        self._unset_keepalive_if_required()
+        self._unset_keepalive_if_required()  # stops the timer
         super().on_headers_complete()
-        self.headers = []  # trailers may come: uvicorn would add them to the headers
+        self.headers = []  # or uvicorn would add trailers to the headers of the request
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
@@ -105,39 +104,41 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def start_head_timer(self) -> None:
+        """Start a timer in place of uvicorn's keep-alive timer, which uvicorn stops."""
         self._unset_keepalive_if_required()
-        timer = self.loop.call_later(HEAD_SECONDS, self.refuse, 408)
+        timer = self.loop.call_later(HEAD_TIMEOUT_SECONDS, self.refuse, 408)
         self.timeout_keep_alive_task = timer
 
     def refuse(self, status: int) -> None:
+        """Close the connection. A client that has sent something gets an answer."""
         if self.head_bytes and not self.transport.is_closing():
             date = [b"%s: %s\r\n" % line for line in self.server_state.default_headers]
             ending = b"content-length: 0\r\nconnection: close\r\n\r\n"
             self.transport.write(STATUS_LINE[status] + b"".join(date) + ending)
         self.transport.close()
 
-    def shutdown(self) -> None:
-        # uvicorn closes idle connections, but a request may already be on its way.
+    def shutdown(self) -> None:  # closes what is idle; a request may be on its way
         self.loop.call_later(0.5, super().shutdown)
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
-    """uvicorn's worker, which stops in time, on each of gunicorn's signals."""
+    """uvicorn's worker, which gunicorn's signals end before gunicorn kills it."""
 
     def run(self) -> None:
-        """Run uvicorn. It cancels requests at 4/5 of graceful_timeout."""
-        self.config.app = self.wsgi
+        """Replaces UvicornWorker.run."""
+        self.config.app = self.wsgi  # what gunicorn has loaded
         self.config.http = BoundedHttpProtocol
         self.config.server_header = False
-        self.config.timeout_notify = 1
+        self.config.timeout_notify = 1  # seconds between two calls of callback_notify
+        # Then uvicorn cancels requests. They need the rest of the time for their 503.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
         # On SIGINT and SIGQUIT, gunicorn sends SIGQUIT; uvicorn needs SIGTERM.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # uvicorn raises SIGTERM at its end; sys.exit then waits for cancelled requests.
+        # At its end, uvicorn raises SIGTERM again. gunicorn's handler exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         Server(self.config).run(self.sockets)
 
-    async def callback_notify(self) -> None:  # each second
+    async def callback_notify(self) -> None:
         await super().callback_notify()
         if os.getppid() != self.ppid:  # gunicorn was killed
             signal.raise_signal(signal.SIGTERM)
@@ -145,36 +146,35 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 
 class ServiceLogger(Logger):  # type: ignore[misc]
     def setup(self, cfg: Any) -> None:
-        self.cfg = cfg  # and no handlers: main.py has set them up
+        self.cfg = cfg  # and no handlers of gunicorn's own: see `setup_logging`
 
 
 def when_ready(server: Any) -> None:
-    if not logging.getLogger().handlers:  # main:create_app() leaves logging alone
+    if not logging.getLogger().handlers:  # by `gunicorn "main:create_app()"`
         main.setup_logging(main.get_settings())
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # one file a connection
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     if "*" in server.cfg.forwarded_allow_ips:
-        problem = "lets clients forge their address: name proxies or their networks"
-        server.log.warning(f"FORWARDED_ALLOW_IPS=* {problem}")
+        server.log.warning("FORWARDED_ALLOW_IPS=* lets clients lie: name your proxies")
     gc.freeze()  # the garbage collector then copies no memory that workers share
 
 
 wsgi_app = "main:app"
-default_bind = f"0.0.0.0:{read_number('PORT', 8000, 1, 65535)}"
+default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
 bind = (os.getenv("BIND", "").strip() or default_bind).split(",")
-for address in bind:
+for address in bind:  # unix:/path has no port
     if "/" not in address and address.rpartition(":")[2] not in map(str, range(65536)):
         raise SystemExit(f"bad settings: BIND: {address} has no port from 0 to 65535")
-workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus(), 1), 1)
+workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 worker_class = ServiceWorker
 logger_class = ServiceLogger
 preload_app = True  # invalid settings stop the start; workers share rate limits
-max_requests = read_number("MAX_REQUESTS", 0, 0)  # 0: never, for it drops requests
+max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0 is never: see README
 max_requests_jitter = max_requests // 10
-graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30, 1)
-timeout = graceful_timeout + 30  # longer: a worker that stops sends no heartbeat
-keepalive = read_number("KEEP_ALIVE_SECONDS", 75, 1)  # load balancers keep 60 s
+graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
+timeout = graceful_timeout + 30  # longer: a stopping worker sends no heartbeat
+keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # load balancers keep 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
-control_socket_disable = True  # it would need a writable home directory
-worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
+control_socket_disable = True  # gunicornc's socket needs a writable home directory
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # not on a disk

@@ -79,7 +79,7 @@ from pydantic_settings import BaseSettings, NoDecode
 from redis.asyncio import Redis, RedisError
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from sqlalchemy import event, exc
+from sqlalchemy import event, exc, orm
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
@@ -250,9 +250,8 @@ class JsonFormatter(logging.Formatter):
         }
         fields |= {k: v for k, v in vars(record).items() if k not in STANDARD_FIELDS}
         if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)[
-                -MAX_TRACEBACK_CHARACTERS:
-            ]
+            traceback = self.formatException(record.exc_info)
+            fields["exception"] = traceback[-MAX_TRACEBACK_CHARACTERS:]
         return fields
 
 
@@ -703,7 +702,7 @@ def refuse_flush(*_: object) -> None:
 
 
 @event.listens_for(ReadOnlySession, "do_orm_execute")
-def refuse_statement(state: sa.orm.ORMExecuteState) -> None:
+def refuse_statement(state: orm.ORMExecuteState) -> None:
     if state.is_insert or state.is_update or state.is_delete:
         refuse_flush()
 
