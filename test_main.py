@@ -792,7 +792,9 @@ REFUSED_REQUESTS: dict[str, tuple[int, str, Any]] = {
 
 
 @cases("status, line, sent", REFUSED_REQUESTS)
-async def test_error_is_no_echo(status: int, line: str, sent: Any, odd: Client) -> None:
+async def test_error_does_not_contain_the_invalid_value(
+    status: int, line: str, sent: Any, odd: Client
+) -> None:
     response = await odd.request(*line.split(), **sent)
     assert response.status_code == status
     assert (error_of(response)["details"] is None) == (status != 422)
@@ -1014,7 +1016,7 @@ async def pg_ada(forwarder: Forwarder) -> AsyncIterator[Client]:
         yield client
 
 
-async def test_silent_server_fails_alone(
+async def test_silent_server_costs_only_requests_that_use_it(
     pg_ada: Client, forwarder: Forwarder, statements: list[Any]
 ) -> None:
     forwarder.forget()
