@@ -17,8 +17,8 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 
 import main
 
-MAX_HEAD_BYTES = 64 * 1024  # head: the request line and the headers
-HEAD_TIMEOUT_SECONDS = 10
+MAX_HEADER_BYTES = 64 * 1024  # with the request line
+HEADER_TIMEOUT_SECONDS = 10
 
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
@@ -31,7 +31,7 @@ def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6)
 def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    # A quota of two CPUs is "200000 100000". No quota is "max 100000", a ValueError.
+    # Two CPUs are "200000 100000". No quota is "max 100000": int("max") raises ValueError.
     with suppress(OSError, ValueError), open(quota_file) as file:
         quota, period = file.read().split()
         cpus = min(cpus, math.ceil(int(quota) / int(period)))
@@ -39,43 +39,44 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol (0.54, with its internals), and bounds on request heads.
+    """uvicorn's protocol, with bounds on headers; uses private parts of uvicorn 0.54.
 
-    It ignores `Upgrade` (RFC 9110 § 7.8). httptools stops after such a head, and uvicorn
-    would take the body for the next request (request smuggling).
+    It ignores `Upgrade` (RFC 9110 § 7.8). httptools stops parsing at that header, and
+    uvicorn would take the body for the next request (request smuggling).
     """
 
-    head_bytes = 0  # of the head that is being received, or was received last
+    header_bytes = 0  # received so far
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # For FORWARDED_ALLOW_IPS: a unix socket has no address, "::ffff:" is IPv4 in IPv6.
+        # FORWARDED_ALLOW_IPS needs an address, and no IPv4 address in the form of IPv6.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
-        self.start_head_timer()
+        self.start_header_timer()
 
     def data_received(self, data: bytes) -> None:
-        is_new_head = self.head_bytes == 0
-        if not (self.cycle and self.cycle.more_body):  # data is no body
-            self.head_bytes += len(data)
+        is_first_data = self.header_bytes == 0
+        is_body = self.cycle and self.cycle.more_body  # of the current request
+        if not is_body:
+            self.header_bytes += len(data)
         try:
             self.parse(memoryview(data))
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(431 if self.head_bytes > MAX_HEAD_BYTES else 400)
-        if self.head_bytes > MAX_HEAD_BYTES:
+            self.refuse(431 if self.header_bytes > MAX_HEADER_BYTES else 400)
+        if self.header_bytes > MAX_HEADER_BYTES:
             self.refuse(431)
-        # These were the first bytes on an idle connection, where a timer is running.
-        elif is_new_head and self.timeout_keep_alive_task:
-            self.start_head_timer()
+        # The first bytes of a request, while the keep-alive timer is running.
+        elif is_first_data and self.timeout_keep_alive_task:
+            self.start_header_timer()
 
     def parse(self, data: memoryview) -> None:
-        """Feed the parser. If it stops at `Upgrade`, a new one gets the head without."""
+        """Feed the parser. At `Upgrade`, feed the same headers without it to a new one."""
         while data:
             try:
                 self.parser.feed_data(data)
                 return
             except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]  # what follows the head
+                data = data[upgrade.args[0] :]  # what follows the headers
             version = self.parser.get_http_version().encode()
             lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
             lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
@@ -85,56 +86,55 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
-            return  # `parse` feeds this head again
+            return  # `parse` feeds these headers again
         # The exact size: what was counted so far can contain a part of the body.
-        header_bytes = sum(len(name + value) + 4 for name, value in self.headers)
-        self.head_bytes = len(self.url) + header_bytes
+        lines = [name + b": " + value + b"\r\n" for name, value in self.headers]
+        self.header_bytes = len(self.url) + len(b"".join(lines))
         hosts = [name for name, _ in self.headers].count(b"host")
         # RFC 9112 § 3.2: a request of HTTP/1.1 has exactly one Host.
         is_invalid = hosts != 1 and self.parser.get_http_version() == "1.1"
-        if is_invalid or self.head_bytes > MAX_HEAD_BYTES:
+        if is_invalid or self.header_bytes > MAX_HEADER_BYTES:
             raise httptools.HttpParserError
-        self._unset_keepalive_if_required()  # stops the timer
+        self._unset_keepalive_if_required()  # stops our timer
         super().on_headers_complete()
         self.headers = []  # or uvicorn would add trailers to the headers of the request
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
-            self.head_bytes = 0
+            self.header_bytes = 0
             super().on_message_complete()
 
-    def start_head_timer(self) -> None:
-        """Start a timer in place of uvicorn's keep-alive timer, which uvicorn stops."""
+    def start_header_timer(self) -> None:
+        """Start our timer in uvicorn's attribute for the keep-alive timer."""
         self._unset_keepalive_if_required()
-        timer = self.loop.call_later(HEAD_TIMEOUT_SECONDS, self.refuse, 408)
+        timer = self.loop.call_later(HEADER_TIMEOUT_SECONDS, self.refuse, 408)
         self.timeout_keep_alive_task = timer
 
     def refuse(self, status: int) -> None:
         """Close the connection. A client that has sent something gets an answer."""
-        if self.head_bytes and not self.transport.is_closing():
-            date = [b"%s: %s\r\n" % line for line in self.server_state.default_headers]
+        if self.header_bytes and not self.transport.is_closing():
+            lines = [b"%s: %s\r\n" % line for line in self.server_state.default_headers]
             ending = b"content-length: 0\r\nconnection: close\r\n\r\n"
-            self.transport.write(STATUS_LINE[status] + b"".join(date) + ending)
+            self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)
         self.transport.close()
 
-    def shutdown(self) -> None:  # closes what is idle; a request may be on its way
+    def shutdown(self) -> None:  # waits, because a request may be on its way
         self.loop.call_later(0.5, super().shutdown)
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
-    """uvicorn's worker, which gunicorn's signals end before gunicorn kills it."""
+    """uvicorn's worker, which stops gracefully at gunicorn's signals, and in time."""
 
     def run(self) -> None:
-        """Replaces UvicornWorker.run."""
         self.config.app = self.wsgi  # what gunicorn has loaded
         self.config.http = BoundedHttpProtocol
         self.config.server_header = False
         self.config.timeout_notify = 1  # seconds between two calls of callback_notify
-        # Then uvicorn cancels requests. They need the rest of the time for their 503.
+        # When uvicorn cancels requests. The rest of the time is for sending their 503.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # On SIGINT and SIGQUIT, gunicorn sends SIGQUIT; uvicorn needs SIGTERM.
+        # gunicorn's master passes SIGINT and SIGQUIT on as SIGQUIT. uvicorn needs SIGTERM.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # At its end, uvicorn raises SIGTERM again. gunicorn's handler exits with 0.
+        # After its shutdown, uvicorn raises SIGTERM again. handle_quit then exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         Server(self.config).run(self.sockets)
 
@@ -149,10 +149,10 @@ class ServiceLogger(Logger):  # type: ignore[misc]
         self.cfg = cfg  # and no handlers of gunicorn's own: see `setup_logging`
 
 
-def when_ready(server: Any) -> None:
-    if not logging.getLogger().handlers:  # by `gunicorn "main:create_app()"`
+def when_ready(server: Any) -> None:  # before the workers are forked
+    if not logging.getLogger().handlers:  # after `gunicorn "main:create_app()"`
         main.setup_logging(main.get_settings())
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # one file a connection
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # for many connections
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     if "*" in server.cfg.forwarded_allow_ips:
@@ -173,8 +173,8 @@ preload_app = True  # invalid settings stop the start; workers share rate limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0 is never: see README
 max_requests_jitter = max_requests // 10
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
-timeout = graceful_timeout + 30  # longer: a stopping worker sends no heartbeat
+timeout = graceful_timeout + 30  # a stopping worker sends no heartbeat meanwhile
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # load balancers keep 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
-control_socket_disable = True  # gunicornc's socket needs a writable home directory
-worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # not on a disk
+control_socket_disable = True  # of gunicorn 25: it needs a writable home directory
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # heartbeats

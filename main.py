@@ -1,13 +1,13 @@
 """A production-grade FastAPI service in one module: users, access tokens and items.
 
 Read it from the top: a section uses only names that are defined above it. A request
-passes through the sections from the bottom up: middleware, dependencies, route, service,
-repository, database. The verb of a function tells its layer: find_user is a repository,
-read_user a service, get_user a route.
+passes through middleware, dependencies, route, service, repository and database. The
+verb of a function tells its layer: find_user is a repository, read_user a service,
+get_user a route.
 
     Settings       every variable is validated before a socket is opened
     Logging        one JSON object per record; clients cannot forge a line
-    Errors         every error has one form and reveals nothing internal
+    Errors         every error has one format and reveals nothing internal
     Models         the tables
     Database       a request holds a connection only while it talks to the database
     Schemas        bodies of requests and responses; text is bounded and valid Unicode
@@ -106,13 +106,15 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
     except (exc.ArgumentError, ValueError, KeyError):
         raise ValueError("should be postgresql://… or sqlite:///path") from None
-    # An "@" in the password that is not encoded: the rest of it is now in the host.
+    # make_url ends the password at its first "@". If that was not encoded, the rest of
+    # the password is in the host, which is logged.
     if "@" in (url.host or ""):
         raise ValueError("the password has special characters that are not encoded")
     if (url.port or 0) > 65535:
         raise ValueError("the port should be at most 65535")
     # Each connection to ":memory:" would have a database of its own.
-    if url.drivername != PSYCOPG and url.database in {None, "", ":memory:"}:
+    is_sqlite = url.get_backend_name() == "sqlite"
+    if is_sqlite and url.database in {None, "", ":memory:"}:
         raise ValueError("should name the file of the database")
     return url
 
@@ -129,9 +131,10 @@ def parse_origin(url: pydantic.AnyUrl | str) -> str:
 # NoDecode, because sa.URL is a tuple, and pydantic-settings reads tuples as JSON.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 Origin = Annotated[pydantic.AnyUrl | Literal["*"], AfterValidator(parse_origin)]
-# To check a max_length, pydantic counts characters, and refuses invalid Unicode.
+# A max_length also makes pydantic refuse text that is not valid Unicode, such as bytes
+# of the environment that are not UTF-8.
 ShortText = Annotated[str, Field(max_length=1000)]
-# At most 10,000, because the rate limiter's table has room for as many times per client.
+# The rate limiter keeps a timestamp per request, so that the limit decides its memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -197,7 +200,7 @@ def get_settings() -> Settings:
             name = f"{fault['loc'][0]}: " if fault["loc"] else ""
             reasons.append(name + fault["msg"].removeprefix("Value error, "))
         reason = "; ".join(reasons)
-    except (ValueError, OSError) as error:  # no JSON, or a file that cannot be read
+    except (ValueError, OSError) as error:  # invalid JSON, or an unreadable file
         reason = f"{error} (in the environment, .env or /run/secrets)"
     raise SystemExit(f"bad settings: {reason}")
 
@@ -206,12 +209,12 @@ def get_settings() -> Settings:
 # Each record is one line on stdout. Control characters are escaped, so that the text of
 # a client cannot forge a line.
 
-# Not `__name__`: SQLAlchemy's logger for our pool class is called "main.FairPool". It
-# would be a child of "main" and would inherit its level.
+# Not `__name__`: SQLAlchemy's logger for our pool class is called "main.FairPool". A
+# level that is set for "main" would also apply to it.
 logger = logging.getLogger("service")
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
-# The attributes that are no `extra`: those of every record, taskName, which is new in
-# Python 3.12, and uvicorn's color_message.
+# The attributes of a record that do not come from `extra`. taskName is new in Python
+# 3.12, color_message is uvicorn's.
 STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "taskName", "color_message"}
 # The end of a traceback is kept, because it has the error. A line over 4 KiB (PIPE_BUF)
 # could be mixed with lines of other workers.
@@ -219,7 +222,7 @@ MAX_TRACEBACK_CHARACTERS = 3000
 LIBRARY_LEVELS = {
     # They log each statement or URL, some with parameters.
     "aiosqlite": "WARNING",
-    "httpx": "WARNING",  # not ours, but often added
+    "httpx": "WARNING",
     "main.FairPool": "WARNING",
     "sqlalchemy": "WARNING",
     # Their warnings repeat what the request's own line says.
@@ -264,31 +267,34 @@ class TextFormatter(JsonFormatter):
         words = [fields.pop(name) for name in ("timestamp", "level", "message")]
         words += [f"{name}={value}" for name, value in fields.items()]
         lines = [" ".join(words), *traceback]
-        # `ascii` escapes what is not printable, and adds quotes, which are cut off.
+        # `ascii` escapes what is not printable; its quotes are cut off. The bar marks the
+        # lines of a traceback, so that they cannot look like a record.
         return "\n    | ".join(ascii(line)[1:-1] for line in lines)
 
 
 def setup_logging(settings: Settings) -> None:
-    """Give the service, its servers and its libraries one handler and one form."""
+    """Give all loggers one handler and one format: also uvicorn's and gunicorn's."""
     is_development = settings.ENVIRONMENT == "development"
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    handler.setLevel(level)  # also for loggers whose own level is lower
+    # Otherwise LIBRARY_LEVELS would let warnings through if LOG_LEVEL is ERROR.
+    handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # The servers have given these loggers handlers of their own.
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "gunicorn.error"):
+    # uvicorn and gunicorn have given their loggers other handlers.
+    for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")
         server_logger.propagate = False
-    # RequestLoggingMiddleware logs requests instead. uvicorn writes its access log only
-    # if this logger has a handler.
-    logging.getLogger("uvicorn.access").handlers = []
+    # uvicorn writes an access log only if there is a handler for it. We write our own.
+    access_logger = logging.getLogger("uvicorn.access")
+    access_logger.handlers = []
+    access_logger.propagate = False
     logging.captureWarnings(True)
     # If stdout is closed or full, logging would print a traceback for each record.
     logging.raiseExceptions = False
@@ -302,9 +308,10 @@ def describe(error: BaseException) -> str:
 
 
 # --- Errors ---------------------------------------------------------------------------
-# `error_response` writes the body of every error. Services raise AppExceptions.
+# `error_response` writes the body of every error. Services raise AppExceptions. The
+# handler of database errors is in the section Database.
 
-ERROR_SLUGS = {  # what programs read, by status code
+ERROR_CODES = {  # status code: the `error` in the body
     400: "bad_request",
     401: "unauthorized",
     403: "forbidden",
@@ -321,7 +328,7 @@ ERROR_SLUGS = {  # what programs read, by status code
 DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
 INVALID_TOKEN = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # RFC 6750 § 3.1
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-Headers = Mapping[str, str] | None
+OptionalHeaders = Mapping[str, str] | None
 Responses = dict[int | str, dict[str, Any]]
 
 
@@ -330,11 +337,11 @@ class AppException(Exception):
 
     status_code = 500
     message = "Something went wrong. Quote the request_id if you report it."
-    headers: Headers = None  # in addition to the default headers of the status
+    headers: OptionalHeaders = None  # in addition to the default headers of the status
 
     @property
     def error(self) -> str:
-        return ERROR_SLUGS[self.status_code]
+        return ERROR_CODES[self.status_code]
 
 
 class UnauthorizedException(AppException):
@@ -380,11 +387,6 @@ class ServiceUnavailableException(AppException):
     message = "The service is not available; try again soon."
 
 
-class RequestTimeoutException(AppException):
-    status_code = 504
-    message = "The request took too long."
-
-
 class ErrorDetail(BaseModel):
     field: str = Field(examples=["body.title"])
     message: str
@@ -412,10 +414,10 @@ def error_response(
     status_code: int,
     error: str,
     message: str,
-    headers: Headers = None,
+    headers: OptionalHeaders = None,
     details: list[dict[str, str]] | None = None,
 ) -> Response:
-    """Write the one form of all errors, `ErrorResponse`."""
+    """Write an error in the format of `ErrorResponse`."""
     body = {
         "error": error,
         "message": message,
@@ -443,6 +445,7 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
+        # Starlette's router asks its routes in the same way.
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -451,14 +454,14 @@ def allowed_methods(request: Request) -> str:
 async def http_exception_handler(request: Request, error: HTTPException) -> Response:
     """Answer what the framework raises, and HTTPExceptions of your own."""
     status_code = error.status_code
-    slug = ERROR_SLUGS.get(status_code, f"http_{status_code}")
+    error_code = ERROR_CODES.get(status_code, f"http_{status_code}")
     message = str(error.detail)
     headers = error.headers
     if status_code == 405:
         headers = {"Allow": allowed_methods(request)}
     if status_code >= 500:
         request.state.reason = message
-    return error_response(request, status_code, slug, message, headers)
+    return error_response(request, status_code, error_code, message, headers)
 
 
 async def validation_exception_handler(
@@ -480,7 +483,7 @@ async def unhandled_exception_handler(request: Request, error: Exception) -> Res
     outside all middleware: its answer would have no id and no security headers.
     """
     request.state.exception = error
-    return error_response(request, 500, AppException().error, AppException.message)
+    return error_response(request, 500, ERROR_CODES[500], AppException.message)
 
 
 # --- Models ---------------------------------------------------------------------------
@@ -524,29 +527,24 @@ class Item(Base):
 
 
 # --- Database -------------------------------------------------------------------------
-# A request holds a connection only while it talks to the database. Nothing polls a
-# database that is available.
+# A request holds a connection only while it talks to the database. There are no checks in
+# the background while the database is available.
 
-PROBE_SECONDS = 1  # between two probes of a server that is not available
-HEALTH_CHECK_SECONDS = 2  # after which a health check is answered in any case
-START_AND_STOP_SECONDS = 1  # for which they wait for a server
+PROBE_SECONDS = 1  # from a failed probe to the next one
+HEALTH_CHECK_SECONDS = 2  # the longest time until a health check is answered
+START_AND_STOP_SECONDS = 1  # how long the start and the stop wait for a probe
 # An advisory lock with an arbitrary id, the same in all workers.
 TABLES_LOCK = sa.select(sa.func.pg_advisory_xact_lock(7411))
 # SQLAlchemy raises these if a server is not reachable, full, too slow or read-only.
-OUTAGES = (
-    exc.OperationalError,
-    exc.InterfaceError,
-    exc.InternalError,
-    exc.TimeoutError,
-)
+OUTAGE = (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError)
 
 
 class Availability:
-    """Whether a server can be used: a circuit breaker.
+    """Whether the database or Redis can be used.
 
-    `probe` raises an exception if the server cannot be used. It runs when a request has
-    failed or a health check asks. If it fails, it runs again every second until it
-    succeeds. The log has one warning for an outage, and one line for its end.
+    `probe` raises an exception if it cannot. It runs when a request has failed or a
+    health check asks. If it fails, it runs again every second until it succeeds. The log
+    has one warning for an outage, and one line for its end.
     """
 
     def __init__(self, name: str, probe: Callable[[], Awaitable[object]]) -> None:
@@ -554,8 +552,7 @@ class Availability:
         self.probe = probe
         self.is_available = True
         self.probe_task: asyncio.Task[bool] | None = None
-        # A probe that was too slow for the health check which has started it.
-        self.slow_probe_task: asyncio.Task[bool] | None = None
+        self.late_probe_task: asyncio.Task[bool] | None = None  # see is_ready
         self.next_probe: asyncio.TimerHandle | None = None
 
     def start_probe(self) -> asyncio.Task[bool]:
@@ -586,14 +583,14 @@ class Availability:
     async def is_ready(self) -> bool:
         """Answer a health check within HEALTH_CHECK_SECONDS.
 
-        A slower probe goes on, and its result is for the next health check. Otherwise a
-        server that needs 3 seconds would never be ready.
+        A probe that is too late goes on, and its result is for the next health check.
+        Otherwise a database that needs 3 seconds would never be ready.
         """
         if not self.is_available:
             return False
-        task = self.slow_probe_task or self.start_probe()
+        task = self.late_probe_task or self.start_probe()
         await asyncio.wait({task}, timeout=HEALTH_CHECK_SECONDS)
-        self.slow_probe_task = None if task.done() else task
+        self.late_probe_task = None if task.done() else task
         return task.done() and task.result()
 
     async def stop(self) -> None:
@@ -608,7 +605,7 @@ def abort_connection(entry: ConnectionPoolEntry) -> None:
     """Make the statement that runs on a PostgreSQL connection fail now.
 
     Cancelling it would need the server, which may not answer. So shut down the socket:
-    the driver sees the end of the connection.
+    the driver sees the end of the connection. SQLite has no server that could hang.
     """
     connection = entry.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
@@ -627,7 +624,8 @@ class FairPool(AsyncAdaptedQueuePool):
     closed, so that a silent server does not take all of them.
 
     `_do_get` hands out a connection, `_do_return_conn` takes it back. SQLAlchemy's own
-    pools override the same two methods (checked with 2.1.9).
+    pools override the same two methods (checked with 2.1.9). With a slot, the base class
+    never has to wait.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -643,7 +641,7 @@ class FairPool(AsyncAdaptedQueuePool):
             raise exc.TimeoutError("no connection was free in time") from None
 
     def _do_get(self) -> ConnectionPoolEntry:
-        # SQLAlchemy runs this in a greenlet, where `await_` awaits a coroutine.
+        # SQLAlchemy runs this in a greenlet, where its `await_` awaits a coroutine.
         await_(self.wait_for_slot())
         try:
             entry = super()._do_get()
@@ -663,7 +661,7 @@ class FairPool(AsyncAdaptedQueuePool):
 
 
 def handle_database_error(context: sa.engine.ExceptionContext) -> None:
-    """Cut values out of messages. Drop all connections to a server that only reads."""
+    """Cut values out of messages. Drop all connections to a read-only server."""
     original = context.original_exception
     # From its second line on, PostgreSQL's message shows the whole row, with the
     # password's hash.
@@ -692,19 +690,19 @@ def begin_immediate(connection: sa.Connection) -> None:
 class ReadOnlySession(Session):
     """What is behind a route's `ReadSession`. It refuses to write.
 
-    Its connections are in autocommit, so that a write could not be rolled back.
+    Its connections are in autocommit: a write could not be rolled back.
     """
 
 
 @event.listens_for(ReadOnlySession, "before_flush")
-def refuse_flush(*_: object) -> None:
+def refuse_write(*_: object) -> None:
     raise RuntimeError("a ReadSession cannot write: the route needs a WriteSession")
 
 
 @event.listens_for(ReadOnlySession, "do_orm_execute")
-def refuse_statement(state: orm.ORMExecuteState) -> None:
+def refuse_write_statement(state: orm.ORMExecuteState) -> None:
     if state.is_insert or state.is_update or state.is_delete:
-        refuse_flush()
+        refuse_write()
 
 
 class Database:
@@ -719,7 +717,8 @@ class Database:
         if self.is_sqlite:
             # SQLite has one writer at a time; the others wait in the pool's queue.
             self.write_engine = self.create_engine(1)
-            # In autocommit, the driver sends no BEGIN of its own.
+            # In autocommit, the driver sends no BEGIN. `begin_immediate` does, and the
+            # session's commit() or rollback() ends the transaction.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             # The same pool, but in transactions.
@@ -759,7 +758,7 @@ class Database:
         return engine
 
     def postgresql_options(self) -> dict[str, str]:
-        """Return what is added to the URL, where its own options win."""
+        """Return options of libpq. Those in DATABASE_URL override them."""
         seconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS)
         milliseconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS * 1000)
         # The server ends a statement shortly before FairPool would close the connection.
@@ -770,7 +769,7 @@ class Database:
             "application_name": self.settings.PROJECT_NAME,
             "connect_timeout": str(seconds),
             "keepalives_idle": "60",  # NAT routers drop what is idle for minutes
-            "tcp_user_timeout": str(milliseconds),  # for sent data to be acknowledged
+            "tcp_user_timeout": str(milliseconds),  # for data without acknowledgement
             "target_session_attrs": "read-write",  # never connect to a replica
             "options": f"{statement_timeout} {idle_timeout}",
         }
@@ -785,7 +784,7 @@ class Database:
         async with self.check_engine.connect() as connection:
             for table in Base.metadata.sorted_tables:
                 # Reads no row, but fails if a column is missing. FOR UPDATE fails on a
-                # server that only reads. (SQLAlchemy omits it for SQLite.)
+                # read-only server. (SQLAlchemy omits it for SQLite.)
                 await connection.execute(sa.select(table).limit(0).with_for_update())
 
     async def create_tables(self) -> None:
@@ -821,7 +820,7 @@ async def database_exception_handler(
 ) -> Response:
     """Answer 503 if the database cannot serve now. Other errors become a 500."""
     is_lost = getattr(error, "connection_invalidated", False)
-    is_outage = is_lost or isinstance(error, OUTAGES)
+    is_outage = is_lost or isinstance(error, OUTAGE)
     # sqlite3's OperationalError can mean wrong SQL, too, which is a bug.
     driver_error = getattr(error, "orig", None)
     is_bug = getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR"
@@ -833,9 +832,9 @@ async def database_exception_handler(
 
 
 # --- Schemas --------------------------------------------------------------------------
-# The bodies of requests and responses. Every text that is read has a max_length, with
-# which pydantic refuses invalid Unicode. Stored texts contain no NUL, because PostgreSQL
-# cannot store it.
+# The bodies of requests and responses. Every text of a request has a max_length, which
+# also makes pydantic refuse invalid Unicode. Stored texts contain no NUL, because
+# PostgreSQL cannot store it.
 
 MAX_ID = 2**63 - 1
 NO_NUL = r"^[^\x00]*$"
@@ -861,7 +860,7 @@ Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
 Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
 NextId = Annotated[
     int | None,
-    Field(description="Send it as `after` for the next page; null on the last"),
+    Field(description="Send it as `after` for the next page; null on the final one"),
 ]
 
 
@@ -959,9 +958,8 @@ class HealthStatus(BaseModel):
 PASSWORD_HASHER = PasswordHash(
     [Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1)]
 )
-# For names that do not exist: verifying it takes as long as verifying a real hash, so
-# that the time of a login does not tell which usernames exist.
-# It has the form of an Argon2 hash, but belongs to no password.
+# Verified in place of a real hash if the username does not exist: the time of a login then
+# does not tell which usernames exist. No password matches it.
 DUMMY_HASH = f"$argon2id$v=19$m=19456,t=2,p=1${'A' * 22}${'A' * 43}"
 # At most two hashes at a time, in threads, which bounds the memory. The event loop goes
 # on meanwhile, because argon2 releases the GIL.
@@ -987,7 +985,7 @@ async def verify_password(password: str, known_hash: str) -> tuple[bool, str | N
 
 
 def signing_key(settings: Settings) -> dict[str, str]:
-    """Return a JSON Web Key. Of a plain text, python-jose guesses what it is."""
+    """Return a JSON Web Key. python-jose would read some strings as PEM or JSON."""
     # An environment variable may contain bytes that are not UTF-8.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
@@ -1018,21 +1016,19 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
 
 
 # --- Repositories ---------------------------------------------------------------------
-# SQL and nothing else: rows or None come back, no rule is decided,
-# nothing is committed.
+# SQL only. Functions return rows or None. They contain no business rules, and do not
+# commit.
 
 Rows = Sequence[Any]
 # The queries of the busiest routes are built once, because that takes 0.2 ms.
 FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
-PAGE_SIZE = sa.bindparam("limit", type_=sa.Integer)
-ITEMS_QUERY = (
-    sa.select(Item.__table__).order_by(Item.owner_id, Item.id).limit(PAGE_SIZE)
-)
-# One page, in the form for which each database uses both columns of `items_of_owner`.
+ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
+# Both mean owner_id = :owner AND id > :after, in the form with which the database uses
+# both columns of the index `items_of_owner`.
 LIST_ITEMS_QUERIES = {
-    # Of a comparison of rows, such as (a, b) > (1, 2), SQLite uses the first column only.
+    # For (a, b) > (1, 2), SQLite uses only the first column of an index.
     "sqlite": ITEMS_QUERY.where(sa.text("owner_id = :owner AND id > :after")),
-    # Without a comparison of rows, PostgreSQL may walk through the items of all owners.
+    # With the above, PostgreSQL may walk through the items of all owners.
     "postgresql": ITEMS_QUERY.where(
         sa.text("(owner_id, id) > (:owner, :after) AND owner_id <= :owner")
     ),
@@ -1059,14 +1055,17 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
 
 
 async def update_user(db: AsyncSession, user: User, **changes: Any) -> bool:
-    """Return False, and change nothing, if the password was changed meanwhile."""
-    same_password = (User.id == user.id) & (User.password_hash == user.password_hash)
-    query = sa.update(User).where(same_password).values(changes).returning(User.id)
+    """Change the user, unless the password has changed since `user` was read.
+
+    Then return False.
+    """
+    is_unchanged = (User.id == user.id) & (User.password_hash == user.password_hash)
+    query = sa.update(User).where(is_unchanged).values(changes).returning(User.id)
     return await db.scalar(query) is not None
 
 
 async def remove_user(db: AsyncSession, user_id: int) -> None:
-    """The user's items go, too, by their foreign key."""
+    """Delete a user. ON DELETE CASCADE of the foreign key deletes the user's items."""
     await db.execute(sa.delete(User).where(User.id == user_id))
 
 
@@ -1079,8 +1078,8 @@ async def find_item(
 
 async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) -> Rows:
     """Return plain rows, which are cheaper than ORM objects."""
-    query = LIST_ITEMS_QUERIES[db.get_bind().dialect.name]
-    page = {"owner": owner_id, "after": after, "limit": limit}
+    query = LIST_ITEMS_QUERIES[db.get_bind().dialect.name].limit(limit)
+    page = {"owner": owner_id, "after": after}
     return (await db.execute(query, page)).all()
 
 
@@ -1099,9 +1098,12 @@ Page = dict[str, Any]
 
 
 def make_page(name: str, rows: Rows, limit: int) -> Page:
-    """Make a page of `limit` rows. One row more shows that there is a next page."""
-    next_id = rows[limit - 1].id if len(rows) > limit else None
-    return {name: rows[:limit], "next": next_id}
+    """Make a page of at most `limit` rows.
+
+    Callers ask for `limit + 1`: the additional row shows that there is a next page.
+    """
+    last_id = rows[limit - 1].id if len(rows) > limit else None
+    return {name: rows[:limit], "next": last_id}
 
 
 async def register_user(db: AsyncSession, user_in: UserIn) -> User:
@@ -1221,14 +1223,14 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 
 
 # --- Rate limiting --------------------------------------------------------------------
-# Exact sliding windows: of each client, the times of the allowed requests are kept. There
-# are two limits, "api" and "login".
+# Exact sliding windows: for each client, the limiter keeps the times of the allowed
+# requests. There are two limits, "api" and "login".
 
 SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 ROWS_IN_BUCKET = 16
 SECOND_NS = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
-MAX_REDIS_CONNECTIONS = 32  # of a worker
+MAX_REDIS_CONNECTIONS = 32  # per worker
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
 # ARGV[3] is random, because each member of a set must be different.
 REDIS_SCRIPT = """
@@ -1252,7 +1254,10 @@ return {allowed, limit, math.max(0, limit - count), reset_seconds}
 
 @cache
 def open_lock_file() -> IO[bytes]:
-    """Open the lock of all limiters. The kernel releases it if a process is killed."""
+    """Open the one lock file of all limiters, before the fork.
+
+    Its lock belongs to a process. If that is killed, the kernel releases the lock.
+    """
     return tempfile.TemporaryFile()
 
 
@@ -1265,7 +1270,10 @@ class RateLimitResult(NamedTuple):
 
 @lru_cache(8192)
 def client_key(address: str) -> str:
-    """Return what counts as one client: an IPv4 address, or an IPv6 /64, a site's."""
+    """Return what counts as one client: an IPv4 address, or an IPv6 /64 network.
+
+    A site usually has a whole /64 for itself.
+    """
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -1285,8 +1293,9 @@ class SlidingWindowRateLimiter:
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
+        # Defined here, because its size depends on the limit. `times` is a ring buffer:
+        # request number n is at n % limit.
         class Row(ctypes.Structure):
-            # `times` is a ring buffer: request number n is at n % limit.
             _fields_ = (
                 ("client_hash", ctypes.c_int64),
                 ("last_seen_ns", ctypes.c_int64),
@@ -1364,7 +1373,7 @@ class RedisRateLimiter:
 
     async def check(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
-        # Outside of the timeout: that requests wait here is no outage of Redis.
+        # The wait for a slot is not part of the timeout: it does not mean an outage.
         async with self.slots:
             if not self.availability.is_available:
                 return None
@@ -1384,7 +1393,7 @@ class RedisRateLimiter:
     async def probe(self) -> None:
         """Raise an exception if Redis cannot write. A replica would answer PING."""
         if not self.availability.is_available:
-            # They may lead to a former primary. New ones lead to its successor.
+            # After a failover, open connections may still lead to the former primary.
             await self.client.connection_pool.disconnect(inuse_connections=False)
         await self.run_script("probe", 1, 1)
 
@@ -1442,10 +1451,10 @@ TRACEPARENT = re.compile(
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})"
     rb"-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
-# A charset parameter with any value but utf-8, which may be quoted.
+# "charset" that is not followed by =utf-8 or ="utf-8".
 NOT_UTF8 = re.compile(rb'charset(?!=("?)utf-8\1\s*(;|$))')
 MAX_FORM_BYTES = 64 * 1024  # forms take longer to parse than JSON
-MAX_LOGGED_PATH = 500  # characters; see MAX_TRACEBACK
+MAX_PATH_CHARACTERS = 500  # in a log line; see MAX_TRACEBACK_CHARACTERS
 CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 SECURITY_HEADERS = {
     "Content-Security-Policy": CSP,
@@ -1501,7 +1510,8 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # As `uvicorn --root-path` does: the proxy has removed ROOT_PATH from the path.
+        # The proxy has removed ROOT_PATH from the path. FastAPI's own `root_path` does not
+        # add it again, which is wrong if API_V1_PREFIX begins with the same text.
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1529,14 +1539,14 @@ class RequestLoggingMiddleware:
         if not REQUEST_ID.fullmatch(request_id):
             request_id = secrets.token_hex(16).encode()
         state["request_id"] = request_id.decode()
-        # Never reset: the next request of this connection overwrites it.
+        # Not reset at the end: the next request of the same connection overwrites it.
         request_id_context.set(state["request_id"])
         trace = TRACEPARENT.fullmatch(headers.get(b"traceparent", b""))
         if trace:
             state["trace_id"] = trace[1].decode()
         client = scope["client"][0] if scope["client"] else "unknown"
         state["client"] = client[:64]  # a proxy may send any text
-        # If uvicorn trusts the peer, it takes the client's address from this header.
+        # If uvicorn had trusted the peer, `client` would be an address of this header.
         forwarded_for = headers.get(b"x-forwarded-for", b"").decode("latin-1")
         if forwarded_for and client not in forwarded_for:
             warn_of_untrusted_proxy()
@@ -1546,7 +1556,7 @@ class RequestLoggingMiddleware:
         exception = state.get("exception")
         fields = {
             "method": scope["method"],
-            "path": quote(scope["path"], errors="replace")[:MAX_LOGGED_PATH],
+            "path": quote(scope["path"], errors="replace")[:MAX_PATH_CHARACTERS],
             "status_code": status_code,
             "duration_ms": round(seconds * 1000, 2),
         }
@@ -1584,7 +1594,7 @@ class SecurityHeadersMiddleware:
 
 
 class OriginCORSMiddleware(CORSMiddleware):
-    """Starlette's CORS, which other clients than browsers would pay for, too (8 µs)."""
+    """Apply CORS to requests with an Origin header only. It costs 8 µs."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if b"origin" in dict(scope.get("headers", ())):
@@ -1625,9 +1635,9 @@ class RateLimitMiddleware:
 
 
 class RequestGuardMiddleware:
-    """Limit a request's body and time. Answer what nobody else answers.
+    """Limit a request's body (413) and time (504), and catch what is left.
 
-    That is 413, 504, 500 for an unhandled exception, and 503 at a shutdown.
+    An unhandled exception is a 500, a cancellation at the shutdown a 503.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -1642,21 +1652,23 @@ class RequestGuardMiddleware:
         try:
             async with timer:
                 return await self.app(scope, self.bound_body(scope, receive), send)
+        # The registered handlers run further inside, so call them here.
         except HTTPException as error:  # of `bound_body`
             response = await http_exception_handler(Request(scope), error)
         except asyncio.CancelledError:
-            # By uvicorn, because the server stops. Not raised again: the client gets an
-            # answer.
+            # Only uvicorn cancels this task, when the time for a shutdown is over. Not
+            # raised again, so that the client gets an answer.
             stopping = ServiceUnavailableException("the server is shutting down")
             response = await app_exception_handler(Request(scope), stopping)
         except Exception as error:  # noqa: BLE001 - none may get past this line
             # Not `except TimeoutError`, which the code of a route can raise, too.
             if timer.expired():
-                late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS have passed")
-                response = await app_exception_handler(Request(scope), late)
+                late = HTTPException(504, "The request took too long.")
+                response = await http_exception_handler(Request(scope), late)
             else:
                 response = await unhandled_exception_handler(Request(scope), error)
-        # It is too late for an answer if one has begun: uvicorn closes the connection.
+        # RequestLoggingMiddleware has set it if a response has started. Then it is too
+        # late for another one: uvicorn closes the connection.
         if "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
@@ -1674,7 +1686,7 @@ class RequestGuardMiddleware:
         # codecs are slow, such as punycode.
         if b"multipart" in content_type and NOT_UTF8.search(content_type):
             raise HTTPException(400, "The charset must be utf-8")
-        # The server has checked that the header is a number.
+        # uvicorn has checked that the header is a number.
         if int(headers.get(b"content-length", 0)) > max_bytes:
             raise HTTPException(413)
         received_bytes = 0
@@ -1694,7 +1706,7 @@ class RequestGuardMiddleware:
 # What a route asks for, and what a test overrides. All are coroutines: FastAPI runs
 # plain functions in a thread each.
 
-# The URL is for /docs only. create_app puts the real one into the OpenAPI document.
+# A placeholder for a URL that depends on settings: see `customize_openapi`.
 oauth2_scheme = OAuth2PasswordBearer("auth/token")
 BearerToken = Annotated[str, Depends(oauth2_scheme)]
 
@@ -1798,10 +1810,12 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
 # HTTP and nothing else, in a few lines a route. Callers read the docstrings in /docs.
 
 IdPath = Annotated[int, Path(ge=1, le=MAX_ID)]
-After = Annotated[int, Query(ge=0, le=MAX_ID, description="`next` of the last page")]
+After = Annotated[
+    int, Query(ge=0, le=MAX_ID, description="`next` of the previous page")
+]
 Limit = Annotated[int, Query(ge=1, le=100)]
 TokenForm = Annotated[LoginForm, Form()]
-LOGIN_LIMIT = [Depends(rate_limit_dependency)]
+LOGIN_LIMIT_DEPENDENCIES = [Depends(rate_limit_dependency)]
 TOKEN_ERRORS = error_responses(401)
 BODY_ERRORS = error_responses(400, 422)
 PASSWORD_ERRORS = BODY_ERRORS | error_responses(401, 403)
@@ -1810,6 +1824,7 @@ CREATE_RESPONSES = BODY_ERRORS | {201: {"headers": {"Location": LOCATION}}}
 CREATE_USER_RESPONSES = CREATE_RESPONSES | error_responses(409)
 
 users_router = APIRouter(prefix="/users", tags=["users"])
+# form_limits: a login has three fields and no file.
 auth_router = APIRouter(
     prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
 )
@@ -1817,7 +1832,10 @@ items_router = APIRouter(prefix="/items", tags=["items"], responses=TOKEN_ERRORS
 
 
 @users_router.post(
-    "", status_code=201, dependencies=LOGIN_LIMIT, responses=CREATE_USER_RESPONSES
+    "",
+    status_code=201,
+    dependencies=LOGIN_LIMIT_DEPENDENCIES,
+    responses=CREATE_USER_RESPONSES,
 )
 async def post_user(
     user_in: UserIn, request: Request, response: Response, db: WriteSession
@@ -1843,7 +1861,10 @@ async def get_me(user: CurrentUser) -> UserOut:
 
 
 @users_router.patch(
-    "/me", status_code=204, dependencies=LOGIN_LIMIT, responses=PASSWORD_ERRORS
+    "/me",
+    status_code=204,
+    dependencies=LOGIN_LIMIT_DEPENDENCIES,
+    responses=PASSWORD_ERRORS,
 )
 async def patch_me(change: PasswordChange, user: CurrentUser, db: WriteSession) -> None:
     """Change the password. Every token issued before becomes invalid."""
@@ -1863,7 +1884,9 @@ async def get_user(user_id: IdPath, user: CurrentUser, db: ReadSession) -> UserO
 
 
 @auth_router.post(
-    "/token", dependencies=LOGIN_LIMIT, responses=BODY_ERRORS | TOKEN_ERRORS
+    "/token",
+    dependencies=LOGIN_LIMIT_DEPENDENCIES,
+    responses=BODY_ERRORS | TOKEN_ERRORS,
 )
 async def post_token(form: TokenForm, request: Request, db: WriteSession) -> TokenOut:
     """Log in. Send the token as `Authorization: Bearer`."""
@@ -1933,7 +1956,10 @@ api_router.include_router(items_router)
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Connect to the database and close it. Without an answer, start after a second."""
+    """Open the database at the start, and close it at the end.
+
+    If it does not answer within a second, the service starts without it.
+    """
     database = Database(app.state.settings)
     app.state.database = database
     probe = database.availability.start_probe()
@@ -1966,6 +1992,7 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
 
 
 def register_exception_handlers(app: FastAPI) -> None:
+    # Not add_exception_handler, whose types do not allow handlers of a subclass.
     app.exception_handler(AppException)(app_exception_handler)
     app.exception_handler(HTTPException)(http_exception_handler)
     app.exception_handler(RequestValidationError)(validation_exception_handler)
@@ -2002,7 +2029,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not by include_router, which would make health checks a fifth slower.
+        # Not by include_router: one level more would make them a fifth slower.
         routes=health_router.routes,
         # FastAPI's OpenTelemetry costs time even if unused; README says how to use it.
         telemetry={"tracing": False, "metrics": False, "logs": False},
@@ -2015,8 +2042,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# A module's __getattr__ (PEP 562) builds `main:app` when a server asks for it, so that
-# importing this module needs no settings. mypy only needs the type.
+# `app` is built at its first use (PEP 562), so that importing this module reads no
+# settings. mypy sees the declaration only.
 if TYPE_CHECKING:
     app: FastAPI
 else:

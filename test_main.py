@@ -2471,7 +2471,7 @@ async def test_log_has_one_line_for_each_kind_of_response(answer: Answer) -> Non
 
 REASONS = {
     503: "The printer burns.",
-    504: "REQUEST_TIMEOUT_SECONDS have passed",
+    504: "The request took too long.",
 }
 
 
