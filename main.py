@@ -1332,8 +1332,8 @@ class SlidingWindowRateLimiter:
             if row.client_hash == client_hash:
                 return row
         row = min(rows, key=attrgetter("last_seen_ns"))
-        row.client_hash = client_hash
         row.oldest_number = row.next_number  # empties the ring buffer
+        row.client_hash = client_hash
         return row
 
     def count(self, row: ctypes.Structure) -> RateLimitResult:
