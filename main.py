@@ -58,6 +58,7 @@ from typing import (
     Literal,
     NamedTuple,
     Self,
+    cast,
 )
 from urllib.parse import quote
 
@@ -83,7 +84,7 @@ from sqlalchemy import event, exc, orm
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
-from sqlalchemy.util import await_
+from sqlalchemy.util import await_, greenlet_spawn
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -551,8 +552,8 @@ class Availability:
         self.name = name
         self.probe = probe
         self.is_available = True
+        self.is_slow = False  # the last probe took longer than HEALTH_CHECK_SECONDS
         self.probe_task: asyncio.Task[bool] | None = None
-        self.late_probe_task: asyncio.Task[bool] | None = None  # see is_ready
         self.next_probe: asyncio.TimerHandle | None = None
 
     def start_probe(self) -> asyncio.Task[bool]:
@@ -562,36 +563,51 @@ class Availability:
         return self.probe_task
 
     async def run_probe(self) -> bool:
-        """Return whether the probe has succeeded, and log a change."""
+        """Return whether the probe has succeeded."""
         if self.next_probe is not None:
             self.next_probe.cancel()
+        started = time.monotonic()
         try:
             await self.probe()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
-            if self.is_available:
-                extra = {"reason": describe(error)}
-                logger.warning("%s is not ready", self.name, extra=extra)
-            self.is_available = False
+            self.report_outage(error)
             loop = asyncio.get_running_loop()
             self.next_probe = loop.call_later(PROBE_SECONDS, self.start_probe)
             return False
         if not self.is_available:
             logger.info("%s is ready again", self.name)
         self.is_available = True
+        self.is_slow = time.monotonic() - started > HEALTH_CHECK_SECONDS
         return True
+
+    def suspect_outage(self, error: Exception) -> None:
+        """Start the probe. If it does not end soon, there is an outage already."""
+        probe = self.start_probe()
+
+        def report_if_running() -> None:
+            if not probe.done():
+                self.report_outage(error)
+
+        loop = asyncio.get_running_loop()
+        loop.call_later(HEALTH_CHECK_SECONDS, report_if_running)
+
+    def report_outage(self, error: Exception) -> None:
+        if self.is_available:
+            extra = {"reason": describe(error)}
+            logger.warning("%s is not ready", self.name, extra=extra)
+        self.is_available = False
 
     async def is_ready(self) -> bool:
         """Answer a health check within HEALTH_CHECK_SECONDS.
 
-        A probe that is too late goes on, and its result is for the next health check.
-        Otherwise a database that needs 3 seconds would never be ready.
+        A slower probe goes on. If the one before it was as slow and succeeded, the server
+        is slow, but ready.
         """
         if not self.is_available:
             return False
-        task = self.late_probe_task or self.start_probe()
-        await asyncio.wait({task}, timeout=HEALTH_CHECK_SECONDS)
-        self.late_probe_task = None if task.done() else task
-        return task.done() and task.result()
+        probe = self.start_probe()
+        await asyncio.wait({probe}, timeout=HEALTH_CHECK_SECONDS)
+        return probe.result() if probe.done() else self.is_slow
 
     async def stop(self) -> None:
         if self.next_probe is not None:
@@ -631,23 +647,25 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())  # first come, first served
+        self.entries: set[ConnectionPoolEntry] = set()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
 
-    async def wait_for_slot(self) -> None:
+    async def wait_for_connection(self) -> ConnectionPoolEntry:
         try:
             async with asyncio.timeout(self.timeout()):
                 await self.slots.acquire()
+                try:
+                    return await greenlet_spawn(super()._do_get)
+                except BaseException:
+                    self.slots.release()
+                    raise
         except TimeoutError:
             raise exc.TimeoutError("no connection was free in time") from None
 
     def _do_get(self) -> ConnectionPoolEntry:
         # SQLAlchemy runs this in a greenlet, where its `await_` awaits a coroutine.
-        await_(self.wait_for_slot())
-        try:
-            entry = super()._do_get()
-        except BaseException:
-            self.slots.release()
-            raise
+        entry = await_(self.wait_for_connection())
+        self.entries.add(entry)
         loop = asyncio.get_running_loop()
         self.timers[entry] = loop.call_later(self.timeout(), abort_connection, entry)
         return entry
@@ -659,6 +677,11 @@ class FairPool(AsyncAdaptedQueuePool):
         finally:
             self.slots.release()
 
+    def replace_connections(self) -> None:
+        """Replace each connection before it is used again."""
+        for entry in self.entries:
+            entry.invalidate(soft=True)
+
 
 def handle_database_error(context: sa.engine.ExceptionContext) -> None:
     """Cut values out of messages. Drop all connections to a read-only server."""
@@ -668,8 +691,11 @@ def handle_database_error(context: sa.engine.ExceptionContext) -> None:
     for error in (original, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
-    # After a failover, the former primary refuses writes.
-    if isinstance(original, psycopg.errors.ReadOnlySqlTransaction):
+    # After a failover, the former primary refuses writes. SQLite opens a file that it may
+    # not write for reading only, and keeps it so.
+    is_read_only = isinstance(original, psycopg.errors.ReadOnlySqlTransaction)
+    sqlite_error = getattr(original, "sqlite_errorname", "")
+    if is_read_only or sqlite_error.startswith("SQLITE_READONLY"):
         context.is_disconnect = True
 
 
@@ -779,6 +805,9 @@ class Database:
 
         Create missing tables first: the database may start after the service.
         """
+        if not self.availability.is_available:
+            # After a failover, open connections may still lead to the former primary.
+            cast(FairPool, self.read_engine.pool).replace_connections()
         await self.create_tables()
         self.has_tables = True
         async with self.check_engine.connect() as connection:
@@ -826,7 +855,7 @@ async def database_exception_handler(
     is_bug = getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR"
     if is_bug or not is_outage:
         raise error  # RequestGuardMiddleware answers 500
-    request.app.state.database.availability.start_probe()
+    request.app.state.database.availability.suspect_outage(error)
     unavailable = ServiceUnavailableException(f"database: {describe(error)}")
     return await app_exception_handler(request, unavailable)
 
