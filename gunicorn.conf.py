@@ -17,7 +17,7 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 
 import main
 
-MAX_HEADER_BYTES = 64 * 1024  # with the request line
+MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
 HEADER_TIMEOUT_SECONDS = 10
 
 
@@ -31,7 +31,7 @@ def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6)
 def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    # Two CPUs are "200000 100000". No quota is "max 100000": int("max") raises ValueError.
+    # Two CPUs: "200000 100000". No quota: "max 100000", for which int("max") fails.
     with suppress(OSError, ValueError), open(quota_file) as file:
         quota, period = file.read().split()
         cpus = min(cpus, math.ceil(int(quota) / int(period)))
@@ -39,17 +39,17 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, with bounds on headers; uses private parts of uvicorn 0.54.
+    """uvicorn's protocol, with bounds on headers. It needs internals of uvicorn 0.54.
 
     It ignores `Upgrade` (RFC 9110 § 7.8). httptools stops parsing at that header, and
     uvicorn would take the body for the next request (request smuggling).
     """
 
-    header_bytes = 0  # received so far
+    header_bytes = 0  # received so far; 0 between two requests
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # FORWARDED_ALLOW_IPS needs an address, and no IPv4 address in the form of IPv6.
+        # For FORWARDED_ALLOW_IPS: a unix socket is local, and ::ffff:192.0.2.1 is IPv4.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
         self.start_header_timer()
@@ -70,7 +70,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.start_header_timer()
 
     def parse(self, data: memoryview) -> None:
-        """Feed the parser. At `Upgrade`, feed the same headers without it to a new one."""
+        """Feed the parser. At `Upgrade`, feed a new one the same headers without it."""
         while data:
             try:
                 self.parser.feed_data(data)
@@ -105,7 +105,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def start_header_timer(self) -> None:
-        """Start our timer in uvicorn's attribute for the keep-alive timer."""
+        """Start a timer. In uvicorn's attribute, because uvicorn cancels what is there."""
         self._unset_keepalive_if_required()
         timer = self.loop.call_later(HEADER_TIMEOUT_SECONDS, self.refuse, 408)
         self.timeout_keep_alive_task = timer
@@ -118,12 +118,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)
         self.transport.close()
 
-    def shutdown(self) -> None:  # waits, because a request may be on its way
+    def shutdown(self) -> None:  # accept what is already on its way
         self.loop.call_later(0.5, super().shutdown)
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
-    """uvicorn's worker, which stops gracefully at gunicorn's signals, and in time."""
+    """uvicorn's worker. It stops gracefully, before gunicorn would kill it."""
 
     def run(self) -> None:
         self.config.app = self.wsgi  # what gunicorn has loaded
@@ -132,9 +132,9 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # seconds between two calls of callback_notify
         # When uvicorn cancels requests. The rest of the time is for sending their 503.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # gunicorn's master passes SIGINT and SIGQUIT on as SIGQUIT. uvicorn needs SIGTERM.
+        # gunicorn sends SIGQUIT, also after SIGINT. uvicorn stops at SIGTERM.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # After its shutdown, uvicorn raises SIGTERM again. handle_quit then exits with 0.
+        # When it has stopped, uvicorn raises SIGTERM again: handle_quit exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         Server(self.config).run(self.sockets)
 
@@ -152,7 +152,7 @@ class ServiceLogger(Logger):  # type: ignore[misc]
 def when_ready(server: Any) -> None:  # before the workers are forked
     if not logging.getLogger().handlers:  # after `gunicorn "main:create_app()"`
         main.setup_logging(main.get_settings())
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # for many connections
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # each connection is one
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     if "*" in server.cfg.forwarded_allow_ips:
@@ -174,7 +174,7 @@ max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0 is never: see READ
 max_requests_jitter = max_requests // 10
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
 timeout = graceful_timeout + 30  # a stopping worker sends no heartbeat meanwhile
-keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # load balancers keep 60 s
+keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers: 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
 control_socket_disable = True  # of gunicorn 25: it needs a writable home directory
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # heartbeats

@@ -13,7 +13,7 @@ get_user a route.
     Schemas        bodies of requests and responses; text is bounded and valid Unicode
     Security       passwords and tokens
     Repositories   SQL; functions named add_ find_ list_ update_ remove_
-    Services       business logic; register_ authenticate_ create_ read_ change_ discard_
+    Services       business logic; register_ create_ read_ change_ discard_
     Rate limiting  exact sliding windows, in shared memory or in Redis
     Middleware     what every request passes and every response gets
     Dependencies   what a route asks for, and what a test overrides
@@ -65,8 +65,7 @@ from urllib.parse import quote
 import psycopg
 import pydantic
 import sqlalchemy as sa
-from anyio import CapacityLimiter
-from anyio.to_thread import run_sync
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, FastAPI, Form, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import OAuth2PasswordBearer
@@ -80,7 +79,8 @@ from pydantic_settings import BaseSettings, NoDecode
 from redis.asyncio import Redis, RedisError
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from sqlalchemy import event, exc, orm
+from sqlalchemy import event, orm
+from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
@@ -105,7 +105,7 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
     try:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
-    except (exc.ArgumentError, ValueError, KeyError):
+    except (sa_exc.ArgumentError, ValueError, KeyError):
         raise ValueError("should be postgresql://… or sqlite:///path") from None
     # make_url ends the password at its first "@". If that was not encoded, the rest of
     # the password is in the host, which is logged.
@@ -132,10 +132,10 @@ def parse_origin(url: pydantic.AnyUrl | str) -> str:
 # NoDecode, because sa.URL is a tuple, and pydantic-settings reads tuples as JSON.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 Origin = Annotated[pydantic.AnyUrl | Literal["*"], AfterValidator(parse_origin)]
-# A max_length also makes pydantic refuse text that is not valid Unicode, such as bytes
-# of the environment that are not UTF-8.
+# pydantic refuses text that is not valid Unicode only if it must count the characters.
+# Any max_length makes it count.
 ShortText = Annotated[str, Field(max_length=1000)]
-# The rate limiter keeps a timestamp per request, so that the limit decides its memory.
+# Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -210,8 +210,8 @@ def get_settings() -> Settings:
 # Each record is one line on stdout. Control characters are escaped, so that the text of
 # a client cannot forge a line.
 
-# Not `__name__`: SQLAlchemy's logger for our pool class is called "main.FairPool". A
-# level that is set for "main" would also apply to it.
+# Not "main": SQLAlchemy logs to "main.FairPool", by module and name of the pool class.
+# A level that is set for "main" would also apply to it.
 logger = logging.getLogger("service")
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
 # The attributes of a record that do not come from `extra`. taskName is new in Python
@@ -223,7 +223,7 @@ MAX_TRACEBACK_CHARACTERS = 3000
 LIBRARY_LEVELS = {
     # They log each statement or URL, some with parameters.
     "aiosqlite": "WARNING",
-    "httpx": "WARNING",
+    "httpx": "WARNING",  # if you use it, as the tests do
     "main.FairPool": "WARNING",
     "sqlalchemy": "WARNING",
     # Their warnings repeat what the request's own line says.
@@ -237,11 +237,11 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = self.fields(record)
-        try:
+        try:  # four times as fast as json.dumps
             line = to_json(fields, ensure_ascii=True, fallback=str, inf_nan_mode="null")
             return line.decode()
         except PydanticSerializationError:  # text that is not valid Unicode
-            return json.dumps(fields, default=str)  # slower
+            return json.dumps(fields, default=str)
 
     def fields(self, record: logging.LogRecord) -> dict[str, Any]:
         moment = datetime.fromtimestamp(record.created, UTC)
@@ -268,8 +268,8 @@ class TextFormatter(JsonFormatter):
         words = [fields.pop(name) for name in ("timestamp", "level", "message")]
         words += [f"{name}={value}" for name, value in fields.items()]
         lines = [" ".join(words), *traceback]
-        # `ascii` escapes what is not printable; its quotes are cut off. The bar marks the
-        # lines of a traceback, so that they cannot look like a record.
+        # ascii() escapes newlines and control sequences of a client; its quotes are cut
+        # off. The bar marks lines of a traceback, which could look like a record.
         return "\n    | ".join(ascii(line)[1:-1] for line in lines)
 
 
@@ -279,14 +279,16 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # Otherwise LIBRARY_LEVELS would let warnings through if LOG_LEVEL is ERROR.
+    # A level of LIBRARY_LEVELS replaces the root's. If LOG_LEVEL is ERROR, the handler
+    # must refuse these warnings.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # uvicorn and gunicorn have given their loggers other handlers.
+    # These loggers do not propagate to the root. (uvicorn's worker switches that off,
+    # and copies the handlers of gunicorn.error.)
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -310,7 +312,7 @@ def describe(error: BaseException) -> str:
 
 # --- Errors ---------------------------------------------------------------------------
 # `error_response` writes the body of every error. Services raise AppExceptions. The
-# handler of database errors is in the section Database.
+# handler of database errors is in the section Database, below the names that it uses.
 
 ERROR_CODES = {  # status code: the `error` in the body
     400: "bad_request",
@@ -327,14 +329,19 @@ ERROR_CODES = {  # status code: the `error` in the body
     504: "timeout",
 }
 DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
-INVALID_TOKEN = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # RFC 6750 § 3.1
+INVALID_TOKEN_HEADERS = {
+    "WWW-Authenticate": 'Bearer error="invalid_token"'
+}  # RFC 6750 § 3.1
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 OptionalHeaders = Mapping[str, str] | None
 Responses = dict[int | str, dict[str, Any]]
 
 
 class AppException(Exception):
-    """Base of errors. Clients get `message`; what you pass is for the log only."""
+    """Base class of errors. A client gets the class's `message`.
+
+    The argument of the constructor only goes to the log, as `reason`.
+    """
 
     status_code = 500
     message = "Something went wrong. Quote the request_id if you report it."
@@ -349,7 +356,7 @@ class UnauthorizedException(AppException):
     # The same error for every fault of a token, so that a forger learns nothing.
     status_code = 401
     message = "The access token is not valid."
-    headers = INVALID_TOKEN
+    headers = INVALID_TOKEN_HEADERS
 
 
 class WrongCredentialsException(AppException):
@@ -401,8 +408,8 @@ class ErrorResponse(BaseModel):
     request_id: str
 
 
-def error_responses(*statuses: int) -> Responses:
-    """Return what the OpenAPI document says of these errors."""
+def openapi_errors(*statuses: int) -> Responses:
+    """Return FastAPI's `responses=` for these errors."""
     retry_after = {"description": "In seconds", "schema": {"type": "integer"}}
     responses: Responses = {status: {"model": ErrorResponse} for status in statuses}
     for status in {429, 503}.intersection(statuses):
@@ -426,16 +433,15 @@ def error_response(
         "request_id": request.state.request_id,
     }
     all_headers = {**DEFAULT_HEADERS.get(status_code, {}), **(headers or {})}
-    # json.dumps escapes to ASCII: the name of an unknown field can be invalid Unicode.
+    # Not JSONResponse: `details` can have the name of an unknown field that is not
+    # valid Unicode. JSONResponse could not encode it; json.dumps escapes it.
     return Response(json.dumps(body), status_code, all_headers, "application/json")
 
 
-async def app_exception_handler(request: Request, error: AppException) -> Response:
-    if error.status_code >= 500:
-        request.state.reason = str(error)  # for the request's log line
-    return error_response(
-        request, error.status_code, error.error, error.message, error.headers
-    )
+async def app_exception_handler(request: Request, exc: AppException) -> Response:
+    if exc.status_code >= 500:
+        request.state.reason = str(exc)  # for the request's log line
+    return error_response(request, exc.status_code, exc.error, exc.message, exc.headers)
 
 
 def allowed_methods(request: Request) -> str:
@@ -446,44 +452,43 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # Starlette's router asks its routes in the same way.
+        # As Starlette's router asks its routes. FULL: the path and the method match.
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
             allowed.append(method)
     return ", ".join(allowed)
 
 
-async def http_exception_handler(request: Request, error: HTTPException) -> Response:
-    """Answer what the framework raises, and HTTPExceptions of your own."""
-    status_code = error.status_code
-    error_code = ERROR_CODES.get(status_code, f"http_{status_code}")
-    message = str(error.detail)
-    headers = error.headers
-    if status_code == 405:
+async def http_exception_handler(request: Request, exc: HTTPException) -> Response:
+    """Turn an HTTPException into a response: the framework's, or your own."""
+    error = ERROR_CODES.get(exc.status_code, f"http_{exc.status_code}")
+    message = str(exc.detail)
+    headers = exc.headers
+    if exc.status_code == 405:
         headers = {"Allow": allowed_methods(request)}
-    if status_code >= 500:
+    if exc.status_code >= 500:
         request.state.reason = message
-    return error_response(request, status_code, error_code, message, headers)
+    return error_response(request, exc.status_code, error, message, headers)
 
 
 async def validation_exception_handler(
-    request: Request, error: RequestValidationError
+    request: Request, exc: RequestValidationError
 ) -> Response:
-    """Answer an invalid request. No value is echoed: it can be a password."""
+    """Turn a validation error into a 422. No value is echoed: it can be a password."""
     details = [
         {"field": ".".join(map(str, e["loc"])), "message": e["msg"], "type": e["type"]}
-        for e in error.errors()
+        for e in exc.errors()
     ]
     message = "The request is not valid."
     return error_response(request, 422, "validation_error", message, details=details)
 
 
-async def unhandled_exception_handler(request: Request, error: Exception) -> Response:
-    """Answer an unhandled exception; the request's log line has the traceback.
+async def unhandled_exception_handler(request: Request, exc: Exception) -> Response:
+    """Turn an unhandled exception into a 500; the log line has the traceback.
 
-    RequestGuardMiddleware calls it. If it were registered for Exception, it would run
-    outside all middleware: its answer would have no id and no security headers.
+    LimitsAndErrorsMiddleware calls it. If it were registered for Exception, it would
+    run outside all middleware: its response would have no id and no security headers.
     """
-    request.state.exception = error
+    request.state.exception = exc
     return error_response(request, 500, ERROR_CODES[500], AppException.message)
 
 
@@ -528,24 +533,29 @@ class Item(Base):
 
 
 # --- Database -------------------------------------------------------------------------
-# A request holds a connection only while it talks to the database. There are no checks in
-# the background while the database is available.
+# A request holds a connection only while it talks to the database.
 
 PROBE_SECONDS = 1  # from a failed probe to the next one
 HEALTH_CHECK_SECONDS = 2  # the longest time until a health check is answered
 START_AND_STOP_SECONDS = 1  # how long the start and the stop wait for a probe
-# An advisory lock with an arbitrary id, the same in all workers.
+# Held while a worker creates the tables, so that no other one does. 7411 is arbitrary.
 TABLES_LOCK = sa.select(sa.func.pg_advisory_xact_lock(7411))
 # SQLAlchemy raises these if a server is not reachable, full, too slow or read-only.
-OUTAGE = (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError)
+OUTAGE = (
+    sa_exc.OperationalError,
+    sa_exc.InterfaceError,
+    sa_exc.InternalError,
+    sa_exc.TimeoutError,
+)
 
 
 class Availability:
     """Whether the database or Redis can be used.
 
-    `probe` raises an exception if it cannot. It runs when a request has failed or a
-    health check asks. If it fails, it runs again every second until it succeeds. The log
-    has one warning for an outage, and one line for its end.
+    `probe` is a coroutine function that raises an exception if it cannot be used. It
+    runs when a request has failed or a health check asks. If it fails, it runs again
+    every second until it succeeds. While all is well, nothing runs in the background.
+    The log has one warning for an outage, and one line for its end.
     """
 
     def __init__(self, name: str, probe: Callable[[], Awaitable[object]]) -> None:
@@ -600,8 +610,8 @@ class Availability:
     async def is_ready(self) -> bool:
         """Answer a health check within HEALTH_CHECK_SECONDS.
 
-        A slower probe goes on. If the one before it was as slow and succeeded, the server
-        is slow, but ready.
+        A slower probe goes on. If the one before it was as slow and succeeded, the
+        server is slow, but ready.
         """
         if not self.is_available:
             return False
@@ -625,28 +635,30 @@ def abort_connection(entry: ConnectionPoolEntry) -> None:
     """
     connection = entry.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # A copy, because the driver will close its own descriptor itself.
+        # shutdown() acts on the connection. The descriptor stays the driver's,
+        # therefore the copy.
         descriptor = os.dup(connection.fileno())
         with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
-        entry.invalidate(soft=True)  # the pool then gives it to no other request
+        entry.invalidate(soft=True)  # replaces it before it is used again
 
 
 class FairPool(AsyncAdaptedQueuePool):
     """A pool that gives connections to requests in the order in which they came.
 
     SQLAlchemy's own pool lets newcomers overtake: under load, some requests wait until
-    they fail. A PostgreSQL connection that is held for longer than the timeout is
-    closed, so that a silent server does not take all of them.
+    they fail. Here a request first waits for one of `size()` slots, first come, first
+    served; then the base class has a connection for it. A PostgreSQL connection that is
+    held for longer than the timeout is closed: a silent server does not take all of
+    them.
 
     `_do_get` hands out a connection, `_do_return_conn` takes it back. SQLAlchemy's own
-    pools override the same two methods (checked with 2.1.9). With a slot, the base class
-    never has to wait.
+    pools override the same two methods (checked with 2.1.9).
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.slots = asyncio.Semaphore(self.size())  # first come, first served
+        self.slots = asyncio.Semaphore(self.size())
         self.entries: set[ConnectionPoolEntry] = set()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
 
@@ -660,7 +672,7 @@ class FairPool(AsyncAdaptedQueuePool):
                     self.slots.release()
                     raise
         except TimeoutError:
-            raise exc.TimeoutError("no connection was free in time") from None
+            raise sa_exc.TimeoutError("no connection was free in time") from None
 
     def _do_get(self) -> ConnectionPoolEntry:
         # SQLAlchemy runs this in a greenlet, where its `await_` awaits a coroutine.
@@ -683,7 +695,7 @@ class FairPool(AsyncAdaptedQueuePool):
             entry.invalidate(soft=True)
 
 
-def handle_database_error(context: sa.engine.ExceptionContext) -> None:
+def on_database_error(context: sa.engine.ExceptionContext) -> None:
     """Cut values out of messages. Drop all connections to a read-only server."""
     original = context.original_exception
     # From its second line on, PostgreSQL's message shows the whole row, with the
@@ -691,8 +703,8 @@ def handle_database_error(context: sa.engine.ExceptionContext) -> None:
     for error in (original, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
-    # After a failover, the former primary refuses writes. SQLite opens a file that it may
-    # not write for reading only, and keeps it so.
+    # After a failover, the former primary refuses writes. SQLite opens a file that it
+    # may not write for reading only, and keeps it so.
     is_read_only = isinstance(original, psycopg.errors.ReadOnlySqlTransaction)
     sqlite_error = getattr(original, "sqlite_errorname", "")
     if is_read_only or sqlite_error.startswith("SQLITE_READONLY"):
@@ -714,7 +726,7 @@ def begin_immediate(connection: sa.Connection) -> None:
 
 
 class ReadOnlySession(Session):
-    """What is behind a route's `ReadSession`. It refuses to write.
+    """The session that `get_read_db` yields. It refuses to write.
 
     Its connections are in autocommit: a write could not be rolled back.
     """
@@ -738,21 +750,22 @@ class Database:
         self.settings = settings
         self.is_sqlite = settings.DATABASE_URL.get_backend_name() == "sqlite"
         size = settings.DATABASE_POOL_SIZE + settings.DATABASE_MAX_OVERFLOW
-        # Reads run in autocommit, which saves the round trips of BEGIN and ROLLBACK.
+        # All engines are in autocommit, which saves the round trips of BEGIN and
+        # ROLLBACK.
         self.read_engine = self.create_engine(size)
         if self.is_sqlite:
             # SQLite has one writer at a time; the others wait in the pool's queue.
+            # BEGIN IMMEDIATE opens a transaction, the session's commit() or rollback()
+            # ends it.
             self.write_engine = self.create_engine(1)
-            # In autocommit, the driver sends no BEGIN. `begin_immediate` does, and the
-            # session's commit() or rollback() ends the transaction.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             # The same pool, but in transactions.
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
-        # Health checks do not wait behind requests. The ping is for a connection that
-        # was closed while it was idle: that is no outage.
+        # Health checks do not wait behind requests. pool_pre_ping replaces a connection
+        # that was closed while it was idle, which would look like an outage.
         self.check_engine = self.create_engine(1, pool_pre_ping=True)
         self.availability = Availability("the database", self.probe)
         self.has_tables = False
@@ -762,7 +775,8 @@ class Database:
         seconds = self.settings.DATABASE_TIMEOUT_SECONDS
         url = self.settings.DATABASE_URL
         if self.is_sqlite:
-            connect_args: dict[str, float | None] = {"timeout": seconds}  # for the lock
+            # How long to wait for SQLite's lock.
+            connect_args: dict[str, float | None] = {"timeout": seconds}
         else:
             url = url.set(query={**self.postgresql_options(), **url.query})
             # Prepared statements would fail for ever after an ALTER TABLE.
@@ -778,7 +792,7 @@ class Database:
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,  # or every error would log them
         )
-        event.listen(engine.sync_engine, "handle_error", handle_database_error)
+        event.listen(engine.sync_engine, "handle_error", on_database_error)
         if self.is_sqlite:
             event.listen(engine.sync_engine, "connect", prepare_sqlite_connection)
         return engine
@@ -787,23 +801,24 @@ class Database:
         """Return options of libpq. Those in DATABASE_URL override them."""
         seconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS)
         milliseconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS * 1000)
-        # The server ends a statement shortly before FairPool would close the connection.
+        # The server ends a statement shortly before FairPool would close the
+        # connection.
         statement_timeout = f"-c statement_timeout={milliseconds * 9 // 10}"
-        # If a worker is lost, the server frees the locks that it holds.
+        # The server ends the transaction of a lost worker, and frees its locks.
         idle_timeout = f"-c idle_in_transaction_session_timeout={milliseconds}"
         return {
             "application_name": self.settings.PROJECT_NAME,
             "connect_timeout": str(seconds),
             "keepalives_idle": "60",  # NAT routers drop what is idle for minutes
-            "tcp_user_timeout": str(milliseconds),  # for data without acknowledgement
+            "tcp_user_timeout": str(milliseconds),  # until sent data is acknowledged
             "target_session_attrs": "read-write",  # never connect to a replica
             "options": f"{statement_timeout} {idle_timeout}",
         }
 
     async def probe(self) -> None:
-        """Check that tables and models agree.
+        """Check that the tables have all columns. Create missing tables first.
 
-        Create missing tables first: the database may start after the service.
+        It runs at the start, too, and the database may start after the service.
         """
         if not self.availability.is_available:
             # After a failover, open connections may still lead to the former primary.
@@ -845,25 +860,25 @@ class Database:
 
 
 async def database_exception_handler(
-    request: Request, error: exc.SQLAlchemyError
+    request: Request, exc: sa_exc.SQLAlchemyError
 ) -> Response:
-    """Answer 503 if the database cannot serve now. Other errors become a 500."""
-    is_lost = getattr(error, "connection_invalidated", False)
-    is_outage = is_lost or isinstance(error, OUTAGE)
+    """Turn the error into a 503 if the database cannot serve now, else into a 500."""
+    is_lost = getattr(exc, "connection_invalidated", False)
+    is_outage = is_lost or isinstance(exc, OUTAGE)
     # sqlite3's OperationalError can mean wrong SQL, too, which is a bug.
-    driver_error = getattr(error, "orig", None)
+    driver_error = getattr(exc, "orig", None)
     is_bug = getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR"
     if is_bug or not is_outage:
-        raise error  # RequestGuardMiddleware answers 500
-    request.app.state.database.availability.suspect_outage(error)
-    unavailable = ServiceUnavailableException(f"database: {describe(error)}")
+        raise exc  # LimitsAndErrorsMiddleware answers 500
+    request.app.state.database.availability.suspect_outage(exc)
+    unavailable = ServiceUnavailableException(f"database: {describe(exc)}")
     return await app_exception_handler(request, unavailable)
 
 
 # --- Schemas --------------------------------------------------------------------------
 # The bodies of requests and responses. Every text of a request has a max_length, which
-# also makes pydantic refuse invalid Unicode. Stored texts contain no NUL, because
-# PostgreSQL cannot store it.
+# also makes pydantic refuse invalid Unicode. Texts that reach the database contain no
+# NUL, because PostgreSQL refuses it.
 
 MAX_ID = 2**63 - 1
 NO_NUL = r"^[^\x00]*$"
@@ -882,7 +897,7 @@ NewUsername = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$")
 # NIST SP 800-63B-4: at least 15 characters where there is no second factor, and no rule
 # such as "one digit".
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), Normalized]
-# A login with a password that is too short is answered 401, not 422.
+# Without the rules above: a wrong login is a 401, whatever its length.
 LoginName = Annotated[str, Field(min_length=1, max_length=1024, pattern=NO_NUL), Lower]
 LoginPassword = Annotated[str, Field(min_length=1, max_length=1024), Normalized]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
@@ -897,7 +912,7 @@ class RequestBody(BaseModel, extra="forbid"):
     @pydantic.model_validator(mode="before")
     @classmethod
     def refuse_many_fields(cls, value: object) -> object:
-        """Count first: pydantic would make an error for each unknown field."""
+        """Refuse these before pydantic, which makes an error for each unknown field."""
         if isinstance(value, dict) and len(value) > 20:
             raise PydanticCustomError("too_many_fields", "There are too many fields")
         return value
@@ -925,7 +940,8 @@ class PasswordChange(RequestBody):
 
 
 class LoginForm(BaseModel):
-    # RFC 6749 § 4.3.2. FastAPI's own OAuth2PasswordRequestForm accepts any length.
+    # OAuth2's password form (RFC 6749 § 4.3.2), with bounded lengths. Other fields are
+    # ignored, because clients also send `scope` and `client_id`.
     grant_type: Literal["password"] = "password"
     username: LoginName
     password: LoginPassword
@@ -943,8 +959,9 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # Optional, but never null. The empty default is never stored, because `change_item`
-    # takes only what was sent. A factory keeps it out of the OpenAPI document.
+    # May be left out, but may not be null, so it needs some default. `change_item`
+    # ignores what was not sent. A factory keeps the default out of the OpenAPI
+    # document.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -969,7 +986,7 @@ class HealthCheck(BaseModel):
     status: Literal["healthy", "unhealthy"]
 
 
-class ServerChecks(BaseModel):
+class DependencyChecks(BaseModel):
     database: HealthCheck
     redis: HealthCheck | None = None
 
@@ -978,7 +995,7 @@ class HealthStatus(BaseModel):
     status: Literal["healthy", "degraded"]
     timestamp: datetime
     version: str
-    checks: ServerChecks
+    checks: DependencyChecks
 
 
 # --- Security -------------------------------------------------------------------------
@@ -987,8 +1004,8 @@ class HealthStatus(BaseModel):
 PASSWORD_HASHER = PasswordHash(
     [Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1)]
 )
-# Verified in place of a real hash if the username does not exist: the time of a login then
-# does not tell which usernames exist. No password matches it.
+# Verified in place of a real hash if the username does not exist: the time of a login
+# then does not tell which usernames exist. No password matches it.
 DUMMY_HASH = f"$argon2id$v=19$m=19456,t=2,p=1${'A' * 22}${'A' * 43}"
 # At most two hashes at a time, in threads, which bounds the memory. The event loop goes
 # on meanwhile, because argon2 releases the GIL.
@@ -1003,19 +1020,23 @@ def refuse_if_hashing_is_busy() -> None:
 
 async def hash_password(password: str) -> str:
     refuse_if_hashing_is_busy()
-    return await run_sync(PASSWORD_HASHER.hash, password, limiter=HASHING_LIMITER)
+    return await to_thread.run_sync(
+        PASSWORD_HASHER.hash, password, limiter=HASHING_LIMITER
+    )
 
 
 async def verify_password(password: str, known_hash: str) -> tuple[bool, str | None]:
     """Return whether it matches, and a new hash where `known_hash` is outdated."""
     refuse_if_hashing_is_busy()
     verify = PASSWORD_HASHER.verify_and_update
-    return await run_sync(verify, password, known_hash, limiter=HASHING_LIMITER)
+    return await to_thread.run_sync(
+        verify, password, known_hash, limiter=HASHING_LIMITER
+    )
 
 
 def signing_key(settings: Settings) -> dict[str, str]:
-    """Return a JSON Web Key. python-jose would read some strings as PEM or JSON."""
-    # An environment variable may contain bytes that are not UTF-8.
+    """Return a JSON Web Key, because python-jose guesses the format of a string."""
+    # A key may be any bytes. os.environ has those that are not UTF-8 as surrogates.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1037,7 +1058,8 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
             token, key, algorithms=[settings.ALGORITHM], options=options
         )
         user_id = int(claims["sub"])
-        if not 0 < user_id <= MAX_ID:  # another service may share the key
+        # The token of another service with the same key can have a larger one.
+        if not 0 < user_id <= MAX_ID:
             raise ValueError
         return user_id, claims["version"]
     except Exception:  # noqa: BLE001 - python-jose raises TypeError, RecursionError
@@ -1052,12 +1074,10 @@ Rows = Sequence[Any]
 # The queries of the busiest routes are built once, because that takes 0.2 ms.
 FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-# Both mean owner_id = :owner AND id > :after, in the form with which the database uses
-# both columns of the index `items_of_owner`.
+# The items of :owner with id > :after, in plain rows. There are two forms, because each
+# database searches the index (owner_id, id) by both columns with one of them only.
 LIST_ITEMS_QUERIES = {
-    # For (a, b) > (1, 2), SQLite uses only the first column of an index.
     "sqlite": ITEMS_QUERY.where(sa.text("owner_id = :owner AND id > :after")),
-    # With the above, PostgreSQL may walk through the items of all owners.
     "postgresql": ITEMS_QUERY.where(
         sa.text("(owner_id, id) > (:owner, :after) AND owner_id <= :owner")
     ),
@@ -1084,12 +1104,12 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
 
 
 async def update_user(db: AsyncSession, user: User, **changes: Any) -> bool:
-    """Change the user, unless the password has changed since `user` was read.
+    """Optimistic lock: update the user if the password is still the one in `user`.
 
-    Then return False.
+    Return whether it was.
     """
-    is_unchanged = (User.id == user.id) & (User.password_hash == user.password_hash)
-    query = sa.update(User).where(is_unchanged).values(changes).returning(User.id)
+    condition = (User.id == user.id) & (User.password_hash == user.password_hash)
+    query = sa.update(User).where(condition).values(changes).returning(User.id)
     return await db.scalar(query) is not None
 
 
@@ -1108,8 +1128,8 @@ async def find_item(
 async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) -> Rows:
     """Return plain rows, which are cheaper than ORM objects."""
     query = LIST_ITEMS_QUERIES[db.get_bind().dialect.name].limit(limit)
-    page = {"owner": owner_id, "after": after}
-    return (await db.execute(query, page)).all()
+    parameters = {"owner": owner_id, "after": after}
+    return (await db.execute(query, parameters)).all()
 
 
 async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
@@ -1120,8 +1140,9 @@ async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
 
 
 # --- Services -------------------------------------------------------------------------
-# Business logic. A service that writes commits at its end. No service holds a connection
-# while a password is hashed, which takes 30 ms.
+# Business logic. A service that writes commits at its end. A session takes a connection
+# at its first statement and gives it back at commit() or rollback(). No service holds
+# one while a password is hashed, which takes 30 ms.
 
 Page = dict[str, Any]
 
@@ -1141,7 +1162,7 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
     user = User(username=user_in.username, password_hash=password_hash)
     try:
         await add_row(db, user)
-    except exc.IntegrityError:
+    except sa_exc.IntegrityError:
         await db.rollback()
         if await find_user_by_name(db, user_in.username) is None:
             raise  # another constraint was violated, which is a bug
@@ -1213,7 +1234,7 @@ async def create_item(db: AsyncSession, owner: User, item_in: ItemIn) -> Item:
     item = Item(owner_id=owner.id, created_at=moment, updated_at=moment, **values)
     try:
         await add_row(db, item)
-    except exc.IntegrityError:
+    except sa_exc.IntegrityError:
         await db.rollback()
         if await find_user(db, owner.id):
             raise  # another constraint was violated, which is a bug
@@ -1277,7 +1298,7 @@ if count < limit then
 end
 local oldest = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')[2]
 local reset_seconds = math.ceil((oldest + window - now) / 1000000)
-return {allowed, limit, math.max(0, limit - count), reset_seconds}
+return {allowed, limit, math.max(0, limit - count), reset_seconds} -- RateLimitResult
 """
 
 
@@ -1306,7 +1327,8 @@ def client_key(address: str) -> str:
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
-        return "unknown"  # all of them together, because a client can invent many
+        # All texts that are no address share one limit: a client could invent many.
+        return "unknown"
     if isinstance(ip, ipaddress.IPv6Address):
         return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
     return str(ip)
@@ -1315,10 +1337,10 @@ def client_key(address: str) -> str:
 class SlidingWindowRateLimiter:
     """Allow at most `limit` requests of a client in any `seconds`, exactly.
 
-    It is a hash table in anonymous shared memory, of a fixed size. A client's hash selects
-    a bucket of 16 rows. In a full bucket, a new client takes the row of the one that was
-    idle for longest, whose requests are then forgotten.
-    Cost: one lock, one hash, a search among 16 rows.
+    It is a hash table of fixed size in anonymous shared memory. A client's hash selects
+    a bucket of 16 rows, one for each client. In a full bucket, a new client takes the
+    row of the one that was idle for longest, whose requests are then forgotten. Cost:
+    one lock, one hash, a search among 16 rows.
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
@@ -1339,10 +1361,12 @@ class SlidingWindowRateLimiter:
         self.buckets = table_type.from_buffer(memory)
         self.limit = limit
         self.seconds = seconds
-        self.clock_ns = time.monotonic_ns  # the same in all processes of a machine
+        # The same in all processes of a machine. An attribute, so that tests replace
+        # it.
+        self.clock_ns = time.monotonic_ns
         self.lock_file = open_lock_file()
 
-    def check(self, client: str) -> RateLimitResult:
+    def hit(self, client: str) -> RateLimitResult:
         """Count a request of the client, if the limit allows it."""
         # This blocks the event loop, while another worker counts: for microseconds.
         fcntl.lockf(self.lock_file, fcntl.LOCK_EX)
@@ -1393,16 +1417,17 @@ class RedisRateLimiter:
             str(settings.REDIS_URL),
             socket_timeout=REDIS_TIMEOUT_SECONDS,
             socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
-            retry=Retry(NoBackoff(), 0),
+            retry=Retry(NoBackoff(), 0),  # none: they would take longer
         )
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{settings.PROJECT_NAME}:rate-limit"
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
         self.availability = Availability("Redis", self.probe)
 
-    async def check(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
+    async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
-        # The wait for a slot is not part of the timeout: it does not mean an outage.
+        # Wait for a connection outside the timeout: a busy worker is no outage of
+        # Redis.
         async with self.slots:
             if not self.availability.is_available:
                 return None
@@ -1443,21 +1468,24 @@ class RateLimiter:
         }
         self.redis = RedisRateLimiter(settings) if settings.REDIS_URL else None
 
-    async def check(self, name: str, address: str) -> RateLimitResult:
+    async def hit(self, name: str, address: str) -> RateLimitResult:
         """Count a request, if the limit of this name allows it."""
         in_memory = self.in_memory[name]
         key = f"{name}:{client_key(address)}"
         if self.redis:
-            result = await self.redis.check(key, in_memory.limit, in_memory.seconds)
+            result = await self.redis.hit(key, in_memory.limit, in_memory.seconds)
             if result:
                 return result
-        return in_memory.check(key)
+        return in_memory.hit(key)
 
     async def enforce(self, name: str, state: dict[str, Any]) -> None:
-        """Count a request of the client in `state`. Raises RateLimitedException."""
-        result = await self.check(name, state["client"])
+        """Count a request of state["client"]. Raises RateLimitedException.
+
+        `state` is that of the request, see Middleware.
+        """
+        result = await self.hit(name, state["client"])
         shown: RateLimitResult | None = state.get("rate_limit")
-        # The response shows the limit that refused, else the one that leaves less.
+        # X-RateLimit-… show the limit that refused, else that with fewer requests left.
         if shown is None or not result.allowed or result.remaining < shown.remaining:
             state["rate_limit"] = result
         if not result.allowed:
@@ -1474,14 +1502,14 @@ class RateLimiter:
 # request is in scope["state"], which is `request.state`: request_id, client, trace_id,
 # user_id, rate_limit, status_code, and for the log line `reason` and `exception`.
 
-REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+REQUEST_ID_PATTERN = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context § 3.2: version, trace id, parent id (neither of them zero), flags.
-TRACEPARENT = re.compile(
+TRACEPARENT_PATTERN = re.compile(
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})"
     rb"-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
 # "charset" that is not followed by =utf-8 or ="utf-8".
-NOT_UTF8 = re.compile(rb'charset(?!=("?)utf-8\1\s*(;|$))')
+OTHER_CHARSET_PATTERN = re.compile(rb'charset(?!=("?)utf-8\1\s*(;|$))')
 MAX_FORM_BYTES = 64 * 1024  # forms take longer to parse than JSON
 MAX_PATH_CHARACTERS = 500  # in a log line; see MAX_TRACEBACK_CHARACTERS
 CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -1539,8 +1567,9 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # The proxy has removed ROOT_PATH from the path. FastAPI's own `root_path` does not
-        # add it again, which is wrong if API_V1_PREFIX begins with the same text.
+        # In ASGI, `path` includes `root_path`, but the proxy has removed it. FastAPI's
+        # own root_path does not restore it; the router would then strip it from the
+        # prefix.
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1565,17 +1594,18 @@ class RequestLoggingMiddleware:
     def set_request_context(self, scope: Scope, state: dict[str, Any]) -> None:
         headers = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", b"")
-        if not REQUEST_ID.fullmatch(request_id):
+        if not REQUEST_ID_PATTERN.fullmatch(request_id):
             request_id = secrets.token_hex(16).encode()
         state["request_id"] = request_id.decode()
-        # Not reset at the end: the next request of the same connection overwrites it.
+        # Never reset: each request sets it before anything is logged.
         request_id_context.set(state["request_id"])
-        trace = TRACEPARENT.fullmatch(headers.get(b"traceparent", b""))
+        trace = TRACEPARENT_PATTERN.fullmatch(headers.get(b"traceparent", b""))
         if trace:
             state["trace_id"] = trace[1].decode()
         client = scope["client"][0] if scope["client"] else "unknown"
         state["client"] = client[:64]  # a proxy may send any text
-        # If uvicorn had trusted the peer, `client` would be an address of this header.
+        # uvicorn takes `client` from X-Forwarded-For if it trusts the peer. If `client`
+        # is not in that header, it did not.
         forwarded_for = headers.get(b"x-forwarded-for", b"").decode("latin-1")
         if forwarded_for and client not in forwarded_for:
             warn_of_untrusted_proxy()
@@ -1623,7 +1653,7 @@ class SecurityHeadersMiddleware:
 
 
 class OriginCORSMiddleware(CORSMiddleware):
-    """Apply CORS to requests with an Origin header only. It costs 8 µs."""
+    """Starlette's CORS, without the 8 µs that it costs if there is no Origin header."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if b"origin" in dict(scope.get("headers", ())):
@@ -1663,11 +1693,9 @@ class RateLimitMiddleware:
         await self.app(scope, receive, send_with_rate_limit)
 
 
-class RequestGuardMiddleware:
-    """Limit a request's body (413) and time (504), and catch what is left.
-
-    An unhandled exception is a 500, a cancellation at the shutdown a 503.
-    """
+class LimitsAndErrorsMiddleware:
+    """The innermost middleware: a 413 for the body, a 504 for the time, a 500 for an
+    unhandled exception, and a 503 at the shutdown."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
@@ -1681,8 +1709,8 @@ class RequestGuardMiddleware:
         try:
             async with timer:
                 return await self.app(scope, self.bound_body(scope, receive), send)
-        # The registered handlers run further inside, so call them here.
-        except HTTPException as error:  # of `bound_body`
+        # FastAPI calls the handlers of what is raised further inside.
+        except HTTPException as error:  # raised by `bound_body`
             response = await http_exception_handler(Request(scope), error)
         except asyncio.CancelledError:
             # Only uvicorn cancels this task, when the time for a shutdown is over. Not
@@ -1696,8 +1724,8 @@ class RequestGuardMiddleware:
                 response = await http_exception_handler(Request(scope), late)
             else:
                 response = await unhandled_exception_handler(Request(scope), error)
-        # RequestLoggingMiddleware has set it if a response has started. Then it is too
-        # late for another one: uvicorn closes the connection.
+        # If a response has started (status_code is set), it is too late for another
+        # one: uvicorn closes the connection.
         if "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
@@ -1711,9 +1739,9 @@ class RequestGuardMiddleware:
         max_bytes = self.max_body_bytes
         if b"form" in content_type:
             max_bytes = min(max_bytes, MAX_FORM_BYTES)
-        # The form would be decoded by the charset that the client names. Some of Python's
-        # codecs are slow, such as punycode.
-        if b"multipart" in content_type and NOT_UTF8.search(content_type):
+        # Python would decode the form with the client's charset. Some codecs are slow,
+        # such as punycode.
+        if b"multipart" in content_type and OTHER_CHARSET_PATTERN.search(content_type):
             raise HTTPException(400, "The charset must be utf-8")
         # uvicorn has checked that the header is a number.
         if int(headers.get(b"content-length", 0)) > max_bytes:
@@ -1755,8 +1783,8 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
 async def get_current_user(request: Request, token: BearerToken) -> User:
     """Return the owner of the token. Raises UnauthorizedException."""
     user_id, version = decode_access_token(token, request.app.state.settings)
-    # This session ends before the route's own begins. A request that held two
-    # connections could wait for itself for ever.
+    # This session ends before the route's own begins. If requests held a connection
+    # while they wait for a second one, they could block each other.
     async with request.app.state.database.session(writes=False) as session:
         user = await read_token_owner(session, user_id, version)
     request.state.user_id = user.id
@@ -1779,7 +1807,7 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
-    responses=error_responses(413, 500, 504),  # of RequestGuardMiddleware
+    responses=openapi_errors(413, 500, 504),  # of LimitsAndErrorsMiddleware
     generate_unique_id_function=attrgetter("name"),  # operationId = function name
 )
 HEALTHY = HealthCheck(status="healthy")
@@ -1787,7 +1815,7 @@ UNHEALTHY = HealthCheck(status="unhealthy")
 
 
 async def check_database(request: Request, response: Response) -> HealthCheck:
-    """If the database is not ready, also set the status 503 and the reason to log."""
+    """Return the state of the database. If it is unhealthy, also make this a 503."""
     if await request.app.state.database.availability.is_ready():
         return HEALTHY
     request.state.reason = "the database is not ready"
@@ -1796,7 +1824,7 @@ async def check_database(request: Request, response: Response) -> HealthCheck:
 
 
 async def check_redis(redis: RedisRateLimiter | None) -> HealthCheck | None:
-    """Without Redis, the service is degraded, but ready."""
+    """Return None if no Redis is configured. If it is down, the service is degraded."""
     if redis is None:
         return None
     return HEALTHY if await redis.availability.is_ready() else UNHEALTHY
@@ -1831,7 +1859,7 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
         status="degraded" if UNHEALTHY in (database, redis) else "healthy",
         timestamp=now(),
         version=request.app.version,
-        checks=ServerChecks(database=database, redis=redis),
+        checks=DependencyChecks(database=database, redis=redis),
     )
 
 
@@ -1845,15 +1873,15 @@ After = Annotated[
 Limit = Annotated[int, Query(ge=1, le=100)]
 TokenForm = Annotated[LoginForm, Form()]
 LOGIN_LIMIT_DEPENDENCIES = [Depends(rate_limit_dependency)]
-TOKEN_ERRORS = error_responses(401)
-BODY_ERRORS = error_responses(400, 422)
-PASSWORD_ERRORS = BODY_ERRORS | error_responses(401, 403)
+TOKEN_ERRORS = openapi_errors(401)
+BODY_ERRORS = openapi_errors(400, 422)
+PASSWORD_ERRORS = BODY_ERRORS | openapi_errors(401, 403)
 LOCATION = {"description": "The URL of the new resource", "schema": {"type": "string"}}
 CREATE_RESPONSES = BODY_ERRORS | {201: {"headers": {"Location": LOCATION}}}
-CREATE_USER_RESPONSES = CREATE_RESPONSES | error_responses(409)
+CREATE_USER_RESPONSES = CREATE_RESPONSES | openapi_errors(409)
 
 users_router = APIRouter(prefix="/users", tags=["users"])
-# form_limits: a login has three fields and no file.
+# form_limits bound the work: by default, a form may have 1,000 fields and files.
 auth_router = APIRouter(
     prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
 )
@@ -1875,7 +1903,7 @@ async def post_user(
     return UserOut.model_validate(user)
 
 
-@users_router.get("", responses=error_responses(401, 422))
+@users_router.get("", responses=openapi_errors(401, 422))
 async def get_users(
     user: CurrentUser, db: ReadSession, after: After = 0, limit: Limit = 20
 ) -> UserPage:
@@ -1906,7 +1934,7 @@ async def delete_me(user: CurrentUser, db: WriteSession) -> None:
     await discard_user(db, user)
 
 
-@users_router.get("/{user_id}", responses=error_responses(401, 404, 422))
+@users_router.get("/{user_id}", responses=openapi_errors(401, 404, 422))
 async def get_user(user_id: IdPath, user: CurrentUser, db: ReadSession) -> UserOut:
     """One user."""
     return UserOut.model_validate(await read_user(db, user_id))
@@ -1946,7 +1974,7 @@ async def post_item(
     return ItemOut.model_validate(item)
 
 
-@items_router.get("", responses=error_responses(422))
+@items_router.get("", responses=openapi_errors(422))
 async def get_items(
     user: CurrentUser, db: ReadSession, after: After = 0, limit: Limit = 20
 ) -> ItemPage:
@@ -1954,13 +1982,13 @@ async def get_items(
     return ItemPage.model_validate(await read_items(db, user, after, limit))
 
 
-@items_router.get("/{item_id}", responses=error_responses(404, 422))
+@items_router.get("/{item_id}", responses=openapi_errors(404, 422))
 async def get_item(item_id: IdPath, user: CurrentUser, db: ReadSession) -> ItemOut:
     """One of your items."""
     return ItemOut.model_validate(await read_item(db, user, item_id))
 
 
-@items_router.patch("/{item_id}", responses=BODY_ERRORS | error_responses(404))
+@items_router.patch("/{item_id}", responses=BODY_ERRORS | openapi_errors(404))
 async def patch_item(
     item_id: IdPath, patch: ItemPatch, user: CurrentUser, db: WriteSession
 ) -> ItemOut:
@@ -1968,7 +1996,7 @@ async def patch_item(
     return ItemOut.model_validate(await change_item(db, user, item_id, patch))
 
 
-@items_router.delete("/{item_id}", status_code=204, responses=error_responses(404, 422))
+@items_router.delete("/{item_id}", status_code=204, responses=openapi_errors(404, 422))
 async def delete_item(item_id: IdPath, user: CurrentUser, db: WriteSession) -> None:
     """Delete one of your items."""
     await discard_item(db, user, item_id)
@@ -1977,7 +2005,7 @@ async def delete_item(item_id: IdPath, user: CurrentUser, db: WriteSession) -> N
 # --- Application ----------------------------------------------------------------------
 # create_app puts the parts together.
 
-api_router = APIRouter(responses=error_responses(413, 429, 500, 503, 504))
+api_router = APIRouter(responses=openapi_errors(413, 429, 500, 503, 504))
 api_router.include_router(users_router)
 api_router.include_router(auth_router)
 api_router.include_router(items_router)
@@ -2016,20 +2044,20 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
         Middleware(SecurityHeadersMiddleware),
         *([cors] if settings.CORS_ORIGINS else []),
         Middleware(RateLimitMiddleware, settings, rate_limiter),
-        Middleware(RequestGuardMiddleware, settings),
+        Middleware(LimitsAndErrorsMiddleware, settings),
     ]
 
 
 def register_exception_handlers(app: FastAPI) -> None:
-    # Not add_exception_handler, whose types do not allow handlers of a subclass.
+    # mypy refuses add_exception_handler for handlers of a subclass of Exception.
     app.exception_handler(AppException)(app_exception_handler)
     app.exception_handler(HTTPException)(http_exception_handler)
     app.exception_handler(RequestValidationError)(validation_exception_handler)
-    app.exception_handler(exc.SQLAlchemyError)(database_exception_handler)
+    app.exception_handler(sa_exc.SQLAlchemyError)(database_exception_handler)
 
 
 def customize_openapi(app: FastAPI) -> None:
-    """Put the token URL into the OpenAPI document, for the Authorize button of /docs."""
+    """Put the token URL into the OpenAPI document, for /docs's Authorize button."""
     settings: Settings = app.state.settings
     token_url = f"{settings.ROOT_PATH}{settings.API_V1_PREFIX}/auth/token"
 
@@ -2058,9 +2086,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not by include_router: one level more would make them a fifth slower.
+        # FastAPI 0.165 nests an included router: health checks would be a fifth slower.
         routes=health_router.routes,
-        # FastAPI's OpenTelemetry costs time even if unused; README says how to use it.
+        # FastAPI 0.165 has OpenTelemetry built in, which costs time. README has more.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.settings = settings
