@@ -105,7 +105,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def start_header_timer(self) -> None:
-        """Start a timer. In uvicorn's attribute, because uvicorn cancels what is there."""
+        """Start our timer in uvicorn's attribute: uvicorn cancels it when it should."""
         self._unset_keepalive_if_required()
         timer = self.loop.call_later(HEADER_TIMEOUT_SECONDS, self.refuse, 408)
         self.timeout_keep_alive_task = timer

@@ -57,7 +57,6 @@ from typing import (
     ClassVar,
     Literal,
     NamedTuple,
-    Self,
     cast,
 )
 from urllib.parse import quote
@@ -77,8 +76,6 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretSt
 from pydantic_core import PydanticCustomError, PydanticSerializationError, to_json
 from pydantic_settings import BaseSettings, NoDecode
 from redis.asyncio import Redis, RedisError
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from sqlalchemy import event, orm
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -174,7 +171,7 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
         return value.strip() if isinstance(value, str) else value
 
     @pydantic.model_validator(mode="after")
-    def refuse_unsafe_values(self) -> Self:
+    def refuse_unsafe_values(self) -> "Settings":
         """Raise ValueError for values that are safe in development only."""
         is_development = self.ENVIRONMENT == "development"
         if not is_development and "SECRET_KEY" not in self.model_fields_set:
@@ -1417,7 +1414,7 @@ class RedisRateLimiter:
             str(settings.REDIS_URL),
             socket_timeout=REDIS_TIMEOUT_SECONDS,
             socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
-            retry=Retry(NoBackoff(), 0),  # none: they would take longer
+            retry=None,  # retries would take longer
         )
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{settings.PROJECT_NAME}:rate-limit"
@@ -1872,7 +1869,7 @@ After = Annotated[
 ]
 Limit = Annotated[int, Query(ge=1, le=100)]
 TokenForm = Annotated[LoginForm, Form()]
-LOGIN_LIMIT_DEPENDENCIES = [Depends(rate_limit_dependency)]
+LOGIN_LIMITED = [Depends(rate_limit_dependency)]
 TOKEN_ERRORS = openapi_errors(401)
 BODY_ERRORS = openapi_errors(400, 422)
 PASSWORD_ERRORS = BODY_ERRORS | openapi_errors(401, 403)
@@ -1889,10 +1886,7 @@ items_router = APIRouter(prefix="/items", tags=["items"], responses=TOKEN_ERRORS
 
 
 @users_router.post(
-    "",
-    status_code=201,
-    dependencies=LOGIN_LIMIT_DEPENDENCIES,
-    responses=CREATE_USER_RESPONSES,
+    "", status_code=201, dependencies=LOGIN_LIMITED, responses=CREATE_USER_RESPONSES
 )
 async def post_user(
     user_in: UserIn, request: Request, response: Response, db: WriteSession
@@ -1918,10 +1912,7 @@ async def get_me(user: CurrentUser) -> UserOut:
 
 
 @users_router.patch(
-    "/me",
-    status_code=204,
-    dependencies=LOGIN_LIMIT_DEPENDENCIES,
-    responses=PASSWORD_ERRORS,
+    "/me", status_code=204, dependencies=LOGIN_LIMITED, responses=PASSWORD_ERRORS
 )
 async def patch_me(change: PasswordChange, user: CurrentUser, db: WriteSession) -> None:
     """Change the password. Every token issued before becomes invalid."""
@@ -1941,9 +1932,7 @@ async def get_user(user_id: IdPath, user: CurrentUser, db: ReadSession) -> UserO
 
 
 @auth_router.post(
-    "/token",
-    dependencies=LOGIN_LIMIT_DEPENDENCIES,
-    responses=BODY_ERRORS | TOKEN_ERRORS,
+    "/token", dependencies=LOGIN_LIMITED, responses=BODY_ERRORS | TOKEN_ERRORS
 )
 async def post_token(form: TokenForm, request: Request, db: WriteSession) -> TokenOut:
     """Log in. Send the token as `Authorization: Bearer`."""
