@@ -23,7 +23,7 @@ HEADER_TIMEOUT_SECONDS = 10
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
     text = os.getenv(name, "").strip() or str(default)
-    if text.isdecimal() and len(text) < 8 and minimum <= int(text) <= maximum:
+    if text.isdecimal() and minimum <= float(text) <= maximum:
         return int(text)
     raise SystemExit(f"bad settings: {name}: not a number from {minimum} to {maximum}")
 
@@ -38,39 +38,40 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
     return cpus
 
 
-class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, with bounds on headers. It needs internals of uvicorn 0.54.
+class LimitedHttpProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, with limits on headers. It needs internals of uvicorn 0.54.
 
-    It ignores `Upgrade` (RFC 9110 § 7.8). httptools stops parsing at that header, and
-    uvicorn would take the body for the next request (request smuggling).
+    httptools stops parsing at `Upgrade`, and uvicorn would take the body for the next
+    request (request smuggling). So `Upgrade` is ignored (RFC 9110 § 7.8). `cycle` is the
+    current request. `timeout_keep_alive_task` holds a timer that uvicorn stops with the
+    connection: its own between requests, ours until the headers are complete.
     """
 
     header_bytes = 0  # received so far; 0 between two requests
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # For FORWARDED_ALLOW_IPS: a unix socket is local, and ::ffff:192.0.2.1 is IPv4.
+        # For FORWARDED_ALLOW_IPS: a unix socket is local; IPv4 is without "::ffff:".
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
         self.start_header_timer()
 
     def data_received(self, data: bytes) -> None:
         is_first_data = self.header_bytes == 0
-        is_body = self.cycle and self.cycle.more_body  # of the current request
-        if not is_body:
+        if not (self.cycle and self.cycle.more_body):  # no body is expected
             self.header_bytes += len(data)
         try:
             self.parse(memoryview(data))
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # of CONNECT
             self.refuse(431 if self.header_bytes > MAX_HEADER_BYTES else 400)
         if self.header_bytes > MAX_HEADER_BYTES:
             self.refuse(431)
-        # The first bytes of a request, while the keep-alive timer is running.
+        # The first bytes of a request replace uvicorn's timer by ours.
         elif is_first_data and self.timeout_keep_alive_task:
             self.start_header_timer()
 
     def parse(self, data: memoryview) -> None:
-        """Feed the parser. At `Upgrade`, feed a new one the same headers without it."""
+        """At `Upgrade`, feed the same headers without it to a new parser like uvicorn's."""
         while data:
             try:
                 self.parser.feed_data(data)
@@ -105,7 +106,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def start_header_timer(self) -> None:
-        """Start our timer in uvicorn's attribute: uvicorn cancels it when it should."""
         self._unset_keepalive_if_required()
         timer = self.loop.call_later(HEADER_TIMEOUT_SECONDS, self.refuse, 408)
         self.timeout_keep_alive_task = timer
@@ -127,14 +127,14 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 
     def run(self) -> None:
         self.config.app = self.wsgi  # what gunicorn has loaded
-        self.config.http = BoundedHttpProtocol
+        self.config.http = LimitedHttpProtocol
         self.config.server_header = False
         self.config.timeout_notify = 1  # seconds between two calls of callback_notify
         # When uvicorn cancels requests. The rest of the time is for sending their 503.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # gunicorn sends SIGQUIT, also after SIGINT. uvicorn stops at SIGTERM.
+        # gunicorn's master sends SIGQUIT for a quick stop. uvicorn stops at SIGTERM.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # When it has stopped, uvicorn raises SIGTERM again: handle_quit exits with 0.
+        # When uvicorn has stopped, it raises SIGTERM again. handle_quit exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         Server(self.config).run(self.sockets)
 
@@ -150,14 +150,14 @@ class ServiceLogger(Logger):  # type: ignore[misc]
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # after `gunicorn "main:create_app()"`
+    if not logging.getLogger().handlers:  # with `gunicorn "main:create_app()"`
         main.setup_logging(main.get_settings())
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # each connection is one
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # for connections
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     if "*" in server.cfg.forwarded_allow_ips:
         server.log.warning("FORWARDED_ALLOW_IPS=* lets clients lie: name your proxies")
-    gc.freeze()  # the garbage collector then copies no memory that workers share
+    gc.freeze()  # else the garbage collector writes to memory that workers share
 
 
 wsgi_app = "main:app"

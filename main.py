@@ -129,8 +129,8 @@ def parse_origin(url: pydantic.AnyUrl | str) -> str:
 # NoDecode, because sa.URL is a tuple, and pydantic-settings reads tuples as JSON.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 Origin = Annotated[pydantic.AnyUrl | Literal["*"], AfterValidator(parse_origin)]
-# pydantic refuses text that is not valid Unicode only if it must count the characters.
-# Any max_length makes it count.
+# A variable with bytes that are not UTF-8 would break /docs later. pydantic checks that
+# text is valid Unicode only if it has a max_length.
 ShortText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -207,8 +207,8 @@ def get_settings() -> Settings:
 # Each record is one line on stdout. Control characters are escaped, so that the text of
 # a client cannot forge a line.
 
-# Not "main": SQLAlchemy logs to "main.FairPool", by module and name of the pool class.
-# A level that is set for "main" would also apply to it.
+# SQLAlchemy names the pool's logger by module and class: "main.FairPool". If ours were
+# called "main", its level would also apply to the pool.
 logger = logging.getLogger("service")
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
 # The attributes of a record that do not come from `extra`. taskName is new in Python
@@ -276,16 +276,16 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # A level of LIBRARY_LEVELS replaces the root's. If LOG_LEVEL is ERROR, the handler
-    # must refuse these warnings.
+    # The loggers in LIBRARY_LEVELS have levels of their own: the root's level does not
+    # stop their warnings if LOG_LEVEL is ERROR. The handler's level does.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # These loggers do not propagate to the root. (uvicorn's worker switches that off,
-    # and copies the handlers of gunicorn.error.)
+    # uvicorn's worker turns propagation off for these loggers, and gives them
+    # gunicorn's handlers. So give each of them our handler.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -449,7 +449,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # As Starlette's router asks its routes. FULL: the path and the method match.
+        # Starlette's router finds a route by the same call. FULL: path and method
+        # match.
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -532,13 +533,13 @@ class Item(Base):
 # --- Database -------------------------------------------------------------------------
 # A request holds a connection only while it talks to the database.
 
-PROBE_SECONDS = 1  # from a failed probe to the next one
+CHECK_INTERVAL_SECONDS = 1  # after a failed check
 HEALTH_CHECK_SECONDS = 2  # the longest time until a health check is answered
-START_AND_STOP_SECONDS = 1  # how long the start and the stop wait for a probe
+STARTUP_TIMEOUT_SECONDS = 1  # for the first check; also at the shutdown
 # Held while a worker creates the tables, so that no other one does. 7411 is arbitrary.
 TABLES_LOCK = sa.select(sa.func.pg_advisory_xact_lock(7411))
 # SQLAlchemy raises these if a server is not reachable, full, too slow or read-only.
-OUTAGE = (
+OUTAGE_ERRORS = (
     sa_exc.OperationalError,
     sa_exc.InterfaceError,
     sa_exc.InternalError,
@@ -547,39 +548,39 @@ OUTAGE = (
 
 
 class Availability:
-    """Whether the database or Redis can be used.
+    """Watches the database or Redis.
 
-    `probe` is a coroutine function that raises an exception if it cannot be used. It
-    runs when a request has failed or a health check asks. If it fails, it runs again
-    every second until it succeeds. While all is well, nothing runs in the background.
-    The log has one warning for an outage, and one line for its end.
+    `check` is a coroutine function that raises an exception if the server cannot be
+    used. It runs after a failed request and at a health check; after a failure, every
+    second until it succeeds. While all is well, nothing runs in the background. The log
+    has one warning for an outage, and one line for its end.
     """
 
-    def __init__(self, name: str, probe: Callable[[], Awaitable[object]]) -> None:
+    def __init__(self, name: str, check: Callable[[], Awaitable[object]]) -> None:
         self.name = name
-        self.probe = probe
+        self.check = check
         self.is_available = True
-        self.is_slow = False  # the last probe took longer than HEALTH_CHECK_SECONDS
-        self.probe_task: asyncio.Task[bool] | None = None
-        self.next_probe: asyncio.TimerHandle | None = None
+        self.is_slow = False  # the last check took longer than HEALTH_CHECK_SECONDS
+        self.check_task: asyncio.Task[bool] | None = None
+        self.next_check: asyncio.TimerHandle | None = None
 
-    def start_probe(self) -> asyncio.Task[bool]:
-        """Start the probe, unless it is running: callers share the task."""
-        if self.probe_task is None or self.probe_task.done():
-            self.probe_task = asyncio.create_task(self.run_probe())
-        return self.probe_task
+    def start_check(self) -> asyncio.Task[bool]:
+        """Start the check, unless it is running: callers share the task."""
+        if self.check_task is None or self.check_task.done():
+            self.check_task = asyncio.create_task(self.run_check())
+        return self.check_task
 
-    async def run_probe(self) -> bool:
-        """Return whether the probe has succeeded."""
-        if self.next_probe is not None:
-            self.next_probe.cancel()
+    async def run_check(self) -> bool:
+        """Return whether the check has succeeded."""
+        if self.next_check is not None:
+            self.next_check.cancel()
         started = time.monotonic()
         try:
-            await self.probe()
+            await self.check()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
             self.report_outage(error)
             loop = asyncio.get_running_loop()
-            self.next_probe = loop.call_later(PROBE_SECONDS, self.start_probe)
+            self.next_check = loop.call_later(CHECK_INTERVAL_SECONDS, self.start_check)
             return False
         if not self.is_available:
             logger.info("%s is ready again", self.name)
@@ -588,11 +589,13 @@ class Availability:
         return True
 
     def suspect_outage(self, error: Exception) -> None:
-        """Start the probe. If it does not end soon, there is an outage already."""
-        probe = self.start_probe()
+        """Start the check. If it is still running after HEALTH_CHECK_SECONDS, report an
+        outage without waiting for its end.
+        """
+        check = self.start_check()
 
         def report_if_running() -> None:
-            if not probe.done():
+            if not check.done():
                 self.report_outage(error)
 
         loop = asyncio.get_running_loop()
@@ -607,21 +610,21 @@ class Availability:
     async def is_ready(self) -> bool:
         """Answer a health check within HEALTH_CHECK_SECONDS.
 
-        A slower probe goes on. If the one before it was as slow and succeeded, the
-        server is slow, but ready.
+        A longer check goes on in the background. Then the answer is "ready" if the one
+        before it took as long, but succeeded: the server is slow, not away.
         """
         if not self.is_available:
             return False
-        probe = self.start_probe()
-        await asyncio.wait({probe}, timeout=HEALTH_CHECK_SECONDS)
-        return probe.result() if probe.done() else self.is_slow
+        check = self.start_check()
+        await asyncio.wait({check}, timeout=HEALTH_CHECK_SECONDS)
+        return check.result() if check.done() else self.is_slow
 
     async def stop(self) -> None:
-        if self.next_probe is not None:
-            self.next_probe.cancel()
-        if self.probe_task is not None:
-            self.probe_task.cancel()
-            await asyncio.wait({self.probe_task}, timeout=START_AND_STOP_SECONDS)
+        if self.next_check is not None:
+            self.next_check.cancel()
+        if self.check_task is not None:
+            self.check_task.cancel()
+            await asyncio.wait({self.check_task}, timeout=STARTUP_TIMEOUT_SECONDS)
 
 
 def abort_connection(entry: ConnectionPoolEntry) -> None:
@@ -632,8 +635,8 @@ def abort_connection(entry: ConnectionPoolEntry) -> None:
     """
     connection = entry.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # shutdown() acts on the connection. The descriptor stays the driver's,
-        # therefore the copy.
+        # `with` closes the descriptor that it gets, so give it a copy: the driver
+        # closes its own. shutdown() affects both.
         descriptor = os.dup(connection.fileno())
         with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
@@ -656,9 +659,11 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        self.entries: set[ConnectionPoolEntry] = set()
+        self.entries: set[ConnectionPoolEntry] = set()  # size() at most, used again
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
 
+    # `_do_get` is a plain function, but SQLAlchemy calls it in a greenlet. There,
+    # await_() waits for a coroutine; greenlet_spawn() is the way back from a coroutine.
     async def wait_for_connection(self) -> ConnectionPoolEntry:
         try:
             async with asyncio.timeout(self.timeout()):
@@ -672,7 +677,6 @@ class FairPool(AsyncAdaptedQueuePool):
             raise sa_exc.TimeoutError("no connection was free in time") from None
 
     def _do_get(self) -> ConnectionPoolEntry:
-        # SQLAlchemy runs this in a greenlet, where its `await_` awaits a coroutine.
         entry = await_(self.wait_for_connection())
         self.entries.add(entry)
         loop = asyncio.get_running_loop()
@@ -700,8 +704,8 @@ def on_database_error(context: sa.engine.ExceptionContext) -> None:
     for error in (original, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
-    # After a failover, the former primary refuses writes. SQLite opens a file that it
-    # may not write for reading only, and keeps it so.
+    # After a failover, the former primary refuses writes. If SQLite has no permission
+    # to write the file, it opens it for reading, and the connection stays so for ever.
     is_read_only = isinstance(original, psycopg.errors.ReadOnlySqlTransaction)
     sqlite_error = getattr(original, "sqlite_errorname", "")
     if is_read_only or sqlite_error.startswith("SQLITE_READONLY"):
@@ -747,24 +751,23 @@ class Database:
         self.settings = settings
         self.is_sqlite = settings.DATABASE_URL.get_backend_name() == "sqlite"
         size = settings.DATABASE_POOL_SIZE + settings.DATABASE_MAX_OVERFLOW
-        # All engines are in autocommit, which saves the round trips of BEGIN and
-        # ROLLBACK.
+        # Reads run in autocommit: no BEGIN, no ROLLBACK. Writes need a transaction.
         self.read_engine = self.create_engine(size)
         if self.is_sqlite:
-            # SQLite has one writer at a time; the others wait in the pool's queue.
-            # BEGIN IMMEDIATE opens a transaction, the session's commit() or rollback()
-            # ends it.
+            # SQLite has one writer at a time; the others wait in the pool's queue. The
+            # driver stays in autocommit, so that it sends no BEGIN: `begin_immediate`
+            # does. The session's commit() or rollback() ends the transaction.
             self.write_engine = self.create_engine(1)
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
-            # The same pool, but in transactions.
+            # The same pool with another isolation level.
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
         # Health checks do not wait behind requests. pool_pre_ping replaces a connection
         # that was closed while it was idle, which would look like an outage.
         self.check_engine = self.create_engine(1, pool_pre_ping=True)
-        self.availability = Availability("the database", self.probe)
+        self.availability = Availability("the database", self.check_tables)
         self.has_tables = False
 
     def create_engine(self, pool_size: int, pool_pre_ping: bool = False) -> AsyncEngine:
@@ -812,10 +815,11 @@ class Database:
             "options": f"{statement_timeout} {idle_timeout}",
         }
 
-    async def probe(self) -> None:
-        """Check that the tables have all columns. Create missing tables first.
+    async def check_tables(self) -> None:
+        """Create missing tables, and check that all columns are there.
 
-        It runs at the start, too, and the database may start after the service.
+        Tables are created here and not in `lifespan`, because the database may come up
+        after the service.
         """
         if not self.availability.is_available:
             # After a failover, open connections may still lead to the former primary.
@@ -861,7 +865,7 @@ async def database_exception_handler(
 ) -> Response:
     """Turn the error into a 503 if the database cannot serve now, else into a 500."""
     is_lost = getattr(exc, "connection_invalidated", False)
-    is_outage = is_lost or isinstance(exc, OUTAGE)
+    is_outage = is_lost or isinstance(exc, OUTAGE_ERRORS)
     # sqlite3's OperationalError can mean wrong SQL, too, which is a bug.
     driver_error = getattr(exc, "orig", None)
     is_bug = getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR"
@@ -909,7 +913,7 @@ class RequestBody(BaseModel, extra="forbid"):
     @pydantic.model_validator(mode="before")
     @classmethod
     def refuse_many_fields(cls, value: object) -> object:
-        """Refuse these before pydantic, which makes an error for each unknown field."""
+        """Refuse many fields, because pydantic makes an error for each unknown one."""
         if isinstance(value, dict) and len(value) > 20:
             raise PydanticCustomError("too_many_fields", "There are too many fields")
         return value
@@ -956,9 +960,8 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # May be left out, but may not be null, so it needs some default. `change_item`
-    # ignores what was not sent. A factory keeps the default out of the OpenAPI
-    # document.
+    # May be missing, but not null. Pydantic wants a default; `change_item` drops it. As
+    # a default_factory, it does not appear in the OpenAPI document.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -1033,7 +1036,8 @@ async def verify_password(password: str, known_hash: str) -> tuple[bool, str | N
 
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return a JSON Web Key, because python-jose guesses the format of a string."""
-    # A key may be any bytes. os.environ has those that are not UTF-8 as surrogates.
+    # The key may contain bytes that are not UTF-8. os.environ decodes them to
+    # surrogates; "surrogateescape" turns these back into the bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1071,8 +1075,9 @@ Rows = Sequence[Any]
 # The queries of the busiest routes are built once, because that takes 0.2 ms.
 FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-# The items of :owner with id > :after, in plain rows. There are two forms, because each
-# database searches the index (owner_id, id) by both columns with one of them only.
+# Both mean: owner_id = :owner AND id > :after. SQLite uses both columns of the index
+# for the plain form, PostgreSQL only for the comparison of rows. (Of the rows >
+# (:owner, :after), owner_id <= :owner leaves this owner's.)
 LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(sa.text("owner_id = :owner AND id > :after")),
     "postgresql": ITEMS_QUERY.where(
@@ -1213,7 +1218,7 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
     await db.commit()
 
 
-async def discard_tokens(db: AsyncSession, user: User) -> None:
+async def revoke_tokens(db: AsyncSession, user: User) -> None:
     # If the password was changed meanwhile, the tokens are invalid already.
     await update_user(db, user, token_version=user.token_version + 1)
     await db.commit()
@@ -1303,7 +1308,8 @@ return {allowed, limit, math.max(0, limit - count), reset_seconds} -- RateLimitR
 def open_lock_file() -> IO[bytes]:
     """Open the one lock file of all limiters, before the fork.
 
-    Its lock belongs to a process. If that is killed, the kernel releases the lock.
+    Its lock belongs to a process, which holds it for microseconds. If the process is
+    killed, the kernel releases the lock.
     """
     return tempfile.TemporaryFile()
 
@@ -1341,13 +1347,14 @@ class SlidingWindowRateLimiter:
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
-        # Defined here, because its size depends on the limit. `times` is a ring buffer:
-        # request number n is at n % limit.
+        # Defined here, because its size depends on the limit. Requests are numbered
+        # from 0. Those in the window are oldest_number … next_number - 1; their times
+        # are at number % limit (a ring buffer).
         class Row(ctypes.Structure):
             _fields_ = (
                 ("client_hash", ctypes.c_int64),
                 ("last_seen_ns", ctypes.c_int64),
-                ("oldest_number", ctypes.c_int64),  # of the requests in the window
+                ("oldest_number", ctypes.c_int64),
                 ("next_number", ctypes.c_int64),
                 ("times", ctypes.c_int64 * limit),
             )
@@ -1358,8 +1365,8 @@ class SlidingWindowRateLimiter:
         self.buckets = table_type.from_buffer(memory)
         self.limit = limit
         self.seconds = seconds
-        # The same in all processes of a machine. An attribute, so that tests replace
-        # it.
+        # The monotonic clock is the same in all processes of a machine. Tests replace
+        # this.
         self.clock_ns = time.monotonic_ns
         self.lock_file = open_lock_file()
 
@@ -1401,6 +1408,7 @@ class SlidingWindowRateLimiter:
             # Last, so that a process that is killed leaves a valid row.
             row.next_number += 1
         remaining = self.limit - (row.next_number - row.oldest_number)
+        # There is one: this request, or those that have reached the limit.
         oldest_ns = times[row.oldest_number % self.limit]
         reset_seconds = math.ceil((oldest_ns + window_ns - now_ns) / SECOND_NS)
         return RateLimitResult(allowed, self.limit, remaining, reset_seconds)
@@ -1419,7 +1427,7 @@ class RedisRateLimiter:
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{settings.PROJECT_NAME}:rate-limit"
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
-        self.availability = Availability("Redis", self.probe)
+        self.availability = Availability("Redis", self.check_writing)
 
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
@@ -1431,7 +1439,8 @@ class RedisRateLimiter:
             try:
                 return await self.run_script(key, limit, seconds)
             except (RedisError, OSError, TimeoutError):
-                self.availability.start_probe()
+                # Not suspect_outage: this check ends within REDIS_TIMEOUT_SECONDS.
+                self.availability.start_check()
                 return None
 
     async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
@@ -1441,12 +1450,12 @@ class RedisRateLimiter:
             allowed, *numbers = await self.script(keys, arguments)
         return RateLimitResult(bool(allowed), *numbers)
 
-    async def probe(self) -> None:
+    async def check_writing(self) -> None:
         """Raise an exception if Redis cannot write. A replica would answer PING."""
         if not self.availability.is_available:
             # After a failover, open connections may still lead to the former primary.
             await self.client.connection_pool.disconnect(inuse_connections=False)
-        await self.run_script("probe", 1, 1)
+        await self.run_script("check", 1, 1)
 
 
 class RateLimiter:
@@ -1478,11 +1487,13 @@ class RateLimiter:
     async def enforce(self, name: str, state: dict[str, Any]) -> None:
         """Count a request of state["client"]. Raises RateLimitedException.
 
-        `state` is that of the request, see Middleware.
+        `state` is scope["state"]. RequestLoggingMiddleware has set "client";
+        RateLimitMiddleware sends "rate_limit" as X-RateLimit headers.
         """
         result = await self.hit(name, state["client"])
         shown: RateLimitResult | None = state.get("rate_limit")
-        # X-RateLimit-… show the limit that refused, else that with fewer requests left.
+        # A login counts in both limits. The headers show the one that refused it, else
+        # the one with fewer requests left.
         if shown is None or not result.allowed or result.remaining < shown.remaining:
             state["rate_limit"] = result
         if not result.allowed:
@@ -1505,7 +1516,7 @@ TRACEPARENT_PATTERN = re.compile(
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})"
     rb"-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
-# "charset" that is not followed by =utf-8 or ="utf-8".
+# "charset" that is not followed by =utf-8 or ="utf-8". See `limit_body`.
 OTHER_CHARSET_PATTERN = re.compile(rb'charset(?!=("?)utf-8\1\s*(;|$))')
 MAX_FORM_BYTES = 64 * 1024  # forms take longer to parse than JSON
 MAX_PATH_CHARACTERS = 500  # in a log line; see MAX_TRACEBACK_CHARACTERS
@@ -1529,7 +1540,8 @@ OTHER_HEADERS = ("Location", "Retry-After", "X-Request-ID", "X-Response-Time")
 # Scripts of other origins may read all headers that the service sends.
 EXPOSED_HEADERS = (*SECURITY_HEADERS, *HTTPS_HEADERS, *LIMIT_HEADERS, *OTHER_HEADERS)
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
-# Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline.
+# Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline. With
+# require-corp, browsers would block what the CDN sends.
 DOCS_HEADERS = SECURITY_HEADERS | {
     "Content-Security-Policy": f"{CSP}; connect-src 'self'; worker-src blob:; "
     "script-src 'unsafe-inline' https://cdn.jsdelivr.net/npm/; style-src "
@@ -1564,9 +1576,9 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # In ASGI, `path` includes `root_path`, but the proxy has removed it. FastAPI's
-        # own root_path does not restore it; the router would then strip it from the
-        # prefix.
+        # ASGI wants `path` to begin with `root_path`. The proxy has cut it off, so put
+        # it back. FastAPI's root_path does not: if it is "/api", the router would take
+        # "/api" off the path "/api/v1/items".
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1705,9 +1717,10 @@ class LimitsAndErrorsMiddleware:
         timer = asyncio.timeout(self.timeout_seconds)
         try:
             async with timer:
-                return await self.app(scope, self.bound_body(scope, receive), send)
-        # FastAPI calls the handlers of what is raised further inside.
-        except HTTPException as error:  # raised by `bound_body`
+                return await self.app(scope, self.limit_body(scope, receive), send)
+        # FastAPI has handled what routes raise. Here arrives what has no handler, and
+        # what `limit_body` raises before the app is called.
+        except HTTPException as error:
             response = await http_exception_handler(Request(scope), error)
         except asyncio.CancelledError:
             # Only uvicorn cancels this task, when the time for a shutdown is over. Not
@@ -1726,7 +1739,7 @@ class LimitsAndErrorsMiddleware:
         if "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
-    def bound_body(self, scope: Scope, receive: Receive) -> Receive:
+    def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that refuses a body that is too large.
 
         Raises HTTPException: FastAPI turns any other exception in a body into a 400.
@@ -1745,7 +1758,7 @@ class LimitsAndErrorsMiddleware:
             raise HTTPException(413)
         received_bytes = 0
 
-        async def receive_bounded() -> Message:
+        async def receive_limited() -> Message:
             nonlocal received_bytes
             message = await receive()
             received_bytes += len(message.get("body", b""))
@@ -1753,7 +1766,7 @@ class LimitsAndErrorsMiddleware:
                 raise HTTPException(413)
             return message
 
-        return receive_bounded
+        return receive_limited
 
 
 # --- Dependencies ---------------------------------------------------------------------
@@ -1812,7 +1825,7 @@ UNHEALTHY = HealthCheck(status="unhealthy")
 
 
 async def check_database(request: Request, response: Response) -> HealthCheck:
-    """Return the state of the database. If it is unhealthy, also make this a 503."""
+    """Return the database's state. If it is unhealthy, make the response a 503."""
     if await request.app.state.database.availability.is_ready():
         return HEALTHY
     request.state.reason = "the database is not ready"
@@ -1878,7 +1891,7 @@ CREATE_RESPONSES = BODY_ERRORS | {201: {"headers": {"Location": LOCATION}}}
 CREATE_USER_RESPONSES = CREATE_RESPONSES | openapi_errors(409)
 
 users_router = APIRouter(prefix="/users", tags=["users"])
-# form_limits bound the work: by default, a form may have 1,000 fields and files.
+# form_limits go to request.form(): its default of 1,000 fields is too much for a login.
 auth_router = APIRouter(
     prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
 )
@@ -1893,6 +1906,7 @@ async def post_user(
 ) -> UserOut:
     """Register."""
     user = await register_user(db, user_in)
+    # A path, not a URL, which would be made from the Host header. It has the ROOT_PATH.
     response.headers["Location"] = f"{request.scope['path']}/{user.id}"
     return UserOut.model_validate(user)
 
@@ -1946,7 +1960,7 @@ async def post_token(form: TokenForm, request: Request, db: WriteSession) -> Tok
 @auth_router.delete("/token", status_code=204, responses=TOKEN_ERRORS)
 async def delete_token(user: CurrentUser, db: WriteSession) -> None:
     """Log out everywhere. Every token issued before becomes invalid."""
-    await discard_tokens(db, user)
+    await revoke_tokens(db, user)
 
 
 @items_router.post("", status_code=201, responses=CREATE_RESPONSES)
@@ -2008,8 +2022,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """
     database = Database(app.state.settings)
     app.state.database = database
-    probe = database.availability.start_probe()
-    await asyncio.wait({probe}, timeout=START_AND_STOP_SECONDS)
+    probe = database.availability.start_check()
+    await asyncio.wait({probe}, timeout=STARTUP_TIMEOUT_SECONDS)
     try:
         yield
     finally:
@@ -2026,8 +2040,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
         allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
         expose_headers=EXPOSED_HEADERS,
     )
-    # CORS stands before all that can refuse a request: a browser hides a refusal
-    # without CORS headers from the page.
+    # CORS comes before the middleware that can refuse a request. Without CORS headers
+    # on a 429, a browser does not let the page's script read it.
     return [
         Middleware(RequestLoggingMiddleware, settings.ROOT_PATH),
         Middleware(SecurityHeadersMiddleware),
@@ -2075,7 +2089,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # FastAPI 0.165 nests an included router: health checks would be a fifth slower.
+        # Not include_router: FastAPI 0.165 would match /health in a router inside the
+        # router, which makes a health check a fifth slower.
         routes=health_router.routes,
         # FastAPI 0.165 has OpenTelemetry built in, which costs time. README has more.
         telemetry={"tracing": False, "metrics": False, "logs": False},

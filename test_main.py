@@ -297,7 +297,7 @@ def database_url(request: pytest.FixtureRequest) -> str:
 async def connected(**changes: Any) -> AsyncIterator[main.Database]:
     """A database with these settings."""
     database = main.Database(make_settings(**changes))
-    await database.availability.start_probe()
+    await database.availability.start_check()
     yield database
     await database.close()
 
@@ -845,7 +845,7 @@ class Server:
 async def test_outage_is_probed_every_second_until_it_ends() -> None:
     server = Server()
     availability = main.Availability("it", server.probe)
-    assert availability.start_probe() is availability.start_probe()
+    assert availability.start_check() is availability.start_check()
     counts = []
     for seconds, server.is_away in ((0, True), (0.5, True), (0.5, False), (1, True)):
         skip_time(seconds)
@@ -859,7 +859,7 @@ async def test_outage_logs_start_and_end_once(caplog: CapLog) -> None:
     server = Server()
     availability = main.Availability("it", server.probe)
     for server.is_away in (False, True, True, False, False, True):
-        assert await availability.start_probe() != server.is_away
+        assert await availability.start_check() != server.is_away
     down, up = ("WARNING", "it is not ready"), ("INFO", "it is ready again")
     assert [(r.levelname, r.message) for r in caplog.records] == [down, up, down]
     assert vars(caplog.records[0])["reason"] == "no route to it"
@@ -1060,7 +1060,7 @@ async def test_restart_costs_one_request(postgresql_url: str, caplog: CapLog) ->
             other.execute(f"{end} WHERE {here}")
         statuses = [(await ada.get("/users/me")).status_code for _ in range(6)]
         assert statuses == [503, 200, 200, 200, 200, 200]
-        await ada.app.state.database.availability.start_probe()
+        await ada.app.state.database.availability.start_check()
     assert caplog.messages == ["request"]  # and no outage
 
 
@@ -1093,7 +1093,7 @@ async def test_no_statement_is_sent_while_all_is_well(
     database: main.Database, statements: list[Any]
 ) -> None:
     assert await database.availability.is_ready()
-    await database.availability.start_probe()
+    await database.availability.start_check()
     statements.clear()
     skip_time(60)
     await let_others_run()
@@ -1135,10 +1135,10 @@ async def test_readiness_of_a_slow_server_follows_from_its_last_probe(
     availability = database.availability
     monkeypatch.setattr(main, "HEALTH_CHECK_SECONDS", 0)
     assert not await availability.is_ready()
-    await availability.start_probe()
+    await availability.start_check()
     assert await availability.is_ready()
     monkeypatch.setattr(main, "HEALTH_CHECK_SECONDS", 2)
-    await availability.start_probe()
+    await availability.start_check()
     monkeypatch.setattr(main, "HEALTH_CHECK_SECONDS", 0)
     assert not await availability.is_ready()
 
@@ -1146,7 +1146,7 @@ async def test_readiness_of_a_slow_server_follows_from_its_last_probe(
 async def test_tables_are_made_once(database_url: str, statements: list[Any]) -> None:
     settings = make_settings(DATABASE_URL=database_url)
     databases = [main.Database(settings) for _ in range(4)]
-    checks = [database.availability.start_probe() for database in databases]
+    checks = [database.availability.start_check() for database in databases]
     assert all(await asyncio.gather(*checks))
     made = [statement for statement, _ in statements if "CREATE TABLE" in statement]
     assert len(made) == len(main.Base.metadata.tables)
@@ -1888,7 +1888,7 @@ async def test_password_change_needs_the_current_password(db: AsyncSession) -> N
 
 
 async def test_logout_makes_older_tokens_invalid(db: AsyncSession) -> None:
-    await main.discard_tokens(db, await main.read_user(db, 1))
+    await main.revoke_tokens(db, await main.read_user(db, 1))
     await db.rollback()
     assert await main.read_token_owner(db, 1, 1)
     assert await main.read_token_owner(db, 2, 0)
@@ -2189,7 +2189,7 @@ async def redis_limiter(
 def patience(monkeypatch: Patch) -> Patch:
     """A Redis that is slow because the machine is busy is not given up."""
     monkeypatch.setattr(main, "REDIS_TIMEOUT_SECONDS", PATIENCE_SECONDS)
-    monkeypatch.setattr(main, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(main, "CHECK_INTERVAL_SECONDS", 0.01)
     return monkeypatch
 
 
@@ -2343,7 +2343,7 @@ async def test_health_check_keeps_idle_connections_to_redis(
     async with redis_limiter(own_redis.url) as limiter:
         await limiter.hit("api", ADDRESS)
         before = {client["id"] for client in own_redis.client.client_list()}
-        assert await limiter.redis.availability.start_probe()
+        assert await limiter.redis.availability.start_check()
         assert {client["id"] for client in own_redis.client.client_list()} == before
 
 
@@ -3188,7 +3188,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class Connection:
-    """A client's end of a real connection to a BoundedHttpProtocol."""
+    """A client's end of a real connection to a LimitedHttpProtocol."""
 
     def __init__(self, client: socket.socket) -> None:
         client.setblocking(False)
@@ -3198,7 +3198,7 @@ class Connection:
         config = uvicorn.Config(echo, log_config=None, timeout_keep_alive=75)
         self.state = ServerState()
         self.state.default_headers = [(b"date", b"today")]
-        self.protocol = load_config().BoundedHttpProtocol(config, self.state, {})
+        self.protocol = load_config().LimitedHttpProtocol(config, self.state, {})
 
     async def forward(self, seconds: float) -> None:
         """Let time pass, and take all that the server sends."""
