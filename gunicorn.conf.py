@@ -41,17 +41,16 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with limits on headers. It needs internals of uvicorn 0.54.
 
-    httptools stops parsing at `Upgrade`, and uvicorn would take the body for the next
-    request (request smuggling). So `Upgrade` is ignored (RFC 9110 § 7.8). `cycle` is the
-    current request. `timeout_keep_alive_task` holds a timer that uvicorn stops with the
-    connection: its own between requests, ours until the headers are complete.
+    httptools stops parsing at `Upgrade`; uvicorn would take the body for the next
+    request. So `Upgrade` is ignored (RFC 9110 § 7.8). `timeout_keep_alive_task` is the
+    one timer, which uvicorn cancels with the connection: ours until the headers end.
     """
 
     header_bytes = 0  # received so far; 0 between two requests
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # For FORWARDED_ALLOW_IPS: a unix socket is local; IPv4 is without "::ffff:".
+        # FORWARDED_ALLOW_IPS must match a unix socket, and IPv4 in the form of IPv6.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
         self.start_header_timer()
@@ -62,22 +61,22 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_bytes += len(data)
         try:
             self.parse(memoryview(data))
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # of CONNECT
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # by CONNECT
             self.refuse(431 if self.header_bytes > MAX_HEADER_BYTES else 400)
         if self.header_bytes > MAX_HEADER_BYTES:
             self.refuse(431)
-        # The first bytes of a request replace uvicorn's timer by ours.
+        # The headers are not complete yet, or the timer would be None: start ours.
         elif is_first_data and self.timeout_keep_alive_task:
             self.start_header_timer()
 
     def parse(self, data: memoryview) -> None:
-        """At `Upgrade`, feed the same headers without it to a new parser like uvicorn's."""
+        """Feed the parser. If it stops at `Upgrade`, feed a new one without that."""
         while data:
             try:
                 self.parser.feed_data(data)
                 return
             except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]  # what follows the headers
+                data = data[upgrade.args[0] :]  # after the bytes that it has parsed
             version = self.parser.get_http_version().encode()
             lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
             lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
@@ -118,7 +117,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)
         self.transport.close()
 
-    def shutdown(self) -> None:  # accept what is already on its way
+    def shutdown(self) -> None:  # later, as a request may be on its way
         self.loop.call_later(0.5, super().shutdown)
 
 
@@ -134,7 +133,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
         # gunicorn's master sends SIGQUIT for a quick stop. uvicorn stops at SIGTERM.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # When uvicorn has stopped, it raises SIGTERM again. handle_quit exits with 0.
+        # At its end, uvicorn restores this and raises SIGTERM again. That exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         Server(self.config).run(self.sockets)
 
@@ -146,7 +145,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 
 class ServiceLogger(Logger):  # type: ignore[misc]
     def setup(self, cfg: Any) -> None:
-        self.cfg = cfg  # and no handlers of gunicorn's own: see `setup_logging`
+        self.cfg = cfg  # the base class would add handlers: `setup_logging` has done it
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
@@ -163,8 +162,9 @@ def when_ready(server: Any) -> None:  # before the workers are forked
 wsgi_app = "main:app"
 default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
 bind = (os.getenv("BIND", "").strip() or default_bind).split(",")
-for address in bind:  # unix:/path has no port
-    if "/" not in address and address.rpartition(":")[2] not in map(str, range(65536)):
+for address in bind:
+    port = address.rpartition(":")[2]
+    if "/" not in address and not (port.isdecimal() and float(port) < 65536):
         raise SystemExit(f"bad settings: BIND: {address} has no port from 0 to 65535")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 worker_class = ServiceWorker
@@ -177,4 +177,4 @@ timeout = graceful_timeout + 30  # a stopping worker sends no heartbeat meanwhil
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers: 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
 control_socket_disable = True  # of gunicorn 25: it needs a writable home directory
-worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # heartbeats
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # not a disk

@@ -284,8 +284,9 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # uvicorn's worker turns propagation off for these loggers, and gives them
-    # gunicorn's handlers. So give each of them our handler.
+    # When a worker starts, uvicorn copies the handlers of gunicorn.error to its own
+    # loggers and turns propagation off. So gunicorn.error must have our handler. Under
+    # uvicorn alone, its loggers get it here.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -357,7 +358,8 @@ class UnauthorizedException(AppException):
 
 
 class WrongCredentialsException(AppException):
-    # The same error if the name does not exist: nobody learns which names do.
+    # Also raised if the username does not exist, so that nobody learns which ones
+    # exist.
     status_code = 401
     message = "Wrong username or password."
 
@@ -457,7 +459,7 @@ def allowed_methods(request: Request) -> str:
 
 
 async def http_exception_handler(request: Request, exc: HTTPException) -> Response:
-    """Turn an HTTPException into a response: the framework's, or your own."""
+    """Turn an HTTPException into a response: the framework raises it, or your code."""
     error = ERROR_CODES.get(exc.status_code, f"http_{exc.status_code}")
     message = str(exc.detail)
     headers = exc.headers
@@ -535,7 +537,7 @@ class Item(Base):
 
 CHECK_INTERVAL_SECONDS = 1  # after a failed check
 HEALTH_CHECK_SECONDS = 2  # the longest time until a health check is answered
-STARTUP_TIMEOUT_SECONDS = 1  # for the first check; also at the shutdown
+LIFESPAN_TIMEOUT_SECONDS = 1  # how long the start and the stop wait for a check
 # Held while a worker creates the tables, so that no other one does. 7411 is arbitrary.
 TABLES_LOCK = sa.select(sa.func.pg_advisory_xact_lock(7411))
 # SQLAlchemy raises these if a server is not reachable, full, too slow or read-only.
@@ -610,8 +612,8 @@ class Availability:
     async def is_ready(self) -> bool:
         """Answer a health check within HEALTH_CHECK_SECONDS.
 
-        A longer check goes on in the background. Then the answer is "ready" if the one
-        before it took as long, but succeeded: the server is slow, not away.
+        A longer check goes on in the background. The answer is then True only if the
+        last finished check was also slow, but succeeded: the server is slow, not down.
         """
         if not self.is_available:
             return False
@@ -624,7 +626,7 @@ class Availability:
             self.next_check.cancel()
         if self.check_task is not None:
             self.check_task.cancel()
-            await asyncio.wait({self.check_task}, timeout=STARTUP_TIMEOUT_SECONDS)
+            await asyncio.wait({self.check_task}, timeout=LIFESPAN_TIMEOUT_SECONDS)
 
 
 def abort_connection(entry: ConnectionPoolEntry) -> None:
@@ -659,11 +661,13 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        self.entries: set[ConnectionPoolEntry] = set()  # size() at most, used again
+        self.entries: set[ConnectionPoolEntry] = set()  # at most size(): reused
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
 
-    # `_do_get` is a plain function, but SQLAlchemy calls it in a greenlet. There,
-    # await_() waits for a coroutine; greenlet_spawn() is the way back from a coroutine.
+    # SQLAlchemy calls the plain function `_do_get` in a greenlet, in which await_() can
+    # wait for a coroutine. In this coroutine we are outside of the greenlet; the base
+    # class's `_do_get` needs one, because it may connect. greenlet_spawn() runs it in a
+    # new one.
     async def wait_for_connection(self) -> ConnectionPoolEntry:
         try:
             async with asyncio.timeout(self.timeout()):
@@ -683,7 +687,7 @@ class FairPool(AsyncAdaptedQueuePool):
         self.timers[entry] = loop.call_later(self.timeout(), abort_connection, entry)
         return entry
 
-    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:  # an entry
         self.timers.pop(record).cancel()
         try:
             super()._do_return_conn(record)
@@ -709,6 +713,7 @@ def on_database_error(context: sa.engine.ExceptionContext) -> None:
     is_read_only = isinstance(original, psycopg.errors.ReadOnlySqlTransaction)
     sqlite_error = getattr(original, "sqlite_errorname", "")
     if is_read_only or sqlite_error.startswith("SQLITE_READONLY"):
+        # SQLAlchemy then replaces this connection and all others of the pool.
         context.is_disconnect = True
 
 
@@ -754,9 +759,10 @@ class Database:
         # Reads run in autocommit: no BEGIN, no ROLLBACK. Writes need a transaction.
         self.read_engine = self.create_engine(size)
         if self.is_sqlite:
-            # SQLite has one writer at a time; the others wait in the pool's queue. The
-            # driver stays in autocommit, so that it sends no BEGIN: `begin_immediate`
-            # does. The session's commit() or rollback() ends the transaction.
+            # SQLite has one writer at a time; the others wait in the pool's queue. In
+            # autocommit, the driver sends no BEGIN of its own. SQLAlchemy still calls
+            # our "begin" listener, and then the driver's commit() or rollback(), which
+            # end the transaction that BEGIN IMMEDIATE has begun.
             self.write_engine = self.create_engine(1)
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
@@ -960,8 +966,9 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # May be missing, but not null. Pydantic wants a default; `change_item` drops it. As
-    # a default_factory, it does not appear in the OpenAPI document.
+    # May be missing, but not null. A field that may be missing needs a default, here
+    # "". It is never used, because `change_item` takes only the fields that were sent.
+    # The OpenAPI document does not show a default_factory.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -1045,8 +1052,12 @@ def signing_key(settings: Settings) -> dict[str, str]:
 def create_access_token(user: User, settings: Settings) -> str:
     issued_at = int(time.time())
     expires_at = issued_at + settings.ACCESS_TOKEN_EXPIRE_MINUTES * 60
-    claims = {"sub": str(user.id), "iat": issued_at, "exp": expires_at}
-    claims["version"] = user.token_version
+    claims = {
+        "sub": str(user.id),
+        "iat": issued_at,
+        "exp": expires_at,
+        "version": user.token_version,
+    }
     return jwt.encode(claims, signing_key(settings), settings.ALGORITHM)
 
 
@@ -1075,9 +1086,10 @@ Rows = Sequence[Any]
 # The queries of the busiest routes are built once, because that takes 0.2 ms.
 FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-# Both mean: owner_id = :owner AND id > :after. SQLite uses both columns of the index
-# for the plain form, PostgreSQL only for the comparison of rows. (Of the rows >
-# (:owner, :after), owner_id <= :owner leaves this owner's.)
+# Both mean owner_id = :owner AND id > :after. A row value comparison lets PostgreSQL
+# start in the index at (:owner, :after). It also finds the items of owners with a
+# higher id, which owner_id <= :owner excludes. SQLite needs the plain condition for
+# this.
 LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(sa.text("owner_id = :owner AND id > :after")),
     "postgresql": ITEMS_QUERY.where(
@@ -1306,10 +1318,10 @@ return {allowed, limit, math.max(0, limit - count), reset_seconds} -- RateLimitR
 
 @cache
 def open_lock_file() -> IO[bytes]:
-    """Open the one lock file of all limiters, before the fork.
+    """Open an anonymous file, which all workers inherit.
 
-    Its lock belongs to a process, which holds it for microseconds. If the process is
-    killed, the kernel releases the lock.
+    Its lock guards the memory of all limiters. Each could have its own; one is enough,
+    because it is held for microseconds. If a process is killed, the kernel releases it.
     """
     return tempfile.TemporaryFile()
 
@@ -1408,7 +1420,7 @@ class SlidingWindowRateLimiter:
             # Last, so that a process that is killed leaves a valid row.
             row.next_number += 1
         remaining = self.limit - (row.next_number - row.oldest_number)
-        # There is one: this request, or those that have reached the limit.
+        # The window is not empty here: it has this request, or it is full.
         oldest_ns = times[row.oldest_number % self.limit]
         reset_seconds = math.ceil((oldest_ns + window_ns - now_ns) / SECOND_NS)
         return RateLimitResult(allowed, self.limit, remaining, reset_seconds)
@@ -1511,7 +1523,8 @@ class RateLimiter:
 # user_id, rate_limit, status_code, and for the log line `reason` and `exception`.
 
 REQUEST_ID_PATTERN = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-# W3C Trace Context § 3.2: version, trace id, parent id (neither of them zero), flags.
+# W3C Trace Context § 3.2: version (not ff), trace id and parent id (not zero), flags.
+# Later versions may append parts.
 TRACEPARENT_PATTERN = re.compile(
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})"
     rb"-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
@@ -1576,9 +1589,9 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # ASGI wants `path` to begin with `root_path`. The proxy has cut it off, so put
-        # it back. FastAPI's root_path does not: if it is "/api", the router would take
-        # "/api" off the path "/api/v1/items".
+        # ASGI wants `path` to begin with `root_path`, but the proxy has removed it, so
+        # it is added here. FastAPI's parameter root_path sets only scope["root_path"].
+        # If it is "/api", the router would remove our own prefix from "/api/v1/items".
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1650,6 +1663,7 @@ class SecurityHeadersMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_security_headers(message: Message) -> None:
+            # Other kinds of scopes pass unchanged: they have no such message.
             if message["type"] == "http.response.start":
                 is_docs = route_path(scope) in DOCS_PATHS
                 headers = self.docs_headers if is_docs else self.headers
@@ -1742,7 +1756,8 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that refuses a body that is too large.
 
-        Raises HTTPException: FastAPI turns any other exception in a body into a 400.
+        Raises HTTPException: any other exception that is raised while FastAPI reads the
+        body becomes a 400.
         """
         headers = dict(scope["headers"])
         content_type = headers.get(b"content-type", b"").lower()
@@ -1906,7 +1921,7 @@ async def post_user(
 ) -> UserOut:
     """Register."""
     user = await register_user(db, user_in)
-    # A path, not a URL, which would be made from the Host header. It has the ROOT_PATH.
+    # Not a full URL: it would contain the Host header, which the client chooses.
     response.headers["Location"] = f"{request.scope['path']}/{user.id}"
     return UserOut.model_validate(user)
 
@@ -2023,7 +2038,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     database = Database(app.state.settings)
     app.state.database = database
     probe = database.availability.start_check()
-    await asyncio.wait({probe}, timeout=STARTUP_TIMEOUT_SECONDS)
+    await asyncio.wait({probe}, timeout=LIFESPAN_TIMEOUT_SECONDS)
     try:
         yield
     finally:
@@ -2035,7 +2050,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
     """Return the middleware, outermost first."""
     cors = Middleware(
         OriginCORSMiddleware,
-        allow_origins=[str(origin) for origin in settings.CORS_ORIGINS],  # for mypy
+        # `parse_origin` has made them str, but their annotation says AnyUrl.
+        allow_origins=[str(origin) for origin in settings.CORS_ORIGINS],
         allow_methods=("GET", "POST", "PATCH", "DELETE"),
         allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
         expose_headers=EXPOSED_HEADERS,
@@ -2074,7 +2090,7 @@ def customize_openapi(app: FastAPI) -> None:
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """Build the application. It does not configure logging."""
+    """Build the application. Logging stays as the caller has configured it."""
     settings = settings or get_settings()
     if "SECRET_KEY" not in settings.model_fields_set:
         logger.warning("SECRET_KEY is not set: tokens will not outlive a restart")
@@ -2089,8 +2105,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router: FastAPI 0.165 would match /health in a router inside the
-        # router, which makes a health check a fifth slower.
+        # FastAPI 0.165's include_router adds a nested router: matching in two steps
+        # makes a health check a fifth slower.
         routes=health_router.routes,
         # FastAPI 0.165 has OpenTelemetry built in, which costs time. README has more.
         telemetry={"tracing": False, "metrics": False, "logs": False},
