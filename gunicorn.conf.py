@@ -4,6 +4,7 @@ import gc
 import logging
 import math
 import os
+import re
 import resource
 import signal
 from contextlib import suppress
@@ -23,7 +24,7 @@ HEADER_TIMEOUT_SECONDS = 10
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
     text = os.getenv(name, "").strip() or str(default)
-    if text.isdecimal() and minimum <= float(text) <= maximum:
+    if re.fullmatch(r"\d{1,7}", text) and minimum <= int(text) <= maximum:
         return int(text)
     raise SystemExit(f"bad settings: {name}: not a number from {minimum} to {maximum}")
 
@@ -42,15 +43,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with limits on headers. It needs internals of uvicorn 0.54.
 
     httptools stops parsing at `Upgrade`; uvicorn would take the body for the next
-    request. So `Upgrade` is ignored (RFC 9110 § 7.8). `timeout_keep_alive_task` is the
-    one timer, which uvicorn cancels with the connection: ours until the headers end.
+    request. So `Upgrade` is ignored (RFC 9110 § 7.8). The header timer is kept in
+    `timeout_keep_alive_task`: uvicorn cancels what is there if the connection is lost.
     """
 
     header_bytes = 0  # received so far; 0 between two requests
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # FORWARDED_ALLOW_IPS must match a unix socket, and IPv4 in the form of IPv6.
+        # For FORWARDED_ALLOW_IPS: a unix socket has no address; write IPv4 as IPv4.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
         self.start_header_timer()
@@ -61,16 +62,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_bytes += len(data)
         try:
             self.parse(memoryview(data))
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # by CONNECT
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # CONNECT
             self.refuse(431 if self.header_bytes > MAX_HEADER_BYTES else 400)
         if self.header_bytes > MAX_HEADER_BYTES:
             self.refuse(431)
-        # The headers are not complete yet, or the timer would be None: start ours.
+        # First bytes, and the headers are not complete (that clears the timer).
         elif is_first_data and self.timeout_keep_alive_task:
             self.start_header_timer()
 
     def parse(self, data: memoryview) -> None:
-        """Feed the parser. If it stops at `Upgrade`, feed a new one without that."""
+        """Feed the parser. At `Upgrade`, replay the headers without it to a new one."""
         while data:
             try:
                 self.parser.feed_data(data)
@@ -81,15 +82,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
             lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
             self.parser = httptools.HttpRequestParser(self)
+            # As uvicorn does: data after "Connection: close" is ignored, not an error.
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
             self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
-            return  # `parse` feeds these headers again
-        # The exact size: what was counted so far can contain a part of the body.
-        lines = [name + b": " + value + b"\r\n" for name, value in self.headers]
-        self.header_bytes = len(self.url) + len(b"".join(lines))
+            return  # `parse` replays the headers
+        # The exact size, without bytes of the body. 4 is for ": " and the line's end.
+        self.header_bytes = len(self.url) + sum(len(k + v) + 4 for k, v in self.headers)
         hosts = [name for name, _ in self.headers].count(b"host")
         # RFC 9112 § 3.2: a request of HTTP/1.1 has exactly one Host.
         is_invalid = hosts != 1 and self.parser.get_http_version() == "1.1"
@@ -100,7 +101,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.headers = []  # or uvicorn would add trailers to the headers of the request
 
     def on_message_complete(self) -> None:
-        if not self.parser.should_upgrade():
+        if not self.parser.should_upgrade():  # else `parse` replays the headers
             self.header_bytes = 0
             super().on_message_complete()
 
@@ -122,8 +123,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
-    """uvicorn's worker. It stops gracefully, before gunicorn would kill it."""
-
     def run(self) -> None:
         self.config.app = self.wsgi  # what gunicorn has loaded
         self.config.http = LimitedHttpProtocol
@@ -133,7 +132,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
         # gunicorn's master sends SIGQUIT for a quick stop. uvicorn stops at SIGTERM.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # At its end, uvicorn restores this and raises SIGTERM again. That exits with 0.
+        # At its end, uvicorn raises SIGTERM again. gunicorn's handle_quit exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         Server(self.config).run(self.sockets)
 
@@ -164,10 +163,11 @@ default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
 bind = (os.getenv("BIND", "").strip() or default_bind).split(",")
 for address in bind:
     port = address.rpartition(":")[2]
-    if "/" not in address and not (port.isdecimal() and float(port) < 65536):
+    is_port = re.fullmatch(r"\d{1,5}", port) and int(port) < 65536
+    if "/" not in address and not is_port:
         raise SystemExit(f"bad settings: BIND: {address} has no port from 0 to 65535")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
-worker_class = ServiceWorker
+worker_class = ServiceWorker  # uvicorn's, but it stops gracefully, and in time
 logger_class = ServiceLogger
 preload_app = True  # invalid settings stop the start; workers share rate limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0 is never: see README
@@ -177,4 +177,4 @@ timeout = graceful_timeout + 30  # a stopping worker sends no heartbeat meanwhil
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers: 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
 control_socket_disable = True  # of gunicorn 25: it needs a writable home directory
-worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # not a disk
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # heartbeats

@@ -264,10 +264,10 @@ class TextFormatter(JsonFormatter):
         traceback = fields.pop("exception", "").splitlines()
         words = [fields.pop(name) for name in ("timestamp", "level", "message")]
         words += [f"{name}={value}" for name, value in fields.items()]
-        lines = [" ".join(words), *traceback]
-        # ascii() escapes newlines and control sequences of a client; its quotes are cut
-        # off. The bar marks lines of a traceback, which could look like a record.
-        return "\n    | ".join(ascii(line)[1:-1] for line in lines)
+        # ascii() escapes control characters, and adds quotes, which [1:-1] removes.
+        lines = [ascii(line)[1:-1] for line in (" ".join(words), *traceback)]
+        # "    | " marks the lines of a traceback: none of them can look like a record.
+        return "\n    | ".join(lines)
 
 
 def setup_logging(settings: Settings) -> None:
@@ -451,8 +451,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # Starlette's router finds a route by the same call. FULL: path and method
-        # match.
+        # Included routers are among these routes. Their matches(), too, returns FULL if
+        # path and method match.
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -637,8 +637,8 @@ def abort_connection(entry: ConnectionPoolEntry) -> None:
     """
     connection = entry.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # `with` closes the descriptor that it gets, so give it a copy: the driver
-        # closes its own. shutdown() affects both.
+        # shutdown() needs a socket object, which closes its descriptor at the end. The
+        # driver closes the original one, so use a duplicate.
         descriptor = os.dup(connection.fileno())
         with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
@@ -651,8 +651,8 @@ class FairPool(AsyncAdaptedQueuePool):
     SQLAlchemy's own pool lets newcomers overtake: under load, some requests wait until
     they fail. Here a request first waits for one of `size()` slots, first come, first
     served; then the base class has a connection for it. A PostgreSQL connection that is
-    held for longer than the timeout is closed: a silent server does not take all of
-    them.
+    held for longer than the timeout is closed. Otherwise, requests to a server that
+    does not answer would hold the whole pool.
 
     `_do_get` hands out a connection, `_do_return_conn` takes it back. SQLAlchemy's own
     pools override the same two methods (checked with 2.1.9).
@@ -661,13 +661,13 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        self.entries: set[ConnectionPoolEntry] = set()  # at most size(): reused
+        self.entries: set[ConnectionPoolEntry] = set()  # all that the pool uses
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
 
-    # SQLAlchemy calls the plain function `_do_get` in a greenlet, in which await_() can
-    # wait for a coroutine. In this coroutine we are outside of the greenlet; the base
-    # class's `_do_get` needs one, because it may connect. greenlet_spawn() runs it in a
-    # new one.
+    # SQLAlchemy's pool is synchronous code that runs in a greenlet. There, await_()
+    # waits for a coroutine: `_do_get` below waits for this one. A coroutine is outside
+    # of the greenlet. The base class's `_do_get` can connect, which also calls
+    # await_(), so greenlet_spawn() runs it in a greenlet of its own.
     async def wait_for_connection(self) -> ConnectionPoolEntry:
         try:
             async with asyncio.timeout(self.timeout()):
@@ -687,7 +687,8 @@ class FairPool(AsyncAdaptedQueuePool):
         self.timers[entry] = loop.call_later(self.timeout(), abort_connection, entry)
         return entry
 
-    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:  # an entry
+    # The base class calls the entry `record` here.
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         self.timers.pop(record).cancel()
         try:
             super()._do_return_conn(record)
@@ -732,7 +733,7 @@ def begin_immediate(connection: sa.Connection) -> None:
 
 
 class ReadOnlySession(Session):
-    """The session that `get_read_db` yields. It refuses to write.
+    """The session behind the dependency `ReadSession`. It refuses to write.
 
     Its connections are in autocommit: a write could not be rolled back.
     """
@@ -759,10 +760,10 @@ class Database:
         # Reads run in autocommit: no BEGIN, no ROLLBACK. Writes need a transaction.
         self.read_engine = self.create_engine(size)
         if self.is_sqlite:
-            # SQLite has one writer at a time; the others wait in the pool's queue. In
-            # autocommit, the driver sends no BEGIN of its own. SQLAlchemy still calls
-            # our "begin" listener, and then the driver's commit() or rollback(), which
-            # end the transaction that BEGIN IMMEDIATE has begun.
+            # SQLite has one writer at a time; the others wait in the pool's queue. The
+            # engine is in autocommit only so that the driver sends no BEGIN of its own:
+            # ours is `begin_immediate`. SQLAlchemy's commit() and rollback() end it as
+            # usual.
             self.write_engine = self.create_engine(1)
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
@@ -856,7 +857,7 @@ class Database:
         """
         if not self.has_tables:
             raise ServiceUnavailableException("the database is not reachable")
-        if writes:
+        if writes:  # routes use the objects after the commit
             return AsyncSession(self.write_engine, expire_on_commit=False)
         return AsyncSession(self.read_engine, sync_session_class=ReadOnlySession)
 
@@ -966,9 +967,9 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # May be missing, but not null. A field that may be missing needs a default, here
-    # "". It is never used, because `change_item` takes only the fields that were sent.
-    # The OpenAPI document does not show a default_factory.
+    # May be missing, but not null. Missing fields are not changed (`exclude_unset` in
+    # `change_item`), so the default is never used. It is a default_factory, because
+    # /docs would show a plain default.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -1086,10 +1087,9 @@ Rows = Sequence[Any]
 # The queries of the busiest routes are built once, because that takes 0.2 ms.
 FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-# Both mean owner_id = :owner AND id > :after. A row value comparison lets PostgreSQL
-# start in the index at (:owner, :after). It also finds the items of owners with a
-# higher id, which owner_id <= :owner excludes. SQLite needs the plain condition for
-# this.
+# Both select owner_id = :owner AND id > :after. PostgreSQL starts reading the index at
+# (:owner, :after) only for a row comparison, which also matches owners with higher ids;
+# the second condition excludes these. SQLite starts there for the plain form only.
 LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(sa.text("owner_id = :owner AND id > :after")),
     "postgresql": ITEMS_QUERY.where(
@@ -1154,9 +1154,10 @@ async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
 
 
 # --- Services -------------------------------------------------------------------------
-# Business logic. A service that writes commits at its end. A session takes a connection
-# at its first statement and gives it back at commit() or rollback(). No service holds
-# one while a password is hashed, which takes 30 ms.
+# Business logic: read_ calls find_ or list_ of the repositories, change_ calls update_,
+# discard_ calls remove_. A service that writes commits at its end. A session takes a
+# connection at its first statement and gives it back at commit() or rollback(). No
+# service holds one while a password is hashed, which takes 30 ms.
 
 Page = dict[str, Any]
 
@@ -1384,7 +1385,7 @@ class SlidingWindowRateLimiter:
 
     def hit(self, client: str) -> RateLimitResult:
         """Count a request of the client, if the limit allows it."""
-        # This blocks the event loop, while another worker counts: for microseconds.
+        # If another worker holds the lock, this blocks the event loop for microseconds.
         fcntl.lockf(self.lock_file, fcntl.LOCK_EX)
         try:
             return self.count(self.find_row(client))
@@ -1529,7 +1530,8 @@ TRACEPARENT_PATTERN = re.compile(
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})"
     rb"-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
-# "charset" that is not followed by =utf-8 or ="utf-8". See `limit_body`.
+# A charset parameter that is anything but utf-8. `limit_body` refuses it, because
+# Python would decode the form with it, and some codecs are slow, such as punycode.
 OTHER_CHARSET_PATTERN = re.compile(rb'charset(?!=("?)utf-8\1\s*(;|$))')
 MAX_FORM_BYTES = 64 * 1024  # forms take longer to parse than JSON
 MAX_PATH_CHARACTERS = 500  # in a log line; see MAX_TRACEBACK_CHARACTERS
@@ -1589,9 +1591,9 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # ASGI wants `path` to begin with `root_path`, but the proxy has removed it, so
-        # it is added here. FastAPI's parameter root_path sets only scope["root_path"].
-        # If it is "/api", the router would remove our own prefix from "/api/v1/items".
+        # The proxy has stripped ROOT_PATH from the path, but the router strips it again
+        # if the path begins with it: with ROOT_PATH=/api, "/api/v1/items" would be
+        # "/v1/items". So put it back, as ASGI demands. FastAPI(root_path=…) does not.
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1737,8 +1739,9 @@ class LimitsAndErrorsMiddleware:
         except HTTPException as error:
             response = await http_exception_handler(Request(scope), error)
         except asyncio.CancelledError:
-            # Only uvicorn cancels this task, when the time for a shutdown is over. Not
-            # raised again, so that the client gets an answer.
+            # Not by the timer, whose cancellation is a TimeoutError here: uvicorn
+            # cancels this task when the time for a shutdown is over. Not raised again,
+            # so that the client gets an answer.
             stopping = ServiceUnavailableException("the server is shutting down")
             response = await app_exception_handler(Request(scope), stopping)
         except Exception as error:  # noqa: BLE001 - none may get past this line
@@ -1764,8 +1767,6 @@ class LimitsAndErrorsMiddleware:
         max_bytes = self.max_body_bytes
         if b"form" in content_type:
             max_bytes = min(max_bytes, MAX_FORM_BYTES)
-        # Python would decode the form with the client's charset. Some codecs are slow,
-        # such as punycode.
         if b"multipart" in content_type and OTHER_CHARSET_PATTERN.search(content_type):
             raise HTTPException(400, "The charset must be utf-8")
         # uvicorn has checked that the header is a number.
@@ -2100,6 +2101,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description=settings.PROJECT_DESCRIPTION,
         version=settings.VERSION,
         openapi_url=f"{settings.API_V1_PREFIX}/openapi.json",
+        # FastAPI adds this only for its parameter root_path, which is not used.
         servers=[{"url": settings.ROOT_PATH or "/"}],
         redirect_slashes=False,  # its redirects would be made from the Host header
         generate_unique_id_function=attrgetter("name"),
