@@ -51,7 +51,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # For FORWARDED_ALLOW_IPS: a unix socket has no address; write IPv4 as IPv4.
+        # A unix socket counts as 127.0.0.1, and ::ffff:10.0.0.1 as 10.0.0.1.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
         self.start_header_timer()
@@ -66,7 +66,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.refuse(431 if self.header_bytes > MAX_HEADER_BYTES else 400)
         if self.header_bytes > MAX_HEADER_BYTES:
             self.refuse(431)
-        # First bytes, and the headers are not complete (that clears the timer).
+        # A request has begun; if its headers were complete, the timer would be None.
         elif is_first_data and self.timeout_keep_alive_task:
             self.start_header_timer()
 
@@ -118,7 +118,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)
         self.transport.close()
 
-    def shutdown(self) -> None:  # later, as a request may be on its way
+    def shutdown(self) -> None:  # later: a request may be on its way
         self.loop.call_later(0.5, super().shutdown)
 
 
@@ -167,10 +167,10 @@ for address in bind:
     if "/" not in address and not is_port:
         raise SystemExit(f"bad settings: BIND: {address} has no port from 0 to 65535")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
-worker_class = ServiceWorker  # uvicorn's, but it stops gracefully, and in time
+worker_class = ServiceWorker  # with limits on headers, and a graceful stop
 logger_class = ServiceLogger
 preload_app = True  # invalid settings stop the start; workers share rate limits
-max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0 is never: see README
+max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: never, it breaks requests
 max_requests_jitter = max_requests // 10
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
 timeout = graceful_timeout + 30  # a stopping worker sends no heartbeat meanwhile

@@ -120,7 +120,7 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
 def parse_origin(url: pydantic.AnyUrl | str) -> str:
     """Return the origin as browsers send it. Pydantic has removed :80 and :443."""
     origin = str(url).removesuffix("/")
-    # "*", or a scheme and a host without path, query, fragment or user.
+    # "*", or scheme://host without path, query, fragment, user or wildcard.
     if not re.fullmatch(r"\*|[^:]+://[^/?#@*]+", origin):
         raise ValueError("should be a list of origins such as https://app.example")
     return origin
@@ -284,9 +284,9 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # When a worker starts, uvicorn copies the handlers of gunicorn.error to its own
-    # loggers and turns propagation off. So gunicorn.error must have our handler. Under
-    # uvicorn alone, its loggers get it here.
+    # Under gunicorn, uvicorn copies the handlers of gunicorn.error to its own loggers
+    # in each worker, so gunicorn.error needs our handler. Under uvicorn alone nothing
+    # is copied, so uvicorn's loggers need it.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -451,8 +451,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # Included routers are among these routes. Their matches(), too, returns FULL if
-        # path and method match.
+        # In FastAPI 0.165, included routers are among these routes; their matches()
+        # works like a route's. FULL: path and method match.
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -550,12 +550,13 @@ OUTAGE_ERRORS = (
 
 
 class Availability:
-    """Watches the database or Redis.
+    """Watches the database or Redis (see Rate limiting).
 
     `check` is a coroutine function that raises an exception if the server cannot be
     used. It runs after a failed request and at a health check; after a failure, every
     second until it succeeds. While all is well, nothing runs in the background. The log
-    has one warning for an outage, and one line for its end.
+    has one warning for an outage, and one line for its end. `is_available` decides
+    health checks, and whether Redis is used; requests go to the database all the same.
     """
 
     def __init__(self, name: str, check: Callable[[], Awaitable[object]]) -> None:
@@ -612,8 +613,8 @@ class Availability:
     async def is_ready(self) -> bool:
         """Answer a health check within HEALTH_CHECK_SECONDS.
 
-        A longer check goes on in the background. The answer is then True only if the
-        last finished check was also slow, but succeeded: the server is slow, not down.
+        A longer check goes on in the background. Then a server whose last check was
+        slow, but succeeded, counts as ready; one whose last check was fast does not.
         """
         if not self.is_available:
             return False
@@ -637,8 +638,8 @@ def abort_connection(entry: ConnectionPoolEntry) -> None:
     """
     connection = entry.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # shutdown() needs a socket object, which closes its descriptor at the end. The
-        # driver closes the original one, so use a duplicate.
+        # A socket closes its descriptor. The driver must close its own, so give the
+        # socket a duplicate.
         descriptor = os.dup(connection.fileno())
         with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
@@ -650,9 +651,9 @@ class FairPool(AsyncAdaptedQueuePool):
 
     SQLAlchemy's own pool lets newcomers overtake: under load, some requests wait until
     they fail. Here a request first waits for one of `size()` slots, first come, first
-    served; then the base class has a connection for it. A PostgreSQL connection that is
-    held for longer than the timeout is closed. Otherwise, requests to a server that
-    does not answer would hold the whole pool.
+    served; then the base class has a free connection, or opens one. A PostgreSQL
+    connection that is held for longer than the timeout is closed. Otherwise, requests
+    to a server that does not answer would hold the whole pool.
 
     `_do_get` hands out a connection, `_do_return_conn` takes it back. SQLAlchemy's own
     pools override the same two methods (checked with 2.1.9).
@@ -661,13 +662,13 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        self.entries: set[ConnectionPoolEntry] = set()  # all that the pool uses
+        self.entries: set[ConnectionPoolEntry] = set()  # of the pool, which reuses them
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
 
-    # SQLAlchemy's pool is synchronous code that runs in a greenlet. There, await_()
-    # waits for a coroutine: `_do_get` below waits for this one. A coroutine is outside
-    # of the greenlet. The base class's `_do_get` can connect, which also calls
-    # await_(), so greenlet_spawn() runs it in a greenlet of its own.
+    # SQLAlchemy calls `_do_get` as synchronous code in a greenlet. await_() goes from
+    # there to a coroutine; greenlet_spawn() goes from the coroutine back to synchronous
+    # code. super()._do_get() needs that, because it calls await_() itself when it
+    # connects.
     async def wait_for_connection(self) -> ConnectionPoolEntry:
         try:
             async with asyncio.timeout(self.timeout()):
@@ -687,7 +688,7 @@ class FairPool(AsyncAdaptedQueuePool):
         self.timers[entry] = loop.call_later(self.timeout(), abort_connection, entry)
         return entry
 
-    # The base class calls the entry `record` here.
+    # `record`, not `entry`: an override must keep the name of the parameter.
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         self.timers.pop(record).cancel()
         try:
@@ -702,15 +703,19 @@ class FairPool(AsyncAdaptedQueuePool):
 
 
 def on_database_error(context: sa.engine.ExceptionContext) -> None:
-    """Cut values out of messages. Drop all connections to a read-only server."""
+    """Cut values out of messages. Drop all connections to a read-only server.
+
+    SQLAlchemy calls it first; then `database_exception_handler` makes the response.
+    """
     original = context.original_exception
     # From its second line on, PostgreSQL's message shows the whole row, with the
     # password's hash.
     for error in (original, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
-    # After a failover, the former primary refuses writes. If SQLite has no permission
-    # to write the file, it opens it for reading, and the connection stays so for ever.
+    # After a failover, the former primary refuses writes. SQLite opens a file that it
+    # may not write as read-only, and the connection stays so when the permission is
+    # corrected.
     is_read_only = isinstance(original, psycopg.errors.ReadOnlySqlTransaction)
     sqlite_error = getattr(original, "sqlite_errorname", "")
     if is_read_only or sqlite_error.startswith("SQLITE_READONLY"):
@@ -719,8 +724,8 @@ def on_database_error(context: sa.engine.ExceptionContext) -> None:
 
 
 def prepare_sqlite_connection(connection: Any, entry: ConnectionPoolEntry) -> None:
-    # If two workers switch to WAL at the same time, one gets "locked". That does no
-    # harm: WAL is a property of the file.
+    # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
+    # mode is stored in the file, so the other worker has set it for both.
     with suppress(sqlite3.OperationalError):
         connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA foreign_keys = ON")
@@ -760,10 +765,10 @@ class Database:
         # Reads run in autocommit: no BEGIN, no ROLLBACK. Writes need a transaction.
         self.read_engine = self.create_engine(size)
         if self.is_sqlite:
-            # SQLite has one writer at a time; the others wait in the pool's queue. The
-            # engine is in autocommit only so that the driver sends no BEGIN of its own:
-            # ours is `begin_immediate`. SQLAlchemy's commit() and rollback() end it as
-            # usual.
+            # SQLite has one writer at a time; the others wait in the pool's queue.
+            # "AUTOCOMMIT" only stops the driver from sending BEGIN; `begin_immediate`
+            # sends ours. SQLAlchemy still calls the driver's commit() and rollback(),
+            # which end it.
             self.write_engine = self.create_engine(1)
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
@@ -905,7 +910,7 @@ NewUsername = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$")
 # NIST SP 800-63B-4: at least 15 characters where there is no second factor, and no rule
 # such as "one digit".
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), Normalized]
-# Without the rules above: a wrong login is a 401, whatever its length.
+# Not the rules above: a login that breaks them is a 401. These bounds are a 422.
 LoginName = Annotated[str, Field(min_length=1, max_length=1024, pattern=NO_NUL), Lower]
 LoginPassword = Annotated[str, Field(min_length=1, max_length=1024), Normalized]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
@@ -920,7 +925,7 @@ class RequestBody(BaseModel, extra="forbid"):
     @pydantic.model_validator(mode="before")
     @classmethod
     def refuse_many_fields(cls, value: object) -> object:
-        """Refuse many fields, because pydantic makes an error for each unknown one."""
+        """Pydantic would write one error for each unknown field into the 422."""
         if isinstance(value, dict) and len(value) > 20:
             raise PydanticCustomError("too_many_fields", "There are too many fields")
         return value
@@ -967,9 +972,8 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # May be missing, but not null. Missing fields are not changed (`exclude_unset` in
-    # `change_item`), so the default is never used. It is a default_factory, because
-    # /docs would show a plain default.
+    # Optional, but not nullable. The default is never used, because `change_item`
+    # leaves out fields that were not sent. A factory keeps it out of /docs.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -1034,7 +1038,7 @@ async def hash_password(password: str) -> str:
 
 
 async def verify_password(password: str, known_hash: str) -> tuple[bool, str | None]:
-    """Return whether it matches, and a new hash where `known_hash` is outdated."""
+    """Return whether it matches, and a new hash if `known_hash` is outdated, else None."""
     refuse_if_hashing_is_busy()
     verify = PASSWORD_HASHER.verify_and_update
     return await to_thread.run_sync(
@@ -1071,7 +1075,7 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
             token, key, algorithms=[settings.ALGORITHM], options=options
         )
         user_id = int(claims["sub"])
-        # The token of another service with the same key can have a larger one.
+        # A token of another service with the same key can have one that fits no column.
         if not 0 < user_id <= MAX_ID:
             raise ValueError
         return user_id, claims["version"]
@@ -1087,9 +1091,9 @@ Rows = Sequence[Any]
 # The queries of the busiest routes are built once, because that takes 0.2 ms.
 FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-# Both select owner_id = :owner AND id > :after. PostgreSQL starts reading the index at
-# (:owner, :after) only for a row comparison, which also matches owners with higher ids;
-# the second condition excludes these. SQLite starts there for the plain form only.
+# Both mean owner_id = :owner AND id > :after. Each is written so that the database
+# seeks in the index: PostgreSQL needs a row comparison (owner_id <= :owner then
+# excludes later owners), SQLite needs the plain form.
 LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(sa.text("owner_id = :owner AND id > :after")),
     "postgresql": ITEMS_QUERY.where(
@@ -1313,7 +1317,7 @@ if count < limit then
 end
 local oldest = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')[2]
 local reset_seconds = math.ceil((oldest + window - now) / 1000000)
-return {allowed, limit, math.max(0, limit - count), reset_seconds} -- RateLimitResult
+return {allowed, limit, math.max(0, limit - count), reset_seconds} -- as RateLimitResult
 """
 
 
@@ -1360,9 +1364,9 @@ class SlidingWindowRateLimiter:
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
-        # Defined here, because its size depends on the limit. Requests are numbered
-        # from 0. Those in the window are oldest_number … next_number - 1; their times
-        # are at number % limit (a ring buffer).
+        # A row has a ring buffer with the times of the last `limit` allowed requests.
+        # They are numbered from 0; the time of request n is times[n % limit]. Those in
+        # the window are oldest_number … next_number - 1. The size depends on `limit`.
         class Row(ctypes.Structure):
             _fields_ = (
                 ("client_hash", ctypes.c_int64),
@@ -1452,7 +1456,7 @@ class RedisRateLimiter:
             try:
                 return await self.run_script(key, limit, seconds)
             except (RedisError, OSError, TimeoutError):
-                # Not suspect_outage: this check ends within REDIS_TIMEOUT_SECONDS.
+                # No suspect_outage, which is for checks that may hang. This one cannot.
                 self.availability.start_check()
                 return None
 
@@ -1504,10 +1508,14 @@ class RateLimiter:
         RateLimitMiddleware sends "rate_limit" as X-RateLimit headers.
         """
         result = await self.hit(name, state["client"])
-        shown: RateLimitResult | None = state.get("rate_limit")
+        previous: RateLimitResult | None = state.get("rate_limit")
         # A login counts in both limits. The headers show the one that refused it, else
         # the one with fewer requests left.
-        if shown is None or not result.allowed or result.remaining < shown.remaining:
+        if (
+            previous is None
+            or not result.allowed
+            or result.remaining < previous.remaining
+        ):
             state["rate_limit"] = result
         if not result.allowed:
             raise RateLimitedException(result.reset_seconds)
@@ -1530,8 +1538,9 @@ TRACEPARENT_PATTERN = re.compile(
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})"
     rb"-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
-# A charset parameter that is anything but utf-8. `limit_body` refuses it, because
-# Python would decode the form with it, and some codecs are slow, such as punycode.
+# Matches charset=punycode, but not charset=utf-8 or charset="utf-8". `limit_body`
+# refuses it, because Python would decode the form with it, and some codecs are slow,
+# such as punycode.
 OTHER_CHARSET_PATTERN = re.compile(rb'charset(?!=("?)utf-8\1\s*(;|$))')
 MAX_FORM_BYTES = 64 * 1024  # forms take longer to parse than JSON
 MAX_PATH_CHARACTERS = 500  # in a log line; see MAX_TRACEBACK_CHARACTERS
@@ -1591,9 +1600,8 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # The proxy has stripped ROOT_PATH from the path, but the router strips it again
-        # if the path begins with it: with ROOT_PATH=/api, "/api/v1/items" would be
-        # "/v1/items". So put it back, as ASGI demands. FastAPI(root_path=…) does not.
+        # The proxy strips ROOT_PATH. But in ASGI, `path` includes `root_path`, and the
+        # router strips it. So add it again. FastAPI(root_path=…) sets only `root_path`.
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1629,7 +1637,7 @@ class RequestLoggingMiddleware:
         client = scope["client"][0] if scope["client"] else "unknown"
         state["client"] = client[:64]  # a proxy may send any text
         # uvicorn takes `client` from X-Forwarded-For if it trusts the peer. If `client`
-        # is not in that header, it did not.
+        # is not in that header, uvicorn did not trust the peer.
         forwarded_for = headers.get(b"x-forwarded-for", b"").decode("latin-1")
         if forwarded_for and client not in forwarded_for:
             warn_of_untrusted_proxy()
@@ -1719,8 +1727,11 @@ class RateLimitMiddleware:
 
 
 class LimitsAndErrorsMiddleware:
-    """The innermost middleware: a 413 for the body, a 504 for the time, a 500 for an
-    unhandled exception, and a 503 at the shutdown."""
+    """The innermost middleware.
+
+    It answers 413 if the body is too large, 504 if the request takes too long, 500 for
+    an unhandled exception, and 503 at the shutdown.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
@@ -1734,14 +1745,14 @@ class LimitsAndErrorsMiddleware:
         try:
             async with timer:
                 return await self.app(scope, self.limit_body(scope, receive), send)
-        # FastAPI has handled what routes raise. Here arrives what has no handler, and
-        # what `limit_body` raises before the app is called.
+        # Only exceptions without a handler get here, and those of `limit_body`, which
+        # it raises before the app is called.
         except HTTPException as error:
             response = await http_exception_handler(Request(scope), error)
         except asyncio.CancelledError:
-            # Not by the timer, whose cancellation is a TimeoutError here: uvicorn
-            # cancels this task when the time for a shutdown is over. Not raised again,
-            # so that the client gets an answer.
+            # uvicorn cancels this task when the time for a shutdown is over. (The
+            # timer's own cancellation arrives as TimeoutError, below.) It is not raised
+            # again, so that the client gets an answer.
             stopping = ServiceUnavailableException("the server is shutting down")
             response = await app_exception_handler(Request(scope), stopping)
         except Exception as error:  # noqa: BLE001 - none may get past this line
@@ -1822,7 +1833,8 @@ async def rate_limit_dependency(request: Request) -> None:
     await request.app.state.rate_limiter.enforce("login", request.scope["state"])
 
 
-# scope="function" closes the session before the response is sent.
+# scope="function" closes the session before the response is sent, so that a slow client
+# does not keep a connection.
 WriteSession = Annotated[AsyncSession, Depends(get_db, scope="function")]
 ReadSession = Annotated[AsyncSession, Depends(get_read_db, scope="function")]
 CurrentUser = Annotated[User, Depends(get_current_user)]
@@ -1833,7 +1845,8 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
-    responses=openapi_errors(413, 500, 504),  # of LimitsAndErrorsMiddleware
+    # LimitsAndErrorsMiddleware can answer these on every route.
+    responses=openapi_errors(413, 500, 504),
     generate_unique_id_function=attrgetter("name"),  # operationId = function name
 )
 HEALTHY = HealthCheck(status="healthy")
@@ -2082,7 +2095,7 @@ def customize_openapi(app: FastAPI) -> None:
     token_url = f"{settings.ROOT_PATH}{settings.API_V1_PREFIX}/auth/token"
 
     def openapi() -> dict[str, Any]:
-        document = FastAPI.openapi(app)
+        document = FastAPI.openapi(app)  # not app.openapi, which is replaced below
         scheme = document["components"]["securitySchemes"][oauth2_scheme.scheme_name]
         scheme["flows"]["password"]["tokenUrl"] = token_url
         return document
@@ -2107,7 +2120,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # FastAPI 0.165's include_router adds a nested router: matching in two steps
+        # Not include_router: in FastAPI 0.165 it adds a nested router, whose matching
         # makes a health check a fifth slower.
         routes=health_router.routes,
         # FastAPI 0.165 has OpenTelemetry built in, which costs time. README has more.
