@@ -1038,7 +1038,7 @@ async def hash_password(password: str) -> str:
 
 
 async def verify_password(password: str, known_hash: str) -> tuple[bool, str | None]:
-    """Return whether it matches, and a new hash if `known_hash` is outdated, else None."""
+    """Return whether it matches; and a new hash if `known_hash` is outdated, or None."""
     refuse_if_hashing_is_busy()
     verify = PASSWORD_HASHER.verify_and_update
     return await to_thread.run_sync(
