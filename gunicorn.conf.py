@@ -66,12 +66,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.refuse(431 if self.header_bytes > MAX_HEADER_BYTES else 400)
         if self.header_bytes > MAX_HEADER_BYTES:
             self.refuse(431)
-        # A request has begun; if its headers were complete, the timer would be None.
+        # The first data of a request. (If its headers are complete, the timer is None.)
         elif is_first_data and self.timeout_keep_alive_task:
             self.start_header_timer()
 
     def parse(self, data: memoryview) -> None:
-        """Feed the parser. At `Upgrade`, replay the headers without it to a new one."""
+        """At `Upgrade` the parser stops: replay the headers without it to a new one."""
         while data:
             try:
                 self.parser.feed_data(data)
@@ -118,7 +118,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)
         self.transport.close()
 
-    def shutdown(self) -> None:  # later: a request may be on its way
+    def shutdown(self) -> None:  # wait: a proxy may just be sending a request
         self.loop.call_later(0.5, super().shutdown)
 
 
@@ -132,7 +132,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
         # gunicorn's master sends SIGQUIT for a quick stop. uvicorn stops at SIGTERM.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # At its end, uvicorn raises SIGTERM again. gunicorn's handle_quit exits with 0.
+        # At its end, uvicorn restores this and raises SIGTERM again, to exit with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         Server(self.config).run(self.sockets)
 
@@ -173,7 +173,7 @@ preload_app = True  # invalid settings stop the start; workers share rate limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: never, it breaks requests
 max_requests_jitter = max_requests // 10
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
-timeout = graceful_timeout + 30  # a stopping worker sends no heartbeat meanwhile
+timeout = graceful_timeout + 30  # without a heartbeat, as in a graceful stop
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers: 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
 control_socket_disable = True  # of gunicorn 25: it needs a writable home directory

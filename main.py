@@ -108,7 +108,7 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
     # the password is in the host, which is logged.
     if "@" in (url.host or ""):
         raise ValueError("the password has special characters that are not encoded")
-    if (url.port or 0) > 65535:
+    if (url.port or 0) > 65535:  # make_url accepts any number
         raise ValueError("the port should be at most 65535")
     # Each connection to ":memory:" would have a database of its own.
     is_sqlite = url.get_backend_name() == "sqlite"
@@ -207,8 +207,7 @@ def get_settings() -> Settings:
 # Each record is one line on stdout. Control characters are escaped, so that the text of
 # a client cannot forge a line.
 
-# SQLAlchemy names the pool's logger by module and class: "main.FairPool". If ours were
-# called "main", its level would also apply to the pool.
+# Not "main": that is the parent of SQLAlchemy's logger for our pool, "main.FairPool".
 logger = logging.getLogger("service")
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
 # The attributes of a record that do not come from `extra`. taskName is new in Python
@@ -284,9 +283,9 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # Under gunicorn, uvicorn copies the handlers of gunicorn.error to its own loggers
-    # in each worker, so gunicorn.error needs our handler. Under uvicorn alone nothing
-    # is copied, so uvicorn's loggers need it.
+    # They cannot just propagate to the root: in each worker under gunicorn, uvicorn
+    # sets its loggers' handlers to those of gunicorn.error. So all of them get our
+    # handler.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -432,8 +431,8 @@ def error_response(
         "request_id": request.state.request_id,
     }
     all_headers = {**DEFAULT_HEADERS.get(status_code, {}), **(headers or {})}
-    # Not JSONResponse: `details` can have the name of an unknown field that is not
-    # valid Unicode. JSONResponse could not encode it; json.dumps escapes it.
+    # Not JSONResponse, which cannot encode invalid Unicode: a client can send that in
+    # the name of an unknown field, which `details` repeats.
     return Response(json.dumps(body), status_code, all_headers, "application/json")
 
 
@@ -451,8 +450,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # In FastAPI 0.165, included routers are among these routes; their matches()
-        # works like a route's. FULL: path and method match.
+        # Since FastAPI 0.165, app.routes has included routers, not copies of their
+        # routes; their matches() works like a route's. FULL: path and method match.
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -613,8 +612,9 @@ class Availability:
     async def is_ready(self) -> bool:
         """Answer a health check within HEALTH_CHECK_SECONDS.
 
-        A longer check goes on in the background. Then a server whose last check was
-        slow, but succeeded, counts as ready; one whose last check was fast does not.
+        If the check takes longer, it goes on, and the previous one decides: a server
+        that is always slow, but works, stays ready; one that was fast and has become
+        silent does not.
         """
         if not self.is_available:
             return False
@@ -636,10 +636,10 @@ def abort_connection(entry: ConnectionPoolEntry) -> None:
     Cancelling it would need the server, which may not answer. So shut down the socket:
     the driver sees the end of the connection. SQLite has no server that could hang.
     """
-    connection = entry.driver_connection
+    connection = entry.driver_connection  # psycopg's own, without SQLAlchemy's adapter
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # A socket closes its descriptor. The driver must close its own, so give the
-        # socket a duplicate.
+        # Leaving `with` closes the descriptor, so use a duplicate: the original is the
+        # driver's to close.
         descriptor = os.dup(connection.fileno())
         with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
@@ -662,13 +662,13 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        self.entries: set[ConnectionPoolEntry] = set()  # of the pool, which reuses them
+        # All entries handed out so far: at most size(), because the pool reuses them.
+        self.entries: set[ConnectionPoolEntry] = set()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
 
-    # SQLAlchemy calls `_do_get` as synchronous code in a greenlet. await_() goes from
-    # there to a coroutine; greenlet_spawn() goes from the coroutine back to synchronous
-    # code. super()._do_get() needs that, because it calls await_() itself when it
-    # connects.
+    # SQLAlchemy calls _do_get() synchronously, inside a greenlet. await_() lets it wait
+    # for this coroutine. super()._do_get() is synchronous, too, and may call await_(),
+    # so the coroutine must run it in a greenlet of its own: greenlet_spawn().
     async def wait_for_connection(self) -> ConnectionPoolEntry:
         try:
             async with asyncio.timeout(self.timeout()):
@@ -713,9 +713,8 @@ def on_database_error(context: sa.engine.ExceptionContext) -> None:
     for error in (original, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
-    # After a failover, the former primary refuses writes. SQLite opens a file that it
-    # may not write as read-only, and the connection stays so when the permission is
-    # corrected.
+    # After a failover, the former primary refuses writes. If SQLite may not write the
+    # file, it opens it read-only, and that connection stays read-only for ever.
     is_read_only = isinstance(original, psycopg.errors.ReadOnlySqlTransaction)
     sqlite_error = getattr(original, "sqlite_errorname", "")
     if is_read_only or sqlite_error.startswith("SQLITE_READONLY"):
@@ -765,10 +764,10 @@ class Database:
         # Reads run in autocommit: no BEGIN, no ROLLBACK. Writes need a transaction.
         self.read_engine = self.create_engine(size)
         if self.is_sqlite:
-            # SQLite has one writer at a time; the others wait in the pool's queue.
-            # "AUTOCOMMIT" only stops the driver from sending BEGIN; `begin_immediate`
-            # sends ours. SQLAlchemy still calls the driver's commit() and rollback(),
-            # which end it.
+            # SQLite has one writer at a time; the others wait in the pool's queue. For
+            # sqlite3, AUTOCOMMIT means only that the driver sends no BEGIN of its own.
+            # `begin_immediate` sends one, and SQLAlchemy's commit() or rollback() ends
+            # that transaction as usual.
             self.write_engine = self.create_engine(1)
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
@@ -828,13 +827,15 @@ class Database:
         }
 
     async def check_tables(self) -> None:
-        """Create missing tables, and check that all columns are there.
+        """The check of `availability`: create missing tables, then find all columns.
 
         Tables are created here and not in `lifespan`, because the database may come up
         after the service.
         """
         if not self.availability.is_available:
             # After a failover, open connections may still lead to the former primary.
+            # (The write engine has the same pool. on_database_error replaces the
+            # check's own.)
             cast(FairPool, self.read_engine.pool).replace_connections()
         await self.create_tables()
         self.has_tables = True
@@ -910,7 +911,8 @@ NewUsername = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$")
 # NIST SP 800-63B-4: at least 15 characters where there is no second factor, and no rule
 # such as "one digit".
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), Normalized]
-# Not the rules above: a login that breaks them is a 401. These bounds are a 422.
+# Not the rules for new names and passwords: a login that breaks them is just wrong, a
+# 401. Only what exceeds these bounds is a 422.
 LoginName = Annotated[str, Field(min_length=1, max_length=1024, pattern=NO_NUL), Lower]
 LoginPassword = Annotated[str, Field(min_length=1, max_length=1024), Normalized]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
@@ -972,8 +974,8 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # Optional, but not nullable. The default is never used, because `change_item`
-    # leaves out fields that were not sent. A factory keeps it out of /docs.
+    # Optional, but not nullable. The default "" is never used, because `change_item`
+    # leaves out fields that were not sent. As a factory, it does not appear in /docs.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -1038,7 +1040,7 @@ async def hash_password(password: str) -> str:
 
 
 async def verify_password(password: str, known_hash: str) -> tuple[bool, str | None]:
-    """Return whether it matches; and a new hash if `known_hash` is outdated, or None."""
+    """Return whether it matches, and a new hash or None if `known_hash` is current."""
     refuse_if_hashing_is_busy()
     verify = PASSWORD_HASHER.verify_and_update
     return await to_thread.run_sync(
@@ -1075,7 +1077,8 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
             token, key, algorithms=[settings.ALGORITHM], options=options
         )
         user_id = int(claims["sub"])
-        # A token of another service with the same key can have one that fits no column.
+        # Another service with the same key may have issued it, for an id beyond 64
+        # bits.
         if not 0 < user_id <= MAX_ID:
             raise ValueError
         return user_id, claims["version"]
@@ -1091,9 +1094,9 @@ Rows = Sequence[Any]
 # The queries of the busiest routes are built once, because that takes 0.2 ms.
 FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-# Both mean owner_id = :owner AND id > :after. Each is written so that the database
-# seeks in the index: PostgreSQL needs a row comparison (owner_id <= :owner then
-# excludes later owners), SQLite needs the plain form.
+# Both mean owner_id = :owner AND id > :after. SQLite reads the index from the right
+# place with that. PostgreSQL does only with a row comparison; it also matches items of
+# later owners, which owner_id <= :owner excludes.
 LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(sa.text("owner_id = :owner AND id > :after")),
     "postgresql": ITEMS_QUERY.where(
@@ -1401,7 +1404,7 @@ class SlidingWindowRateLimiter:
         # they cannot choose a bucket.
         client_hash = hash(client)
         bucket = self.buckets[client_hash % len(self.buckets)]
-        rows: list[ctypes.Structure] = list(bucket)
+        rows: list[ctypes.Structure] = list(bucket)  # views of the memory, not copies
         for row in rows:
             if row.client_hash == client_hash:
                 return row
@@ -1456,7 +1459,7 @@ class RedisRateLimiter:
             try:
                 return await self.run_script(key, limit, seconds)
             except (RedisError, OSError, TimeoutError):
-                # No suspect_outage, which is for checks that may hang. This one cannot.
+                # No suspect_outage: this check has a timeout, so it cannot hang.
                 self.availability.start_check()
                 return None
 
@@ -1502,10 +1505,10 @@ class RateLimiter:
         return in_memory.hit(key)
 
     async def enforce(self, name: str, state: dict[str, Any]) -> None:
-        """Count a request of state["client"]. Raises RateLimitedException.
+        """Count a request of this client, state["client"]. Raises RateLimitedException.
 
-        `state` is scope["state"]. RequestLoggingMiddleware has set "client";
-        RateLimitMiddleware sends "rate_limit" as X-RateLimit headers.
+        The result is in state["rate_limit"], from which RateLimitMiddleware makes
+        headers.
         """
         result = await self.hit(name, state["client"])
         previous: RateLimitResult | None = state.get("rate_limit")
@@ -1538,9 +1541,8 @@ TRACEPARENT_PATTERN = re.compile(
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})"
     rb"-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
-# Matches charset=punycode, but not charset=utf-8 or charset="utf-8". `limit_body`
-# refuses it, because Python would decode the form with it, and some codecs are slow,
-# such as punycode.
+# Matches any charset but utf-8, quoted or not. Python would decode a multipart form
+# with it, and some codecs, such as punycode, are slow.
 OTHER_CHARSET_PATTERN = re.compile(rb'charset(?!=("?)utf-8\1\s*(;|$))')
 MAX_FORM_BYTES = 64 * 1024  # forms take longer to parse than JSON
 MAX_PATH_CHARACTERS = 500  # in a log line; see MAX_TRACEBACK_CHARACTERS
@@ -1600,8 +1602,9 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # The proxy strips ROOT_PATH. But in ASGI, `path` includes `root_path`, and the
-        # router strips it. So add it again. FastAPI(root_path=…) sets only `root_path`.
+        # The proxy has stripped ROOT_PATH from the path. ASGI wants `path` with it (the
+        # router removes `root_path` again), so put it back. FastAPI(root_path=…) does
+        # not.
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1745,8 +1748,8 @@ class LimitsAndErrorsMiddleware:
         try:
             async with timer:
                 return await self.app(scope, self.limit_body(scope, receive), send)
-        # Only exceptions without a handler get here, and those of `limit_body`, which
-        # it raises before the app is called.
+        # Only two kinds of exceptions get here: those without a handler, and the
+        # HTTPExceptions that limit_body raises itself, before the app is called.
         except HTTPException as error:
             response = await http_exception_handler(Request(scope), error)
         except asyncio.CancelledError:
@@ -2051,8 +2054,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """
     database = Database(app.state.settings)
     app.state.database = database
-    probe = database.availability.start_check()
-    await asyncio.wait({probe}, timeout=LIFESPAN_TIMEOUT_SECONDS)
+    check = database.availability.start_check()
+    await asyncio.wait({check}, timeout=LIFESPAN_TIMEOUT_SECONDS)
     try:
         yield
     finally:
@@ -2120,8 +2123,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router: in FastAPI 0.165 it adds a nested router, whose matching
-        # makes a health check a fifth slower.
+        # Not include_router, which adds a nested router (see allowed_methods): its
+        # matching makes a health check a fifth slower.
         routes=health_router.routes,
         # FastAPI 0.165 has OpenTelemetry built in, which costs time. README has more.
         telemetry={"tracing": False, "metrics": False, "logs": False},
