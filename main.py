@@ -1040,7 +1040,7 @@ async def hash_password(password: str) -> str:
 
 
 async def verify_password(password: str, known_hash: str) -> tuple[bool, str | None]:
-    """Return whether it matches, and a new hash or None if `known_hash` is current."""
+    """Return whether it matches, and a new hash if `known_hash` is outdated."""
     refuse_if_hashing_is_busy()
     verify = PASSWORD_HASHER.verify_and_update
     return await to_thread.run_sync(
@@ -1369,7 +1369,7 @@ class SlidingWindowRateLimiter:
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
         # A row has a ring buffer with the times of the last `limit` allowed requests.
         # They are numbered from 0; the time of request n is times[n % limit]. Those in
-        # the window are oldest_number … next_number - 1. The size depends on `limit`.
+        # the window are oldest_number … next_number - 1. Defined here, because of `limit`.
         class Row(ctypes.Structure):
             _fields_ = (
                 ("client_hash", ctypes.c_int64),
