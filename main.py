@@ -1369,7 +1369,7 @@ class SlidingWindowRateLimiter:
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
         # A row has a ring buffer with the times of the last `limit` allowed requests.
         # They are numbered from 0; the time of request n is times[n % limit]. Those in
-        # the window are oldest_number … next_number - 1. Defined here, because of `limit`.
+        # the window are oldest_number … next_number - 1. Defined here: it needs `limit`.
         class Row(ctypes.Structure):
             _fields_ = (
                 ("client_hash", ctypes.c_int64),
