@@ -669,15 +669,18 @@ class FairPool(AsyncAdaptedQueuePool):
     # SQLAlchemy calls _do_get() synchronously, inside a greenlet. await_() lets it wait
     # for this coroutine. super()._do_get() is synchronous, too, and may call await_(),
     # so the coroutine must run it in a greenlet of its own: greenlet_spawn().
+    async def take_slot(self) -> ConnectionPoolEntry:
+        await self.slots.acquire()
+        try:
+            return await greenlet_spawn(super()._do_get)
+        except BaseException:
+            self.slots.release()
+            raise
+
     async def wait_for_connection(self) -> ConnectionPoolEntry:
         try:
             async with asyncio.timeout(self.timeout()):
-                await self.slots.acquire()
-                try:
-                    return await greenlet_spawn(super()._do_get)
-                except BaseException:
-                    self.slots.release()
-                    raise
+                return await self.take_slot()
         except TimeoutError:
             raise sa_exc.TimeoutError("no connection was free in time") from None
 
