@@ -80,7 +80,11 @@ from sqlalchemy import event, orm
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
+from sqlalchemy.pool import (
+    AsyncAdaptedQueuePool,
+    ConnectionPoolEntry,
+    PoolProxiedConnection,
+)
 from sqlalchemy.util import await_, greenlet_spawn
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -164,11 +168,12 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     REQUEST_TIMEOUT_SECONDS: Seconds = 30
     LOG_LEVEL: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
 
-    @pydantic.field_validator("*", mode="before")
+    @pydantic.model_validator(mode="before")
     @classmethod
-    def strip_white_space(cls, value: Any) -> Any:
-        """Secret files often end with a newline."""
-        return value.strip() if isinstance(value, str) else value
+    def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Secret files often end with a newline. An empty value counts as not set."""
+        texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
+        return {k: v for k, v in (values | texts).items() if v != ""}
 
     @pydantic.model_validator(mode="after")
     def refuse_unsafe_values(self) -> "Settings":
@@ -219,6 +224,7 @@ MAX_TRACEBACK_CHARACTERS = 3000
 LIBRARY_LEVELS = {
     # They log each statement or URL, some with parameters.
     "aiosqlite": "WARNING",
+    "asyncio": "WARNING",
     "httpx": "WARNING",  # if you use it, as the tests do
     "main.FairPool": "WARNING",
     "sqlalchemy": "WARNING",
@@ -520,10 +526,7 @@ class User(Base):
 
 class Item(Base):
     __tablename__ = "items"
-    __table_args__ = (
-        sa.Index("items_of_owner", "owner_id", "id"),
-        {"sqlite_autoincrement": True},
-    )
+    __table_args__ = (sa.Index("items_of_owner", "owner_id", "id"), Base.__table_args__)
     owner_id: Mapped[int] = mapped_column(sa.ForeignKey(User.id, ondelete="CASCADE"))
     title: Mapped[str] = mapped_column(sa.String(200))
     description: Mapped[str | None] = mapped_column(sa.String(2000))
@@ -666,26 +669,27 @@ class FairPool(AsyncAdaptedQueuePool):
         self.entries: set[ConnectionPoolEntry] = set()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
 
-    # SQLAlchemy calls _do_get() synchronously, inside a greenlet. await_() lets it wait
-    # for this coroutine. super()._do_get() is synchronous, too, and may call await_(),
-    # so the coroutine must run it in a greenlet of its own: greenlet_spawn().
-    async def take_slot(self) -> ConnectionPoolEntry:
-        await self.slots.acquire()
-        try:
-            return await greenlet_spawn(super()._do_get)
-        except BaseException:
-            self.slots.release()
-            raise
-
-    async def wait_for_connection(self) -> ConnectionPoolEntry:
+    # SQLAlchemy calls connect() synchronously, inside a greenlet. await_() lets it wait for
+    # this coroutine. super().connect() is synchronous, too, and calls await_() itself, so
+    # the coroutine must run it in a greenlet of its own: greenlet_spawn().
+    async def connect_in_time(self) -> PoolProxiedConnection:
         try:
             async with asyncio.timeout(self.timeout()):
-                return await self.take_slot()
+                return await greenlet_spawn(super().connect)
         except TimeoutError:
             raise sa_exc.TimeoutError("no connection was free in time") from None
 
+    def connect(self) -> PoolProxiedConnection:
+        """Wait for a slot and, if need be, for the server: both within the timeout."""
+        return await_(self.connect_in_time())
+
     def _do_get(self) -> ConnectionPoolEntry:
-        entry = await_(self.wait_for_connection())
+        await_(self.slots.acquire())
+        try:
+            entry = super()._do_get()
+        except BaseException:
+            self.slots.release()
+            raise
         self.entries.add(entry)
         loop = asyncio.get_running_loop()
         self.timers[entry] = loop.call_later(self.timeout(), abort_connection, entry)
@@ -1372,7 +1376,7 @@ class SlidingWindowRateLimiter:
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
         # A row has a ring buffer with the times of the last `limit` allowed requests.
         # They are numbered from 0; the time of request n is times[n % limit]. Those in
-        # the window are oldest_number … next_number - 1. Defined here: it needs `limit`.
+        # the window are oldest_number … next_number - 1. It is here for `limit`.
         class Row(ctypes.Structure):
             _fields_ = (
                 ("client_hash", ctypes.c_int64),

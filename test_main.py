@@ -451,7 +451,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "RATE_LIMIT_REQUESTS": {"": 100, "1": 1, "10000": 10_000},
     "RATE_LIMIT_WINDOW_SECONDS": {"": 60, " 1 ": 1},
     "RATE_LIMIT_LOGIN_REQUESTS": {"": 10},
-    "REDIS_URL": {"": None, "rediss://h": pydantic.RedisDsn("rediss://h")},
+    "REDIS_URL": {" ": None, "rediss://h": pydantic.RedisDsn("rediss://h")},
     "MAX_BODY_BYTES": {"": 64 * 1024, "1": 1},
     "REQUEST_TIMEOUT_SECONDS": {"": 30, "0.5": 0.5},
     "LOG_LEVEL": {"": "INFO", "DEBUG": "DEBUG"},
@@ -580,6 +580,7 @@ def test_log_line_of_an_error_has_its_traceback_indented_in_text() -> None:
 HOSTILE_VALUES = {
     "newlines": "a\n{}\r{}\u2028\x85{}",
     "lone-surrogate": "\ud800",
+    "nan": float("nan"),
     "bytes-that-are-not-utf-8": b"\xff",
     "object-and-lone-surrogate": [object(), "\ud800"],
     "great-number": 10**400,
@@ -594,7 +595,7 @@ def test_log_line_stays_one_line(formatter: Any, field: str, value: Any) -> None
     assert line.isascii()
     assert line.isprintable()
     if formatter is main.JsonFormatter:
-        json.loads(line)
+        json.loads(line, parse_constant=pytest.fail)
 
 
 LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
@@ -606,7 +607,7 @@ def logged_levels(name: str, log: Log) -> list[str]:
     return [line["level"] for line in log.lines()]
 
 
-CHATTY = "aiosqlite sqlalchemy.engine"
+CHATTY = "aiosqlite asyncio sqlalchemy.engine"
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -1272,7 +1273,6 @@ def test_sqlite_connection_needs_no_switch_to_wal() -> None:
 
 async def test_sqlite_file_that_becomes_writable_is_written() -> None:
     async with serve_ada() as ada:
-        # As with a connection that was opened when the file could only be read.
         async with ada.app.state.database.write_engine.connect() as connection:
             await connection.exec_driver_sql("PRAGMA query_only = ON")
         statuses = [(await ada.delete("/auth/token")).status_code for _ in range(2)]
