@@ -468,6 +468,8 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     error = ERROR_CODES.get(exc.status_code, f"http_{exc.status_code}")
     message = str(exc.detail)
     headers = exc.headers
+    if exc.status_code in {204, 304}:  # these have no body
+        return Response(None, exc.status_code, headers)
     if exc.status_code == 405:
         headers = {"Allow": allowed_methods(request)}
     if exc.status_code >= 500:
@@ -669,9 +671,9 @@ class FairPool(AsyncAdaptedQueuePool):
         self.entries: set[ConnectionPoolEntry] = set()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
 
-    # SQLAlchemy calls connect() synchronously, inside a greenlet. await_() lets it wait for
-    # this coroutine. super().connect() is synchronous, too, and calls await_() itself, so
-    # the coroutine must run it in a greenlet of its own: greenlet_spawn().
+    # SQLAlchemy calls connect() synchronously, inside a greenlet. await_() lets it wait
+    # for this coroutine. super().connect() is synchronous, too, and calls await_()
+    # itself, so the coroutine must run it in a greenlet of its own: greenlet_spawn().
     async def connect_in_time(self) -> PoolProxiedConnection:
         try:
             async with asyncio.timeout(self.timeout()):

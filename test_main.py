@@ -423,7 +423,6 @@ def environment(monkeypatch: Patch) -> Environment:
     return read_settings
 
 
-# What becomes of a value; an empty one is the default.
 SETTINGS: dict[str, dict[str, Any]] = {
     "PROJECT_NAME": {"\tTea\r\n": "Tea"},
     "ENVIRONMENT": {"": "production"},
@@ -753,6 +752,13 @@ async def test_error_of_a_route(name: str, odd: Client) -> None:
     assert response.status_code == status
     assert error_of(response)["message"].startswith(message)
     assert "hunter2" not in response.text
+
+
+@pytest.mark.parametrize("status", [204, 304])
+async def test_http_exception_without_body(status: int) -> None:
+    request = Request({"type": "http"})
+    response = await main.http_exception_handler(request, HTTPException(status))
+    assert (response.status_code, response.body) == (status, b"")
 
 
 JSON = {"Content-Type": "application/json"}
@@ -1133,15 +1139,10 @@ async def test_readiness_check_may_go_on(postgresql_url: str, caplog: CapLog) ->
 async def test_readiness_of_a_slow_server_follows_from_its_last_probe(
     database: main.Database, monkeypatch: Patch
 ) -> None:
-    availability = database.availability
-    monkeypatch.setattr(main, "HEALTH_CHECK_SECONDS", 0)
-    assert not await availability.is_ready()
-    await availability.start_check()
-    assert await availability.is_ready()
-    monkeypatch.setattr(main, "HEALTH_CHECK_SECONDS", 2)
-    await availability.start_check()
-    monkeypatch.setattr(main, "HEALTH_CHECK_SECONDS", 0)
-    assert not await availability.is_ready()
+    for seconds, is_ready in ((0, False), (0, True), (2, True), (0, False)):
+        monkeypatch.setattr(main, "HEALTH_CHECK_SECONDS", seconds)
+        assert await database.availability.is_ready() == is_ready
+        await database.availability.start_check()
 
 
 async def test_tables_are_made_once(database_url: str, statements: list[Any]) -> None:
@@ -2352,7 +2353,6 @@ async def test_rate_limit_goes_on_in_redis_successor(own_redis: OwnRedis) -> Non
     async with redis_limiter(own_redis.url) as limiter:
         assert await admitted(limiter, 1) == 1
         own_redis.demote()
-        # It leaves its port to the successor and keeps its connections.
         own_redis.client.config_set("port", free_port())
         with running_redis(own_redis.port) as successor:
             assert await admitted(limiter, 1) == 1
