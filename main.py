@@ -13,7 +13,7 @@ get_user a route.
     Schemas        bodies of requests and responses; text is bounded and valid Unicode
     Security       passwords and tokens
     Repositories   SQL; functions named add_ find_ list_ update_ remove_
-    Services       business logic; register_ create_ read_ change_ discard_
+    Services       business logic; register_ create_ read_ change_ discard_ and others
     Rate limiting  exact sliding windows, in shared memory or in Redis
     Middleware     what every request passes and every response gets
     Dependencies   what a route asks for, and what a test overrides
@@ -75,6 +75,7 @@ from pwdlib.hashers.argon2 import Argon2Hasher
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
 from pydantic_core import PydanticCustomError, PydanticSerializationError, to_json
 from pydantic_settings import BaseSettings, NoDecode
+from python_multipart.multipart import parse_options_header
 from redis.asyncio import Redis, RedisError
 from sqlalchemy import event, orm
 from sqlalchemy import exc as sa_exc
@@ -86,7 +87,7 @@ from sqlalchemy.pool import (
     PoolProxiedConnection,
 )
 from sqlalchemy.util import await_, greenlet_spawn
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -98,6 +99,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 # environment.
 
 PSYCOPG = "postgresql+psycopg"
+# Some platforms hand out postgres://, which SQLAlchemy does not know.
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgres": PSYCOPG, "postgresql": PSYCOPG}
 
 
@@ -121,30 +123,32 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
     return url
 
 
-def parse_origin(url: pydantic.AnyUrl | str) -> str:
-    """Return the origin as browsers send it. Pydantic has removed :80 and :443."""
-    origin = str(url).removesuffix("/")
-    # "*", or scheme://host without path, query, fragment, user or wildcard.
-    if not re.fullmatch(r"\*|[^:]+://[^/?#@*]+", origin):
+def parse_origin(value: str) -> str:
+    """Return the origin as browsers send it: in lower case, without :80 or :443."""
+    if value == "*":
+        return value
+    origin = str(pydantic.AnyUrl(value)).removesuffix("/")
+    # scheme://host without path, query, fragment, user or wildcard.
+    if not re.fullmatch(r"[^:]+://[^/?#@*]+", origin):
         raise ValueError("should be a list of origins such as https://app.example")
     return origin
 
 
 # NoDecode, because sa.URL is a tuple, and pydantic-settings reads tuples as JSON.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
-Origin = Annotated[pydantic.AnyUrl | Literal["*"], AfterValidator(parse_origin)]
-# A variable with bytes that are not UTF-8 would break /docs later. pydantic checks that
-# text is valid Unicode only if it has a max_length.
-ShortText = Annotated[str, Field(max_length=1000)]
+Origin = Annotated[str, AfterValidator(parse_origin)]
+# Python reads bytes of a variable that are not UTF-8 as invalid Unicode, which /docs
+# cannot encode. pydantic refuses such text only where it has a max_length.
+ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="ignore"):
-    PROJECT_NAME: ShortText = "Items"
-    PROJECT_DESCRIPTION: ShortText = "Users and their items."
-    VERSION: ShortText = "1.0.0"
+    PROJECT_NAME: ValidText = "Items"
+    PROJECT_DESCRIPTION: ValidText = "Users and their items."
+    VERSION: ValidText = "1.0.0"
     ENVIRONMENT: Literal["development", "test", "production"] = "production"
     DEBUG: bool = False
     API_V1_PREFIX: str = Field(default="/api/v1", pattern=r"^(/[A-Za-z0-9._~-]+)+$")
@@ -171,7 +175,7 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     @pydantic.model_validator(mode="before")
     @classmethod
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Secret files often end with a newline. An empty value counts as not set."""
+        """Secret files often end with a newline. Only white space counts as not set."""
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         return {k: v for k, v in (values | texts).items() if v != ""}
 
@@ -212,8 +216,7 @@ def get_settings() -> Settings:
 # Each record is one line on stdout. Control characters are escaped, so that the text of
 # a client cannot forge a line.
 
-# Not "main": that is the parent of SQLAlchemy's logger for our pool, "main.FairPool".
-logger = logging.getLogger("service")
+logger = logging.getLogger(__name__)
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
 # The attributes of a record that do not come from `extra`. taskName is new in Python
 # 3.12, color_message is uvicorn's.
@@ -226,7 +229,7 @@ LIBRARY_LEVELS = {
     "aiosqlite": "WARNING",
     "asyncio": "WARNING",
     "httpx": "WARNING",  # if you use it, as the tests do
-    "main.FairPool": "WARNING",
+    f"{__name__}.FairPool": "WARNING",  # SQLAlchemy's logger for our pool
     "sqlalchemy": "WARNING",
     # Their warnings repeat what the request's own line says.
     "psycopg": "ERROR",
@@ -289,9 +292,9 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # They cannot just propagate to the root: in each worker under gunicorn, uvicorn
-    # sets its loggers' handlers to those of gunicorn.error. So all of them get our
-    # handler.
+    # The loggers of the servers cannot just propagate to the root: in each worker under
+    # gunicorn, uvicorn's loggers get the handlers of gunicorn.error. So all of them get
+    # our handler, and the level of the root.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -343,7 +346,8 @@ Responses = dict[int | str, dict[str, Any]]
 class AppException(Exception):
     """Base class of errors. A client gets the class's `message`.
 
-    The argument of the constructor only goes to the log, as `reason`.
+    `raise SomeException("why")`: if the status is 500 or more, the log line of the
+    request has this text as its `reason`. Clients never get it.
     """
 
     status_code = 500
@@ -456,8 +460,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # Since FastAPI 0.165, app.routes has included routers, not copies of their
-        # routes; their matches() works like a route's. FULL: path and method match.
+        # FULL: path and method match. Since FastAPI 0.165, some elements of app.routes
+        # are routers that were included; they have matches(), as routes do.
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -553,21 +557,23 @@ OUTAGE_ERRORS = (
 )
 
 
-class Availability:
-    """Watches the database or Redis (see Rate limiting).
+class HealthMonitor:
+    """Knows whether the database, or Redis (see Rate limiting), can be used.
 
     `check` is a coroutine function that raises an exception if the server cannot be
-    used. It runs after a failed request and at a health check; after a failure, every
+    used. It runs at a health check and after a failed request; after a failure, every
     second until it succeeds. While all is well, nothing runs in the background. The log
-    has one warning for an outage, and one line for its end. `is_available` decides
-    health checks, and whether Redis is used; requests go to the database all the same.
+    has one warning for an outage, and one line for its end.
+
+    While `is_available` is False, health checks fail at once, and Redis is not used.
+    Requests still try the database.
     """
 
     def __init__(self, name: str, check: Callable[[], Awaitable[object]]) -> None:
         self.name = name
         self.check = check
         self.is_available = True
-        self.is_slow = False  # the last check took longer than HEALTH_CHECK_SECONDS
+        self.last_check_was_slow = False  # longer than HEALTH_CHECK_SECONDS
         self.check_task: asyncio.Task[bool] | None = None
         self.next_check: asyncio.TimerHandle | None = None
 
@@ -592,12 +598,15 @@ class Availability:
         if not self.is_available:
             logger.info("%s is ready again", self.name)
         self.is_available = True
-        self.is_slow = time.monotonic() - started > HEALTH_CHECK_SECONDS
+        seconds = time.monotonic() - started
+        self.last_check_was_slow = seconds > HEALTH_CHECK_SECONDS
         return True
 
     def suspect_outage(self, error: Exception) -> None:
-        """Start the check. If it is still running after HEALTH_CHECK_SECONDS, report an
-        outage without waiting for its end.
+        """Start the check, because a request has failed with this error.
+
+        If the check fails, too, `run_check` reports the outage. If it is still running
+        after HEALTH_CHECK_SECONDS, the server is silent, and this reports the outage.
         """
         check = self.start_check()
 
@@ -615,17 +624,17 @@ class Availability:
         self.is_available = False
 
     async def is_ready(self) -> bool:
-        """Answer a health check within HEALTH_CHECK_SECONDS.
-
-        If the check takes longer, it goes on, and the previous one decides: a server
-        that is always slow, but works, stays ready; one that was fast and has become
-        silent does not.
-        """
+        """Answer a health check within HEALTH_CHECK_SECONDS."""
         if not self.is_available:
             return False
         check = self.start_check()
         await asyncio.wait({check}, timeout=HEALTH_CHECK_SECONDS)
-        return check.result() if check.done() else self.is_slow
+        if check.done():
+            return check.result()
+        # The check goes on, for the next caller. If the last one was slow, but
+        # succeeded, the server is just slow, which is ready. If it was fast, the server
+        # has become silent.
+        return self.last_check_was_slow
 
     async def stop(self) -> None:
         if self.next_check is not None:
@@ -643,8 +652,8 @@ def abort_connection(entry: ConnectionPoolEntry) -> None:
     """
     connection = entry.driver_connection  # psycopg's own, without SQLAlchemy's adapter
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # Leaving `with` closes the descriptor, so use a duplicate: the original is the
-        # driver's to close.
+        # shutdown() ends the connection for all descriptors of the socket. The object
+        # closes its descriptor; that is a duplicate, because the driver closes its own.
         descriptor = os.dup(connection.fileno())
         with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
@@ -660,8 +669,11 @@ class FairPool(AsyncAdaptedQueuePool):
     connection that is held for longer than the timeout is closed. Otherwise, requests
     to a server that does not answer would hold the whole pool.
 
-    `_do_get` hands out a connection, `_do_return_conn` takes it back. SQLAlchemy's own
-    pools override the same two methods (checked with 2.1.9).
+    The three methods that it overrides are synchronous. SQLAlchemy's asyncio layer runs
+    them in a greenlet: there, `await_(x)` is what `await x` is in a coroutine. From a
+    coroutine, `greenlet_spawn(f)` runs a synchronous function that uses `await_`.
+    (SQLAlchemy's own pools override `_do_get` and `_do_return_conn`, too; checked with
+    2.1.9.)
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -671,21 +683,19 @@ class FairPool(AsyncAdaptedQueuePool):
         self.entries: set[ConnectionPoolEntry] = set()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
 
-    # SQLAlchemy calls connect() synchronously, inside a greenlet. await_() lets it wait
-    # for this coroutine. super().connect() is synchronous, too, and calls await_()
-    # itself, so the coroutine must run it in a greenlet of its own: greenlet_spawn().
+    def connect(self) -> PoolProxiedConnection:
+        """Wait for a slot and, if need be, for the server: both within the timeout."""
+        return await_(self.connect_in_time())
+
     async def connect_in_time(self) -> PoolProxiedConnection:
-        try:
+        try:  # asyncio.timeout works in a coroutine only
             async with asyncio.timeout(self.timeout()):
                 return await greenlet_spawn(super().connect)
         except TimeoutError:
             raise sa_exc.TimeoutError("no connection was free in time") from None
 
-    def connect(self) -> PoolProxiedConnection:
-        """Wait for a slot and, if need be, for the server: both within the timeout."""
-        return await_(self.connect_in_time())
-
     def _do_get(self) -> ConnectionPoolEntry:
+        """Hand out a connection: called by super().connect()."""
         await_(self.slots.acquire())
         try:
             entry = super()._do_get()
@@ -699,6 +709,7 @@ class FairPool(AsyncAdaptedQueuePool):
 
     # `record`, not `entry`: an override must keep the name of the parameter.
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        """Take a connection back."""
         self.timers.pop(record).cancel()
         try:
             super()._do_return_conn(record)
@@ -773,11 +784,10 @@ class Database:
         # Reads run in autocommit: no BEGIN, no ROLLBACK. Writes need a transaction.
         self.read_engine = self.create_engine(size)
         if self.is_sqlite:
-            # SQLite has one writer at a time; the others wait in the pool's queue. For
-            # sqlite3, AUTOCOMMIT means only that the driver sends no BEGIN of its own.
-            # `begin_immediate` sends one, and SQLAlchemy's commit() or rollback() ends
-            # that transaction as usual.
+            # SQLite has one writer at a time: a pool of one makes the others wait.
             self.write_engine = self.create_engine(1)
+            # In autocommit, the driver sends no BEGIN, so that this can send its own.
+            # SQLAlchemy's commit() and rollback() end the transaction as usual.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             # The same pool with another isolation level.
@@ -787,11 +797,11 @@ class Database:
         # Health checks do not wait behind requests. pool_pre_ping replaces a connection
         # that was closed while it was idle, which would look like an outage.
         self.check_engine = self.create_engine(1, pool_pre_ping=True)
-        self.availability = Availability("the database", self.check_tables)
+        self.monitor = HealthMonitor("the database", self.check_tables)
         self.has_tables = False
 
     def create_engine(self, pool_size: int, pool_pre_ping: bool = False) -> AsyncEngine:
-        """Return an engine in autocommit."""
+        """Return an engine in autocommit: the driver begins no transactions."""
         seconds = self.settings.DATABASE_TIMEOUT_SECONDS
         url = self.settings.DATABASE_URL
         if self.is_sqlite:
@@ -830,23 +840,24 @@ class Database:
             "application_name": self.settings.PROJECT_NAME,
             "connect_timeout": str(seconds),
             "keepalives_idle": "60",  # NAT routers drop what is idle for minutes
-            "tcp_user_timeout": str(milliseconds),  # until sent data is acknowledged
+            "tcp_user_timeout": str(milliseconds),  # for the server to acknowledge data
             "target_session_attrs": "read-write",  # never connect to a replica
             "options": f"{statement_timeout} {idle_timeout}",
         }
 
     async def check_tables(self) -> None:
-        """The check of `availability`: create missing tables, then find all columns.
+        """The check of `monitor`: create missing tables, then look for missing columns.
 
         Tables are created here and not in `lifespan`, because the database may come up
         after the service.
         """
-        if not self.availability.is_available:
+        if not self.monitor.is_available:
             # After a failover, open connections may still lead to the former primary.
-            # (The write engine has the same pool. on_database_error replaces the
-            # check's own.)
+            # (PostgreSQL's write engine has the same pool. The check's own connection
+            # fails below, and on_database_error has it replaced.)
             cast(FairPool, self.read_engine.pool).replace_connections()
         await self.create_tables()
+        # Requests are served from here on. Those that use a missing column get a 500.
         self.has_tables = True
         async with self.check_engine.connect() as connection:
             for table in Base.metadata.sorted_tables:
@@ -872,12 +883,13 @@ class Database:
         """
         if not self.has_tables:
             raise ServiceUnavailableException("the database is not reachable")
-        if writes:  # routes use the objects after the commit
+        if writes:
+            # Not expired, because routes read the objects after the commit.
             return AsyncSession(self.write_engine, expire_on_commit=False)
         return AsyncSession(self.read_engine, sync_session_class=ReadOnlySession)
 
     async def close(self) -> None:
-        await self.availability.stop()
+        await self.monitor.stop()
         for engine in (self.read_engine, self.write_engine, self.check_engine):
             await engine.dispose()
 
@@ -893,7 +905,7 @@ async def database_exception_handler(
     is_bug = getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR"
     if is_bug or not is_outage:
         raise exc  # LimitsAndErrorsMiddleware answers 500
-    request.app.state.database.availability.suspect_outage(exc)
+    request.app.state.database.monitor.suspect_outage(exc)
     unavailable = ServiceUnavailableException(f"database: {describe(exc)}")
     return await app_exception_handler(request, unavailable)
 
@@ -920,13 +932,13 @@ NewUsername = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$")
 # NIST SP 800-63B-4: at least 15 characters where there is no second factor, and no rule
 # such as "one digit".
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), Normalized]
-# Not the rules for new names and passwords: a login that breaks them is just wrong, a
-# 401. Only what exceeds these bounds is a 422.
+# A login is not held to the rules for new names and passwords: if it breaks them, it is
+# wrong, which is a 401. These wide bounds only limit the size, which is a 422.
 LoginName = Annotated[str, Field(min_length=1, max_length=1024, pattern=NO_NUL), Lower]
 LoginPassword = Annotated[str, Field(min_length=1, max_length=1024), Normalized]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
 Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
-NextId = Annotated[
+NextCursor = Annotated[
     int | None,
     Field(description="Send it as `after` for the next page; null on the final one"),
 ]
@@ -955,7 +967,7 @@ class UserOut(BaseModel, from_attributes=True):
 
 class UserPage(BaseModel):
     users: list[UserOut]
-    next: NextId
+    next: NextCursor
 
 
 class PasswordChange(RequestBody):
@@ -983,8 +995,8 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # Optional, but not nullable. The default "" is never used, because `change_item`
-    # leaves out fields that were not sent. As a factory, it does not appear in /docs.
+    # A client may leave it out, but not send null. A field that may be left out needs a
+    # default, but `change_item` never uses it. /docs would show "", but no factory.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -998,7 +1010,7 @@ class ItemOut(BaseModel, from_attributes=True):
 
 class ItemPage(BaseModel):
     items: list[ItemOut]
-    next: NextId
+    next: NextCursor
 
 
 class ProbeStatus(BaseModel):
@@ -1009,7 +1021,7 @@ class HealthCheck(BaseModel):
     status: Literal["healthy", "unhealthy"]
 
 
-class DependencyChecks(BaseModel):
+class ServerChecks(BaseModel):
     database: HealthCheck
     redis: HealthCheck | None = None
 
@@ -1018,7 +1030,7 @@ class HealthStatus(BaseModel):
     status: Literal["healthy", "degraded"]
     timestamp: datetime
     version: str
-    checks: DependencyChecks
+    checks: ServerChecks
 
 
 # --- Security -------------------------------------------------------------------------
@@ -1029,7 +1041,8 @@ PASSWORD_HASHER = PasswordHash(
 )
 # Verified in place of a real hash if the username does not exist: the time of a login
 # then does not tell which usernames exist. No password matches it.
-DUMMY_HASH = f"$argon2id$v=19$m=19456,t=2,p=1${'A' * 22}${'A' * 43}"
+DUMMY_SALT = "A" * 22  # 16 bytes as base64
+DUMMY_HASH = f"$argon2id$v=19$m=19456,t=2,p=1${DUMMY_SALT}${'A' * 43}"
 # At most two hashes at a time, in threads, which bounds the memory. The event loop goes
 # on meanwhile, because argon2 releases the GIL.
 HASHING_LIMITER = CapacityLimiter(2)
@@ -1058,9 +1071,9 @@ async def verify_password(password: str, known_hash: str) -> tuple[bool, str | N
 
 
 def signing_key(settings: Settings) -> dict[str, str]:
-    """Return a JSON Web Key, because python-jose guesses the format of a string."""
-    # The key may contain bytes that are not UTF-8. os.environ decodes them to
-    # surrogates; "surrogateescape" turns these back into the bytes.
+    """Return a JSON Web Key: python-jose would parse a string that looks like JSON."""
+    # The key may contain bytes that are not UTF-8. Python reads them from the
+    # environment as surrogates; "surrogateescape" turns these back into the bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1103,9 +1116,9 @@ Rows = Sequence[Any]
 # The queries of the busiest routes are built once, because that takes 0.2 ms.
 FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-# Both mean owner_id = :owner AND id > :after. SQLite reads the index from the right
-# place with that. PostgreSQL does only with a row comparison; it also matches items of
-# later owners, which owner_id <= :owner excludes.
+# Both mean owner_id = :owner AND id > :after. With just that, PostgreSQL may choose the
+# index of the primary key, and walk the items of all other owners. With the row
+# comparison, SQLite walks all items of the owner: 200 ms in place of 0.05 ms.
 LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(sa.text("owner_id = :owner AND id > :after")),
     "postgresql": ITEMS_QUERY.where(
@@ -1170,10 +1183,10 @@ async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
 
 
 # --- Services -------------------------------------------------------------------------
-# Business logic: read_ calls find_ or list_ of the repositories, change_ calls update_,
-# discard_ calls remove_. A service that writes commits at its end. A session takes a
-# connection at its first statement and gives it back at commit() or rollback(). No
-# service holds one while a password is hashed, which takes 30 ms.
+# Business logic: register_ and create_ call add_ of the repositories, read_ calls find_
+# or list_, discard_ calls remove_. A service that writes commits at its end. A session
+# takes a connection at its first statement and gives it back at commit() or rollback().
+# No service holds one while a password is hashed, which takes 30 ms.
 
 Page = dict[str, Any]
 
@@ -1290,6 +1303,7 @@ async def read_items(db: AsyncSession, owner: User, after: int, limit: int) -> P
 async def change_item(
     db: AsyncSession, owner: User, item_id: int, patch: ItemPatch
 ) -> Item:
+    # Locked until the commit: if it were deleted before the UPDATE, that would fail.
     item = await read_item(db, owner, item_id, for_update=True)
     for name, value in patch.model_dump(exclude_unset=True).items():
         setattr(item, name, value)
@@ -1327,7 +1341,7 @@ if count < limit then
     count = count + 1
     allowed = 1
 end
-local oldest = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')[2]
+local oldest = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')[2] -- [1] is the member
 local reset_seconds = math.ceil((oldest + window - now) / 1000000)
 return {allowed, limit, math.max(0, limit - count), reset_seconds} -- as RateLimitResult
 """
@@ -1370,15 +1384,16 @@ class SlidingWindowRateLimiter:
     """Allow at most `limit` requests of a client in any `seconds`, exactly.
 
     It is a hash table of fixed size in anonymous shared memory. A client's hash selects
-    a bucket of 16 rows, one for each client. In a full bucket, a new client takes the
-    row of the one that was idle for longest, whose requests are then forgotten. Cost:
-    one lock, one hash, a search among 16 rows.
+    a bucket of 16 rows; a row belongs to one client. In a full bucket, a new client
+    takes the row of the one that was idle for longest, whose requests are then
+    forgotten. Cost: one lock, one hash, a search among 16 rows.
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
-        # A row has a ring buffer with the times of the last `limit` allowed requests.
+        # `times` is a ring buffer with the times of the last `limit` allowed requests.
         # They are numbered from 0; the time of request n is times[n % limit]. Those in
-        # the window are oldest_number … next_number - 1. It is here for `limit`.
+        # the window are oldest_number … next_number - 1. The class is defined in this
+        # method, because its size depends on `limit`.
         class Row(ctypes.Structure):
             _fields_ = (
                 ("client_hash", ctypes.c_int64),
@@ -1388,6 +1403,7 @@ class SlidingWindowRateLimiter:
                 ("times", ctypes.c_int64 * limit),
             )
 
+        # ctypes: `Row * 16` is the type of an array of 16 rows.
         bucket_type = Row * ROWS_IN_BUCKET
         table_type = bucket_type * (table_bytes // ctypes.sizeof(bucket_type))
         memory = mmap.mmap(-1, ctypes.sizeof(table_type))  # forked processes share it
@@ -1456,20 +1472,20 @@ class RedisRateLimiter:
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{settings.PROJECT_NAME}:rate-limit"
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
-        self.availability = Availability("Redis", self.check_writing)
+        self.monitor = HealthMonitor("Redis", self.check_writing)
 
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
-        # Wait for a connection outside the timeout: a busy worker is no outage of
-        # Redis.
+        # The wait for a slot is not part of the timeout: that this worker is busy does
+        # not mean that Redis is.
         async with self.slots:
-            if not self.availability.is_available:
+            if not self.monitor.is_available:
                 return None
             try:
                 return await self.run_script(key, limit, seconds)
             except (RedisError, OSError, TimeoutError):
-                # No suspect_outage: this check has a timeout, so it cannot hang.
-                self.availability.start_check()
+                # suspect_outage is for checks that can hang. This one has a timeout.
+                self.monitor.start_check()
                 return None
 
     async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
@@ -1481,14 +1497,18 @@ class RedisRateLimiter:
 
     async def check_writing(self) -> None:
         """Raise an exception if Redis cannot write. A replica would answer PING."""
-        if not self.availability.is_available:
+        if not self.monitor.is_available:
             # After a failover, open connections may still lead to the former primary.
             await self.client.connection_pool.disconnect(inuse_connections=False)
         await self.run_script("check", 1, 1)
 
 
 class RateLimiter:
-    """All limits. Made before the fork, so that the workers share the memory."""
+    """All limits: counted in Redis, or in shared memory if Redis cannot be used.
+
+    Made before the fork, so that the workers share the memory. Each worker opens its
+    own connections to Redis, at its first request.
+    """
 
     def __init__(self, settings: Settings) -> None:
         seconds = settings.RATE_LIMIT_WINDOW_SECONDS
@@ -1513,28 +1533,25 @@ class RateLimiter:
                 return result
         return in_memory.hit(key)
 
-    async def enforce(self, name: str, state: dict[str, Any]) -> None:
-        """Count a request of this client, state["client"]. Raises RateLimitedException.
+    async def enforce(self, name: str, scope: Scope) -> None:
+        """Count a request of the client. Raises RateLimitedException.
 
-        The result is in state["rate_limit"], from which RateLimitMiddleware makes
-        headers.
+        The result is in `request.state.rate_limit`, for the headers of the response.
         """
+        state = scope["state"]
         result = await self.hit(name, state["client"])
         previous: RateLimitResult | None = state.get("rate_limit")
         # A login counts in both limits. The headers show the one that refused it, else
         # the one with fewer requests left.
-        if (
-            previous is None
-            or not result.allowed
-            or result.remaining < previous.remaining
-        ):
+        has_fewer_left = previous is None or result.remaining < previous.remaining
+        if has_fewer_left or not result.allowed:
             state["rate_limit"] = result
         if not result.allowed:
             raise RateLimitedException(result.reset_seconds)
 
     async def close(self) -> None:
         if self.redis:
-            await self.redis.availability.stop()
+            await self.redis.monitor.stop()
             await self.redis.client.aclose()
 
 
@@ -1550,9 +1567,6 @@ TRACEPARENT_PATTERN = re.compile(
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})"
     rb"-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
-# Matches any charset but utf-8, quoted or not. Python would decode a multipart form
-# with it, and some codecs, such as punycode, are slow.
-OTHER_CHARSET_PATTERN = re.compile(rb'charset(?!=("?)utf-8\1\s*(;|$))')
 MAX_FORM_BYTES = 64 * 1024  # forms take longer to parse than JSON
 MAX_PATH_CHARACTERS = 500  # in a log line; see MAX_TRACEBACK_CHARACTERS
 CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -1595,13 +1609,23 @@ def warn_of_untrusted_proxy() -> None:
     )
 
 
+def restore_root_path(scope: Scope, root_path: str) -> None:
+    """Put ROOT_PATH, which the proxy has stripped, in front of the path again.
+
+    ASGI wants it there; the router removes it. FastAPI(root_path=…) sets only the
+    scope's `root_path`.
+    """
+    scope["root_path"] = root_path
+    scope["path"] = root_path + scope["path"]
+
+
 def route_path(scope: Scope) -> str:
     """Return the path without ROOT_PATH, as the router sees it."""
     return str(scope["path"]).removeprefix(scope["root_path"])
 
 
 class RequestLoggingMiddleware:
-    """Set a request's id, client and full path; measure its time; log it."""
+    """Set a request's id and client; measure its time; log it."""
 
     def __init__(self, app: ASGIApp, root_path: str) -> None:
         self.app = app
@@ -1611,11 +1635,7 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # The proxy has stripped ROOT_PATH from the path. ASGI wants `path` with it (the
-        # router removes `root_path` again), so put it back. FastAPI(root_path=…) does
-        # not.
-        scope["root_path"] = self.root_path
-        scope["path"] = self.root_path + scope["path"]
+        restore_root_path(scope, self.root_path)
         state = scope.setdefault("state", {})
         self.set_request_context(scope, state)
 
@@ -1655,6 +1675,7 @@ class RequestLoggingMiddleware:
             warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
+        # Without a response, after a bug in a middleware, uvicorn answers 500.
         status_code = state.get("status_code", 500)
         exception = state.get("exception")
         fields = {
@@ -1731,7 +1752,7 @@ class RateLimitMiddleware:
             await send(message)
 
         try:
-            await self.rate_limiter.enforce("api", scope["state"])
+            await self.rate_limiter.enforce("api", scope)
         except RateLimitedException as error:
             response = await app_exception_handler(Request(scope), error)
             return await response(scope, receive, send_with_rate_limit)
@@ -1755,11 +1776,10 @@ class LimitsAndErrorsMiddleware:
             return await self.app(scope, receive, send)
         timer = asyncio.timeout(self.timeout_seconds)
         try:
+            limited_receive = self.limit_body(scope, receive)
             async with timer:
-                return await self.app(scope, self.limit_body(scope, receive), send)
-        # Only two kinds of exceptions get here: those without a handler, and the
-        # HTTPExceptions that limit_body raises itself, before the app is called.
-        except HTTPException as error:
+                return await self.app(scope, limited_receive, send)
+        except HTTPException as error:  # of limit_body: the app handles its own
             response = await http_exception_handler(Request(scope), error)
         except asyncio.CancelledError:
             # uvicorn cancels this task when the time for a shutdown is over. (The
@@ -1785,15 +1805,18 @@ class LimitsAndErrorsMiddleware:
         Raises HTTPException: any other exception that is raised while FastAPI reads the
         body becomes a 400.
         """
-        headers = dict(scope["headers"])
-        content_type = headers.get(b"content-type", b"").lower()
+        headers = Headers(scope=scope)
+        content_type, options = parse_options_header(headers.get("content-type"))
         max_bytes = self.max_body_bytes
         if b"form" in content_type:
             max_bytes = min(max_bytes, MAX_FORM_BYTES)
-        if b"multipart" in content_type and OTHER_CHARSET_PATTERN.search(content_type):
+        # Python would decode a multipart form with any charset that the client names.
+        # Some of its codecs, such as punycode, are slow.
+        charset = options.get(b"charset", b"utf-8").lower()
+        if content_type == b"multipart/form-data" and charset != b"utf-8":
             raise HTTPException(400, "The charset must be utf-8")
         # uvicorn has checked that the header is a number.
-        if int(headers.get(b"content-length", 0)) > max_bytes:
+        if int(headers.get("content-length", 0)) > max_bytes:
             raise HTTPException(413)
         received_bytes = 0
 
@@ -1842,7 +1865,7 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
 
 async def rate_limit_dependency(request: Request) -> None:
     """Apply the login limit: for routes that hash or verify a password."""
-    await request.app.state.rate_limiter.enforce("login", request.scope["state"])
+    await request.app.state.rate_limiter.enforce("login", request.scope)
 
 
 # scope="function" closes the session before the response is sent, so that a slow client
@@ -1853,13 +1876,16 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 # --- Health routes --------------------------------------------------------------------
 # For orchestrators and monitors: no rate limit, and only the log says what is wrong.
+# Some monitors send HEAD, to which a GET route does not answer.
 
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=openapi_errors(413, 500, 504),
-    generate_unique_id_function=attrgetter("name"),  # operationId = function name
+    # Operation ids are the names of functions. Also here, because `create_app` does not
+    # include this router, but takes its routes.
+    generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = HealthCheck(status="healthy")
 UNHEALTHY = HealthCheck(status="unhealthy")
@@ -1867,7 +1893,7 @@ UNHEALTHY = HealthCheck(status="unhealthy")
 
 async def check_database(request: Request, response: Response) -> HealthCheck:
     """Return the database's state. If it is unhealthy, make the response a 503."""
-    if await request.app.state.database.availability.is_ready():
+    if await request.app.state.database.monitor.is_ready():
         return HEALTHY
     request.state.reason = "the database is not ready"
     response.status_code = 503
@@ -1878,7 +1904,7 @@ async def check_redis(redis: RedisRateLimiter | None) -> HealthCheck | None:
     """Return None if no Redis is configured. If it is down, the service is degraded."""
     if redis is None:
         return None
-    return HEALTHY if await redis.availability.is_ready() else UNHEALTHY
+    return HEALTHY if await redis.monitor.is_ready() else UNHEALTHY
 
 
 @health_router.get("/live")
@@ -1910,7 +1936,7 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
         status="degraded" if UNHEALTHY in (database, redis) else "healthy",
         timestamp=now(),
         version=request.app.version,
-        checks=DependencyChecks(database=database, redis=redis),
+        checks=ServerChecks(database=database, redis=redis),
     )
 
 
@@ -2063,7 +2089,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """
     database = Database(app.state.settings)
     app.state.database = database
-    check = database.availability.start_check()
+    check = database.monitor.start_check()
     await asyncio.wait({check}, timeout=LIFESPAN_TIMEOUT_SECONDS)
     try:
         yield
@@ -2076,8 +2102,7 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
     """Return the middleware, outermost first."""
     cors = Middleware(
         OriginCORSMiddleware,
-        # `parse_origin` has made them str, but their annotation says AnyUrl.
-        allow_origins=[str(origin) for origin in settings.CORS_ORIGINS],
+        allow_origins=settings.CORS_ORIGINS,
         allow_methods=("GET", "POST", "PATCH", "DELETE"),
         allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
         expose_headers=EXPOSED_HEADERS,
@@ -2094,7 +2119,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
 
 
 def register_exception_handlers(app: FastAPI) -> None:
-    # mypy refuses add_exception_handler for handlers of a subclass of Exception.
+    # Not app.add_exception_handler(AppException, …): mypy refuses a handler whose `exc`
+    # is not annotated as Exception.
     app.exception_handler(AppException)(app_exception_handler)
     app.exception_handler(HTTPException)(http_exception_handler)
     app.exception_handler(RequestValidationError)(validation_exception_handler)
@@ -2132,8 +2158,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router, which adds a nested router (see allowed_methods): its
-        # matching makes a health check a fifth slower.
+        # Not include_router: since FastAPI 0.165, that adds the router as a whole, and
+        # its matching makes a health check a fifth slower.
         routes=health_router.routes,
         # FastAPI 0.165 has OpenTelemetry built in, which costs time. README has more.
         telemetry={"tracing": False, "metrics": False, "logs": False},
