@@ -42,66 +42,67 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with limits on headers. It needs internals of uvicorn 0.54.
 
-    httptools stops parsing at `Upgrade`; uvicorn would take the body for the next
-    request. So `Upgrade` is ignored (RFC 9110 § 7.8). The header timer is kept in
-    `timeout_keep_alive_task`: uvicorn cancels what is there if the connection is lost.
+    uvicorn's attribute `timeout_keep_alive_task` has one of two timers: uvicorn's own
+    between two requests, and ours while headers arrive. While a request is handled, it
+    is None. uvicorn cancels either timer if the connection is lost.
     """
 
     header_bytes = 0  # received so far; 0 between two requests
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # A unix socket counts as 127.0.0.1, and ::ffff:10.0.0.1 as 10.0.0.1.
+        # For FORWARDED_ALLOW_IPS: unix sockets are local, ::ffff:10.0.0.1 is 10.0.0.1.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
         self.start_header_timer()
 
     def data_received(self, data: bytes) -> None:
-        is_first_data = self.header_bytes == 0
+        starts_request = self.header_bytes == 0
         if not (self.cycle and self.cycle.more_body):  # no body is expected
             self.header_bytes += len(data)
         try:
             self.parse(memoryview(data))
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # CONNECT
+        # HttpParserUpgrade is for the method CONNECT: `parse` catches the others.
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(431 if self.header_bytes > MAX_HEADER_BYTES else 400)
         if self.header_bytes > MAX_HEADER_BYTES:
             self.refuse(431)
-        # The first data of a request. (If its headers are complete, the timer is None.)
-        elif is_first_data and self.timeout_keep_alive_task:
+        elif starts_request and self.timeout_keep_alive_task:  # headers are incomplete
             self.start_header_timer()
 
     def parse(self, data: memoryview) -> None:
-        """At `Upgrade` the parser stops: replay the headers without it to a new one."""
+        """Feed the parser. Ignore `Upgrade`, which RFC 9110 § 7.8 allows.
+
+        The parser stops after headers with `Upgrade`; uvicorn would then take the body
+        for the next request. So a new parser gets the same headers without `Upgrade`.
+        """
         while data:
             try:
                 self.parser.feed_data(data)
                 return
             except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]  # after the bytes that it has parsed
+                data = data[upgrade.args[0] :]  # what comes after the headers
             version = self.parser.get_http_version().encode()
             lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
             lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
             self.parser = httptools.HttpRequestParser(self)
-            # As uvicorn does: data after "Connection: close" is ignored, not an error.
+            # As uvicorn sets it: data after "Connection: close" is no error.
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
             self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
-            return  # `parse` replays the headers
-        # The exact size, without bytes of the body. 4 is for ": " and the line's end.
+            return  # the new parser of `parse` will call this again
+        # Until here, this counted the body's first bytes, too. 4 is for ": " and CRLF.
         self.header_bytes = len(self.url) + sum(len(k + v) + 4 for k, v in self.headers)
-        hosts = [name for name, _ in self.headers].count(b"host")
-        # RFC 9112 § 3.2: a request of HTTP/1.1 has exactly one Host.
-        is_invalid = hosts != 1 and self.parser.get_http_version() == "1.1"
-        if is_invalid or self.header_bytes > MAX_HEADER_BYTES:
-            raise httptools.HttpParserError
+        if self.header_bytes > MAX_HEADER_BYTES:
+            raise httptools.HttpParserError  # caught in `data_received`
         self._unset_keepalive_if_required()  # stops our timer
         super().on_headers_complete()
-        self.headers = []  # or uvicorn would add trailers to the headers of the request
+        self.headers = []  # else uvicorn would add trailers to the request's headers
 
     def on_message_complete(self) -> None:
-        if not self.parser.should_upgrade():  # else `parse` replays the headers
+        if not self.parser.should_upgrade():
             self.header_bytes = 0
             super().on_message_complete()
 
@@ -118,7 +119,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)
         self.transport.close()
 
-    def shutdown(self) -> None:  # wait: a proxy may just be sending a request
+    def shutdown(self) -> None:  # later: a proxy may just be sending a request
         self.loop.call_later(0.5, super().shutdown)
 
 
@@ -128,11 +129,11 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
         self.config.timeout_notify = 1  # seconds between two calls of callback_notify
-        # When uvicorn cancels requests. The rest of the time is for sending their 503.
+        # After these seconds uvicorn cancels the requests, and has time to send 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
         # gunicorn's master sends SIGQUIT for a quick stop. uvicorn stops at SIGTERM.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # At its end, uvicorn restores this and raises SIGTERM again, to exit with 0.
+        # When uvicorn ends, it restores this handler, which exits with 0, and calls it.
         signal.signal(signal.SIGTERM, self.handle_quit)
         Server(self.config).run(self.sockets)
 
@@ -144,13 +145,13 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 
 class ServiceLogger(Logger):  # type: ignore[misc]
     def setup(self, cfg: Any) -> None:
-        self.cfg = cfg  # the base class would add handlers: `setup_logging` has done it
+        self.cfg = cfg  # the base class would add handlers, as `setup_logging` does
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
     if not logging.getLogger().handlers:  # with `gunicorn "main:create_app()"`
         main.setup_logging(main.get_settings())
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # for connections
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # bounds connections
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     if "*" in server.cfg.forwarded_allow_ips:
@@ -170,11 +171,10 @@ workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 worker_class = ServiceWorker  # with limits on headers, and a graceful stop
 logger_class = ServiceLogger
 preload_app = True  # invalid settings stop the start; workers share rate limits
-max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: never, it breaks requests
-max_requests_jitter = max_requests // 10
+max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
-timeout = graceful_timeout + 30  # without a heartbeat, as in a graceful stop
+timeout = graceful_timeout + 30  # longer, as a worker that stops has no heartbeat
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers: 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
 control_socket_disable = True  # of gunicorn 25: it needs a writable home directory
-worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # heartbeats
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # for heartbeats

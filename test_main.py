@@ -3343,8 +3343,6 @@ async def test_last_request_is_answered(last: bytes, connection: Connection) -> 
         "length and encoding": POST + SIZE_5[:-2] + CHUNKED + b"0\r\n\r\n",
         "other encoding": POST + b"transfer-encoding: gzip\r\n\r\n",
         "bare line feed": POST + b"x-bare: x\n" + SIZE_5,
-        "no host": b"POST / HTTP/1.1\r\n" + SIZE_5,
-        "two hosts": POST + b"host: test\r\n" + SIZE_5,
         "connect": b"CONNECT test:80 HTTP/1.1\r\nhost: test\r\n\r\n",
     },
 )
