@@ -42,16 +42,15 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with limits on headers. It needs internals of uvicorn 0.54.
 
-    uvicorn's attribute `timeout_keep_alive_task` has one of two timers: uvicorn's own
-    between two requests, and ours while headers arrive. While a request is handled, it
-    is None. uvicorn cancels either timer if the connection is lost.
+    `timeout_keep_alive_task` is uvicorn's timer while the connection is idle, our timer
+    while headers arrive, and None while a request is handled.
     """
 
     header_bytes = 0  # received so far; 0 between two requests
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # For FORWARDED_ALLOW_IPS: unix sockets are local, ::ffff:10.0.0.1 is 10.0.0.1.
+        # FORWARDED_ALLOW_IPS has to match a unix socket, and 10.0.0.1 ::ffff:10.0.0.1.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
         self.start_header_timer()
@@ -62,7 +61,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_bytes += len(data)
         try:
             self.parse(memoryview(data))
-        # HttpParserUpgrade is for the method CONNECT: `parse` catches the others.
+        # CONNECT is an upgrade, too: then the last line of `parse` raises this again.
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(431 if self.header_bytes > MAX_HEADER_BYTES else 400)
         if self.header_bytes > MAX_HEADER_BYTES:
@@ -93,7 +92,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # the new parser of `parse` will call this again
-        # Until here, this counted the body's first bytes, too. 4 is for ": " and CRLF.
+        # Now without the first bytes of the body. 4 is for ": " and the line's end.
         self.header_bytes = len(self.url) + sum(len(k + v) + 4 for k, v in self.headers)
         if self.header_bytes > MAX_HEADER_BYTES:
             raise httptools.HttpParserError  # caught in `data_received`
@@ -131,9 +130,9 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # seconds between two calls of callback_notify
         # After these seconds uvicorn cancels the requests, and has time to send 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # gunicorn's master sends SIGQUIT for a quick stop. uvicorn stops at SIGTERM.
+        # Not super().run(), which ignores SIGQUIT: gunicorn sends it at Ctrl+C.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # When uvicorn ends, it restores this handler, which exits with 0, and calls it.
+        # uvicorn restores this at its end and raises SIGTERM again, so it exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         Server(self.config).run(self.sockets)
 
@@ -145,7 +144,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 
 class ServiceLogger(Logger):  # type: ignore[misc]
     def setup(self, cfg: Any) -> None:
-        self.cfg = cfg  # the base class would add handlers, as `setup_logging` does
+        self.cfg = cfg  # the base class would add handlers of its own
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
@@ -172,6 +171,7 @@ worker_class = ServiceWorker  # with limits on headers, and a graceful stop
 logger_class = ServiceLogger
 preload_app = True  # invalid settings stop the start; workers share rate limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
+max_requests_jitter = max_requests // 10
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
 timeout = graceful_timeout + 30  # longer, as a worker that stops has no heartbeat
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers: 60 s

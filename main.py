@@ -138,7 +138,7 @@ def parse_origin(value: str) -> str:
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
 # Python reads bytes of a variable that are not UTF-8 as invalid Unicode, which /docs
-# cannot encode. pydantic refuses such text only where it has a max_length.
+# cannot encode. pydantic refuses it only if there is a max_length, to count characters.
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -175,7 +175,7 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     @pydantic.model_validator(mode="before")
     @classmethod
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Secret files often end with a newline. Only white space counts as not set."""
+        """Strip values: secret files often end with a newline. Leave out empty ones."""
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         return {k: v for k, v in (values | texts).items() if v != ""}
 
@@ -292,9 +292,9 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # The loggers of the servers cannot just propagate to the root: in each worker under
-    # gunicorn, uvicorn's loggers get the handlers of gunicorn.error. So all of them get
-    # our handler, and the level of the root.
+    # In each worker under gunicorn, uvicorn's loggers get the handlers of
+    # gunicorn.error. If they also propagated to the root, each of their lines would be
+    # written twice. So the servers' loggers have our handler, and do not propagate.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -517,6 +517,7 @@ def now() -> datetime:
 class Base(DeclarativeBase):
     type_annotation_map: ClassVar = {int: BigInt, datetime: sa.DateTime(timezone=True)}
     # Never use a deleted user's id again: an old token would belong to the new user.
+    # Any, because a table with an index has a tuple here.
     __table_args__: Any = {"sqlite_autoincrement": True}  # noqa: RUF012
     id: Mapped[int] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(default=now)
@@ -608,10 +609,10 @@ class HealthMonitor:
         If the check fails, too, `run_check` reports the outage. If it is still running
         after HEALTH_CHECK_SECONDS, the server is silent, and this reports the outage.
         """
-        check = self.start_check()
+        task = self.start_check()
 
         def report_if_running() -> None:
-            if not check.done():
+            if not task.done():
                 self.report_outage(error)
 
         loop = asyncio.get_running_loop()
@@ -627,13 +628,13 @@ class HealthMonitor:
         """Answer a health check within HEALTH_CHECK_SECONDS."""
         if not self.is_available:
             return False
-        check = self.start_check()
-        await asyncio.wait({check}, timeout=HEALTH_CHECK_SECONDS)
-        if check.done():
-            return check.result()
-        # The check goes on, for the next caller. If the last one was slow, but
-        # succeeded, the server is just slow, which is ready. If it was fast, the server
-        # has become silent.
+        task = self.start_check()
+        await asyncio.wait({task}, timeout=HEALTH_CHECK_SECONDS)
+        if task.done():
+            return task.result()
+        # The check goes on, for the next caller. If the previous check took this long,
+        # too, and succeeded, the server is slow, but can be used: ready. If it was
+        # fast, the server has stopped answering: not ready.
         return self.last_check_was_slow
 
     async def stop(self) -> None:
@@ -652,8 +653,9 @@ def abort_connection(entry: ConnectionPoolEntry) -> None:
     """
     connection = entry.driver_connection  # psycopg's own, without SQLAlchemy's adapter
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # shutdown() ends the connection for all descriptors of the socket. The object
-        # closes its descriptor; that is a duplicate, because the driver closes its own.
+        # The socket object closes its descriptor at the end of `with`, and the driver
+        # will close the original; so the object gets a duplicate. shutdown() ends the
+        # connection, whichever descriptor it is called on.
         descriptor = os.dup(connection.fileno())
         with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
@@ -669,11 +671,12 @@ class FairPool(AsyncAdaptedQueuePool):
     connection that is held for longer than the timeout is closed. Otherwise, requests
     to a server that does not answer would hold the whole pool.
 
-    The three methods that it overrides are synchronous. SQLAlchemy's asyncio layer runs
-    them in a greenlet: there, `await_(x)` is what `await x` is in a coroutine. From a
-    coroutine, `greenlet_spawn(f)` runs a synchronous function that uses `await_`.
-    (SQLAlchemy's own pools override `_do_get` and `_do_return_conn`, too; checked with
-    2.1.9.)
+    SQLAlchemy's asyncio layer runs synchronous methods in a greenlet. There,
+    `await_(x)` does what `await x` does in a coroutine; `greenlet_spawn(f)` runs a
+    synchronous f in a greenlet from a coroutine. Each method here calls the next one:
+    `connect`, `connect_in_time` (a coroutine, as asyncio.timeout needs one), the base
+    class's `connect`, `_do_get`. (SQLAlchemy's own pools override `_do_get` and
+    `_do_return_conn`, too; checked with 2.1.9.)
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -688,14 +691,14 @@ class FairPool(AsyncAdaptedQueuePool):
         return await_(self.connect_in_time())
 
     async def connect_in_time(self) -> PoolProxiedConnection:
-        try:  # asyncio.timeout works in a coroutine only
+        try:
             async with asyncio.timeout(self.timeout()):
                 return await greenlet_spawn(super().connect)
         except TimeoutError:
             raise sa_exc.TimeoutError("no connection was free in time") from None
 
     def _do_get(self) -> ConnectionPoolEntry:
-        """Hand out a connection: called by super().connect()."""
+        """Hand out a connection."""
         await_(self.slots.acquire())
         try:
             entry = super()._do_get()
@@ -786,8 +789,9 @@ class Database:
         if self.is_sqlite:
             # SQLite has one writer at a time: a pool of one makes the others wait.
             self.write_engine = self.create_engine(1)
-            # In autocommit, the driver sends no BEGIN, so that this can send its own.
-            # SQLAlchemy's commit() and rollback() end the transaction as usual.
+            # In AUTOCOMMIT, sqlite3 sends no BEGIN, so `begin_immediate` sends it. The
+            # transaction ends as usual: sqlite3's commit() and rollback() do their work
+            # whenever one is open.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             # The same pool with another isolation level.
@@ -840,7 +844,7 @@ class Database:
             "application_name": self.settings.PROJECT_NAME,
             "connect_timeout": str(seconds),
             "keepalives_idle": "60",  # NAT routers drop what is idle for minutes
-            "tcp_user_timeout": str(milliseconds),  # for the server to acknowledge data
+            "tcp_user_timeout": str(milliseconds),  # if sent data is not acknowledged
             "target_session_attrs": "read-write",  # never connect to a replica
             "options": f"{statement_timeout} {idle_timeout}",
         }
@@ -853,8 +857,8 @@ class Database:
         """
         if not self.monitor.is_available:
             # After a failover, open connections may still lead to the former primary.
-            # (PostgreSQL's write engine has the same pool. The check's own connection
-            # fails below, and on_database_error has it replaced.)
+            # PostgreSQL's write engine shares this pool. The check's own connection
+            # needs nothing: its SELECT below fails, and `on_database_error` marks it.
             cast(FairPool, self.read_engine.pool).replace_connections()
         await self.create_tables()
         # Requests are served from here on. Those that use a missing column get a 500.
@@ -995,8 +999,9 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # A client may leave it out, but not send null. A field that may be left out needs a
-    # default, but `change_item` never uses it. /docs would show "", but no factory.
+    # Optional, but not null. The default only makes it optional: `change_item` reads
+    # the fields that were sent. It is a factory, because /docs would show a default of
+    # "".
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -1017,13 +1022,13 @@ class ProbeStatus(BaseModel):
     status: Literal["alive", "ready", "not_ready"]
 
 
-class HealthCheck(BaseModel):
+class ServerStatus(BaseModel):
     status: Literal["healthy", "unhealthy"]
 
 
 class ServerChecks(BaseModel):
-    database: HealthCheck
-    redis: HealthCheck | None = None
+    database: ServerStatus
+    redis: ServerStatus | None = None
 
 
 class HealthStatus(BaseModel):
@@ -1040,9 +1045,8 @@ PASSWORD_HASHER = PasswordHash(
     [Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1)]
 )
 # Verified in place of a real hash if the username does not exist: the time of a login
-# then does not tell which usernames exist. No password matches it.
-DUMMY_SALT = "A" * 22  # 16 bytes as base64
-DUMMY_HASH = f"$argon2id$v=19$m=19456,t=2,p=1${DUMMY_SALT}${'A' * 43}"
+# then does not tell which usernames exist. Its salt and its hash are zeros in base64.
+DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 # At most two hashes at a time, in threads, which bounds the memory. The event loop goes
 # on meanwhile, because argon2 releases the GIL.
 HASHING_LIMITER = CapacityLimiter(2)
@@ -1071,7 +1075,10 @@ async def verify_password(password: str, known_hash: str) -> tuple[bool, str | N
 
 
 def signing_key(settings: Settings) -> dict[str, str]:
-    """Return a JSON Web Key: python-jose would parse a string that looks like JSON."""
+    """Return a JSON Web Key.
+
+    python-jose also takes a string, but parses it if it happens to be JSON.
+    """
     # The key may contain bytes that are not UTF-8. Python reads them from the
     # environment as surrogates; "surrogateescape" turns these back into the bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
@@ -1115,10 +1122,11 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
 Rows = Sequence[Any]
 # The queries of the busiest routes are built once, because that takes 0.2 ms.
 FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
+# `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-# Both mean owner_id = :owner AND id > :after. With just that, PostgreSQL may choose the
-# index of the primary key, and walk the items of all other owners. With the row
-# comparison, SQLite walks all items of the owner: 200 ms in place of 0.05 ms.
+# The two conditions select the same rows. For SQLite's, PostgreSQL may read the index
+# of the primary key, with the items of all owners. For PostgreSQL's, SQLite reads all
+# items of the owner, which takes 200 ms in place of 0.05 ms.
 LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(sa.text("owner_id = :owner AND id > :after")),
     "postgresql": ITEMS_QUERY.where(
@@ -1391,9 +1399,10 @@ class SlidingWindowRateLimiter:
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
         # `times` is a ring buffer with the times of the last `limit` allowed requests.
-        # They are numbered from 0; the time of request n is times[n % limit]. Those in
-        # the window are oldest_number … next_number - 1. The class is defined in this
-        # method, because its size depends on `limit`.
+        # They are numbered from 0; the time of request n is times[n % limit]. In the
+        # window are those with oldest_number <= n < next_number. The class is defined
+        # in this method, because its size depends on `limit`. (ctypes: `c_int64 *
+        # limit` is the type of an array.)
         class Row(ctypes.Structure):
             _fields_ = (
                 ("client_hash", ctypes.c_int64),
@@ -1403,7 +1412,6 @@ class SlidingWindowRateLimiter:
                 ("times", ctypes.c_int64 * limit),
             )
 
-        # ctypes: `Row * 16` is the type of an array of 16 rows.
         bucket_type = Row * ROWS_IN_BUCKET
         table_type = bucket_type * (table_bytes // ctypes.sizeof(bucket_type))
         memory = mmap.mmap(-1, ctypes.sizeof(table_type))  # forked processes share it
@@ -1476,8 +1484,8 @@ class RedisRateLimiter:
 
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
-        # The wait for a slot is not part of the timeout: that this worker is busy does
-        # not mean that Redis is.
+        # The wait for a slot is not part of the timeout, because it shows that this
+        # worker is busy, not that Redis is slow.
         async with self.slots:
             if not self.monitor.is_available:
                 return None
@@ -1779,7 +1787,9 @@ class LimitsAndErrorsMiddleware:
             limited_receive = self.limit_body(scope, receive)
             async with timer:
                 return await self.app(scope, limited_receive, send)
-        except HTTPException as error:  # of limit_body: the app handles its own
+        # Raised by the call of limit_body. Those that are raised within the app are
+        # handled there.
+        except HTTPException as error:
             response = await http_exception_handler(Request(scope), error)
         except asyncio.CancelledError:
             # uvicorn cancels this task when the time for a shutdown is over. (The
@@ -1883,15 +1893,15 @@ health_router = APIRouter(
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=openapi_errors(413, 500, 504),
-    # Operation ids are the names of functions. Also here, because `create_app` does not
-    # include this router, but takes its routes.
+    # operationId = name of the function. `create_app` sets this for the other routers,
+    # but does not include this one.
     generate_unique_id_function=attrgetter("name"),
 )
-HEALTHY = HealthCheck(status="healthy")
-UNHEALTHY = HealthCheck(status="unhealthy")
+HEALTHY = ServerStatus(status="healthy")
+UNHEALTHY = ServerStatus(status="unhealthy")
 
 
-async def check_database(request: Request, response: Response) -> HealthCheck:
+async def check_database(request: Request, response: Response) -> ServerStatus:
     """Return the database's state. If it is unhealthy, make the response a 503."""
     if await request.app.state.database.monitor.is_ready():
         return HEALTHY
@@ -1900,7 +1910,7 @@ async def check_database(request: Request, response: Response) -> HealthCheck:
     return UNHEALTHY
 
 
-async def check_redis(redis: RedisRateLimiter | None) -> HealthCheck | None:
+async def check_redis(redis: RedisRateLimiter | None) -> ServerStatus | None:
     """Return None if no Redis is configured. If it is down, the service is degraded."""
     if redis is None:
         return None
@@ -1958,7 +1968,8 @@ CREATE_RESPONSES = BODY_ERRORS | {201: {"headers": {"Location": LOCATION}}}
 CREATE_USER_RESPONSES = CREATE_RESPONSES | openapi_errors(409)
 
 users_router = APIRouter(prefix="/users", tags=["users"])
-# form_limits go to request.form(): its default of 1,000 fields is too much for a login.
+# FastAPI passes form_limits to request.form(). Its own limit of 1,000 fields is too
+# much for a login.
 auth_router = APIRouter(
     prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
 )
@@ -2152,7 +2163,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description=settings.PROJECT_DESCRIPTION,
         version=settings.VERSION,
         openapi_url=f"{settings.API_V1_PREFIX}/openapi.json",
-        # FastAPI adds this only for its parameter root_path, which is not used.
+        # FastAPI would set this for its parameter root_path, which is not used (see
+        # restore_root_path).
         servers=[{"url": settings.ROOT_PATH or "/"}],
         redirect_slashes=False,  # its redirects would be made from the Host header
         generate_unique_id_function=attrgetter("name"),
