@@ -104,6 +104,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             self.header_bytes = 0
             super().on_message_complete()
+            self.cycle.more_body = False  # uvicorn leaves it if it has responded before
 
     def start_header_timer(self) -> None:
         self._unset_keepalive_if_required()
@@ -163,8 +164,9 @@ default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
 bind = (os.getenv("BIND", "").strip() or default_bind).split(",")
 for address in bind:
     port = address.rpartition(":")[2]
-    is_port = re.fullmatch(r"\d{1,5}", port) and int(port) < 65536
-    if "/" not in address and not is_port:
+    if "/" not in address and not (
+        re.fullmatch(r"\d{1,5}", port) and int(port) < 65536
+    ):
         raise SystemExit(f"bad settings: BIND: {address} has no port from 0 to 65535")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 worker_class = ServiceWorker  # with limits on headers, and a graceful stop

@@ -76,7 +76,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretSt
 from pydantic_core import PydanticCustomError, PydanticSerializationError, to_json
 from pydantic_settings import BaseSettings, NoDecode
 from python_multipart.multipart import parse_options_header
-from redis.asyncio import Redis, RedisError
+from redis.asyncio import Redis
 from sqlalchemy import event, orm
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -116,11 +116,27 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
         raise ValueError("the password has special characters that are not encoded")
     if (url.port or 0) > 65535:  # make_url accepts any number
         raise ValueError("the port should be at most 65535")
-    # Each connection to ":memory:" would have a database of its own.
-    is_sqlite = url.get_backend_name() == "sqlite"
-    if is_sqlite and url.database in {None, "", ":memory:"}:
-        raise ValueError("should name the file of the database")
+    if url.get_backend_name() == "sqlite":
+        # Each connection to ":memory:" would have a database of its own. Options could
+        # ask for that, too.
+        if url.query or url.database in {None, "", ":memory:"}:
+            raise ValueError("should name the file of the database, without options")
+        return url
+    try:
+        psycopg.conninfo.make_conninfo(**dict.fromkeys(url.query, ""))
+    except psycopg.ProgrammingError:
+        raise ValueError("has an option that PostgreSQL does not know") from None
     return url
+
+
+def parse_redis_url(url: pydantic.RedisDsn) -> str:
+    """Return the URL. Raises ValueError if redis-py does not know one of its options."""
+    try:
+        pool = Redis.from_url(str(url)).connection_pool
+        pool.connection_class(**pool.connection_kwargs)  # which is not opened
+    except Exception:  # noqa: BLE001 - redis-py raises TypeError, RedisError and others
+        raise ValueError("has an option that redis-py does not know") from None
+    return str(url)
 
 
 def parse_origin(value: str) -> str:
@@ -136,13 +152,14 @@ def parse_origin(value: str) -> str:
 
 # NoDecode, because sa.URL is a tuple, and pydantic-settings reads tuples as JSON.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
+RedisUrl = Annotated[pydantic.RedisDsn, AfterValidator(parse_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
 # Python reads bytes of a variable that are not UTF-8 as invalid Unicode, which /docs
 # cannot encode. pydantic refuses it only if there is a max_length, to count characters.
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="ignore"):
@@ -165,9 +182,9 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     DATABASE_TIMEOUT_SECONDS: Seconds = 5
     CORS_ORIGINS: list[Origin] = []
     RATE_LIMIT_REQUESTS: RequestCount = 100
-    RATE_LIMIT_WINDOW_SECONDS: int = Field(default=60, gt=0)
+    RATE_LIMIT_WINDOW_SECONDS: int = Field(default=60, gt=0, le=10**9)
     RATE_LIMIT_LOGIN_REQUESTS: RequestCount = 10
-    REDIS_URL: pydantic.RedisDsn | None = None
+    REDIS_URL: RedisUrl | None = None
     MAX_BODY_BYTES: int = Field(default=64 * 1024, gt=0)
     REQUEST_TIMEOUT_SECONDS: Seconds = 30
     LOG_LEVEL: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
@@ -1333,7 +1350,8 @@ SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 ROWS_IN_BUCKET = 16
 SECOND_NS = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
-MAX_REDIS_CONNECTIONS = 32  # per worker
+# Per worker. When many are opened at once, they take longer than REDIS_TIMEOUT_SECONDS.
+MAX_REDIS_CONNECTIONS = 8
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
 # ARGV[3] is random, because each member of a set must be different.
 REDIS_SCRIPT = """
@@ -1491,8 +1509,10 @@ class RedisRateLimiter:
                 return None
             try:
                 return await self.run_script(key, limit, seconds)
-            except (RedisError, OSError, TimeoutError):
-                # suspect_outage is for checks that can hang. This one has a timeout.
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
+                # An outage until the check succeeds, be it for a moment: such requests
+                # are counted in memory.
+                self.monitor.report_outage(error)
                 self.monitor.start_check()
                 return None
 
@@ -1676,10 +1696,11 @@ class RequestLoggingMiddleware:
             state["trace_id"] = trace[1].decode()
         client = scope["client"][0] if scope["client"] else "unknown"
         state["client"] = client[:64]  # a proxy may send any text
-        # uvicorn takes `client` from X-Forwarded-For if it trusts the peer. If `client`
-        # is not in that header, uvicorn did not trust the peer.
+        # If uvicorn trusts the peer, `client` is from X-Forwarded-For, and so is the port
+        # (0 if that names none).
         forwarded_for = headers.get(b"x-forwarded-for", b"").decode("latin-1")
-        if forwarded_for and client not in forwarded_for:
+        port = scope["client"][1] if scope["client"] else 0
+        if forwarded_for and port and f":{port}" not in forwarded_for:
             warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
@@ -1823,8 +1844,7 @@ class LimitsAndErrorsMiddleware:
         # Python would decode a multipart form with any charset that the client names.
         # Some of its codecs, such as punycode, are slow.
         charset = options.get(b"charset", b"utf-8").lower()
-        if content_type == b"multipart/form-data" and charset != b"utf-8":
-            raise HTTPException(400, "The charset must be utf-8")
+        is_slow_form = content_type == b"multipart/form-data" and charset != b"utf-8"
         # uvicorn has checked that the header is a number.
         if int(headers.get("content-length", 0)) > max_bytes:
             raise HTTPException(413)
@@ -1832,6 +1852,8 @@ class LimitsAndErrorsMiddleware:
 
         async def receive_limited() -> Message:
             nonlocal received_bytes
+            if is_slow_form:
+                raise HTTPException(400, "The charset must be utf-8")
             message = await receive()
             received_bytes += len(message.get("body", b""))
             if received_bytes > max_bytes:
