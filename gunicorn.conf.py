@@ -50,7 +50,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # FORWARDED_ALLOW_IPS has to match a unix socket, and 10.0.0.1 ::ffff:10.0.0.1.
+        # For FORWARDED_ALLOW_IPS, a unix socket is 127.0.0.1; ::ffff: is cut off.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
         self.start_header_timer()
@@ -61,7 +61,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_bytes += len(data)
         try:
             self.parse(memoryview(data))
-        # CONNECT is an upgrade, too: then the last line of `parse` raises this again.
+        # The method CONNECT: here, the last line of `parse` raises HttpParserUpgrade.
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(431 if self.header_bytes > MAX_HEADER_BYTES else 400)
         if self.header_bytes > MAX_HEADER_BYTES:
@@ -92,13 +92,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # the new parser of `parse` will call this again
-        # Now without the first bytes of the body. 4 is for ": " and the line's end.
+        # From now on, without bytes of the body. 4 is for ": " and the line's end.
         self.header_bytes = len(self.url) + sum(len(k + v) + 4 for k, v in self.headers)
         if self.header_bytes > MAX_HEADER_BYTES:
             raise httptools.HttpParserError  # caught in `data_received`
         self._unset_keepalive_if_required()  # stops our timer
         super().on_headers_complete()
-        self.headers = []  # else uvicorn would add trailers to the request's headers
+        self.headers = []  # for trailers: the request keeps the old list
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
@@ -164,18 +164,16 @@ default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
 bind = (os.getenv("BIND", "").strip() or default_bind).split(",")
 for address in bind:
     port = address.rpartition(":")[2]
-    if "/" not in address and not (
-        re.fullmatch(r"\d{1,5}", port) and int(port) < 65536
-    ):
+    is_port = re.fullmatch(r"\d{1,5}", port) and int(port) < 65536
+    if "/" not in address and not is_port:
         raise SystemExit(f"bad settings: BIND: {address} has no port from 0 to 65535")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 worker_class = ServiceWorker  # with limits on headers, and a graceful stop
 logger_class = ServiceLogger
 preload_app = True  # invalid settings stop the start; workers share rate limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
-max_requests_jitter = max_requests // 10
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
-timeout = graceful_timeout + 30  # longer, as a worker that stops has no heartbeat
+timeout = graceful_timeout + 30  # longer: a worker that stops sends no heartbeat
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers: 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
 control_socket_disable = True  # of gunicorn 25: it needs a writable home directory

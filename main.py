@@ -70,6 +70,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.security import OAuth2PasswordBearer
 from jose import jwt
 from jose.utils import base64url_encode
+from psycopg.conninfo import make_conninfo
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
@@ -123,14 +124,14 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
             raise ValueError("should name the file of the database, without options")
         return url
     try:
-        psycopg.conninfo.make_conninfo(**dict.fromkeys(url.query, ""))
+        make_conninfo(**dict.fromkeys(url.query, ""))
     except psycopg.ProgrammingError:
         raise ValueError("has an option that PostgreSQL does not know") from None
     return url
 
 
 def parse_redis_url(url: pydantic.RedisDsn) -> str:
-    """Return the URL. Raises ValueError if redis-py does not know one of its options."""
+    """Return the URL. Raises ValueError for an option that redis-py does not know."""
     try:
         pool = Redis.from_url(str(url)).connection_pool
         pool.connection_class(**pool.connection_kwargs)  # which is not opened
@@ -154,8 +155,8 @@ def parse_origin(value: str) -> str:
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[pydantic.RedisDsn, AfterValidator(parse_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
-# Python reads bytes of a variable that are not UTF-8 as invalid Unicode, which /docs
-# cannot encode. pydantic refuses it only if there is a max_length, to count characters.
+# If a variable is not valid UTF-8, Python makes a str of it that /docs cannot encode.
+# pydantic refuses such a str only where it counts characters, for a max_length.
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -192,7 +193,9 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     @pydantic.model_validator(mode="before")
     @classmethod
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Strip values: secret files often end with a newline. Leave out empty ones."""
+        """Strip values, because secret files often end with a newline. What is empty
+        then counts as not set; env_ignore_empty sees only what was empty before.
+        """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         return {k: v for k, v in (values | texts).items() if v != ""}
 
@@ -624,7 +627,8 @@ class HealthMonitor:
         """Start the check, because a request has failed with this error.
 
         If the check fails, too, `run_check` reports the outage. If it is still running
-        after HEALTH_CHECK_SECONDS, the server is silent, and this reports the outage.
+        after HEALTH_CHECK_SECONDS, this reports the outage: after a failed request, a
+        server that is slow even by then cannot be told from a silent one.
         """
         task = self.start_check()
 
@@ -699,7 +703,7 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        # All entries handed out so far: at most size(), because the pool reuses them.
+        # All entries handed out so far. The pool makes at most size(), and reuses them.
         self.entries: set[ConnectionPoolEntry] = set()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
 
@@ -806,9 +810,9 @@ class Database:
         if self.is_sqlite:
             # SQLite has one writer at a time: a pool of one makes the others wait.
             self.write_engine = self.create_engine(1)
-            # In AUTOCOMMIT, sqlite3 sends no BEGIN, so `begin_immediate` sends it. The
-            # transaction ends as usual: sqlite3's commit() and rollback() do their work
-            # whenever one is open.
+            # AUTOCOMMIT only means that sqlite3 sends no BEGIN itself. SQLAlchemy fires
+            # its event "begin" all the same, and calls commit() or rollback() at the
+            # end, which work whenever a transaction is open.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             # The same pool with another isolation level.
@@ -861,7 +865,8 @@ class Database:
             "application_name": self.settings.PROJECT_NAME,
             "connect_timeout": str(seconds),
             "keepalives_idle": "60",  # NAT routers drop what is idle for minutes
-            "tcp_user_timeout": str(milliseconds),  # if sent data is not acknowledged
+            # Close a connection if sent data is not acknowledged for so long.
+            "tcp_user_timeout": str(milliseconds),
             "target_session_attrs": "read-write",  # never connect to a replica
             "options": f"{statement_timeout} {idle_timeout}",
         }
@@ -874,8 +879,9 @@ class Database:
         """
         if not self.monitor.is_available:
             # After a failover, open connections may still lead to the former primary.
-            # PostgreSQL's write engine shares this pool. The check's own connection
-            # needs nothing: its SELECT below fails, and `on_database_error` marks it.
+            # PostgreSQL's write engine shares this pool. The check's own connection is
+            # replaced otherwise: on a read-only server, its FOR UPDATE below fails, and
+            # `on_database_error` drops the connection.
             cast(FairPool, self.read_engine.pool).replace_connections()
         await self.create_tables()
         # Requests are served from here on. Those that use a missing column get a 500.
@@ -953,8 +959,8 @@ NewUsername = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$")
 # NIST SP 800-63B-4: at least 15 characters where there is no second factor, and no rule
 # such as "one digit".
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), Normalized]
-# A login is not held to the rules for new names and passwords: if it breaks them, it is
-# wrong, which is a 401. These wide bounds only limit the size, which is a 422.
+# A login that breaks the rules for new names and passwords gets 401, like any that is
+# wrong. These bounds only limit the size; a longer text gets 422.
 LoginName = Annotated[str, Field(min_length=1, max_length=1024, pattern=NO_NUL), Lower]
 LoginPassword = Annotated[str, Field(min_length=1, max_length=1024), Normalized]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
@@ -1201,10 +1207,8 @@ async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) ->
 
 
 async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
-    own_item = (Item.id == item_id) & (Item.owner_id == owner_id)
-    return (
-        await db.scalar(sa.delete(Item).where(own_item).returning(Item.id)) is not None
-    )
+    query = sa.delete(Item).where(Item.id == item_id, Item.owner_id == owner_id)
+    return await db.scalar(query.returning(Item.id)) is not None
 
 
 # --- Services -------------------------------------------------------------------------
@@ -1347,7 +1351,7 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 # requests. There are two limits, "api" and "login".
 
 SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
-ROWS_IN_BUCKET = 16
+ROWS_IN_BUCKET = 16  # of the hash table in SlidingWindowRateLimiter
 SECOND_NS = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 # Per worker. When many are opened at once, they take longer than REDIS_TIMEOUT_SECONDS.
@@ -1446,7 +1450,7 @@ class SlidingWindowRateLimiter:
         # If another worker holds the lock, this blocks the event loop for microseconds.
         fcntl.lockf(self.lock_file, fcntl.LOCK_EX)
         try:
-            return self.count(self.find_row(client))
+            return self.record_request(self.find_row(client))
         finally:
             fcntl.lockf(self.lock_file, fcntl.LOCK_UN)
 
@@ -1464,7 +1468,7 @@ class SlidingWindowRateLimiter:
         row.client_hash = client_hash
         return row
 
-    def count(self, row: ctypes.Structure) -> RateLimitResult:
+    def record_request(self, row: ctypes.Structure) -> RateLimitResult:
         times = row.times
         window_ns = self.seconds * SECOND_NS
         now_ns = self.clock_ns()
@@ -1641,7 +1645,8 @@ def restore_root_path(scope: Scope, root_path: str) -> None:
     """Put ROOT_PATH, which the proxy has stripped, in front of the path again.
 
     ASGI wants it there; the router removes it. FastAPI(root_path=…) sets only the
-    scope's `root_path`.
+    scope's `root_path`: Location would lack the prefix, and a path that begins with it
+    by chance would not be found.
     """
     scope["root_path"] = root_path
     scope["path"] = root_path + scope["path"]
@@ -1653,7 +1658,7 @@ def route_path(scope: Scope) -> str:
 
 
 class RequestLoggingMiddleware:
-    """Set a request's id and client; measure its time; log it."""
+    """Complete the scope (root path, id, client); measure the time; log the request."""
 
     def __init__(self, app: ASGIApp, root_path: str) -> None:
         self.app = app
@@ -1696,8 +1701,8 @@ class RequestLoggingMiddleware:
             state["trace_id"] = trace[1].decode()
         client = scope["client"][0] if scope["client"] else "unknown"
         state["client"] = client[:64]  # a proxy may send any text
-        # If uvicorn trusts the peer, `client` is from X-Forwarded-For, and so is the port
-        # (0 if that names none).
+        # If uvicorn trusts the peer, `client` is from X-Forwarded-For, and so is the
+        # port (0 if that names none).
         forwarded_for = headers.get(b"x-forwarded-for", b"").decode("latin-1")
         port = scope["client"][1] if scope["client"] else 0
         if forwarded_for and port and f":{port}" not in forwarded_for:
@@ -1715,11 +1720,9 @@ class RequestLoggingMiddleware:
         }
         optional = ("client", "user_id", "trace_id", "reason")
         fields |= {name: state[name] for name in optional if name in state}
-        level = logging.INFO
+        level = logging.WARNING if status_code >= 500 else logging.INFO
         if exception:
             level = logging.ERROR
-        elif status_code >= 500:
-            level = logging.WARNING
         logger.log(level, "request", exc_info=exception, extra=fields)
 
 
@@ -1915,8 +1918,8 @@ health_router = APIRouter(
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=openapi_errors(413, 500, 504),
-    # operationId = name of the function. `create_app` sets this for the other routers,
-    # but does not include this one.
+    # operationId = name of the function. `create_app` sets this only for routers that
+    # it includes. Of this one, it takes the routes.
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = ServerStatus(status="healthy")
