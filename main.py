@@ -43,7 +43,7 @@ import sys
 import tempfile
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -85,9 +85,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import (
     AsyncAdaptedQueuePool,
     ConnectionPoolEntry,
-    PoolProxiedConnection,
 )
-from sqlalchemy.util import await_, greenlet_spawn
+from sqlalchemy.util import await_
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -99,9 +98,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 # What an operator can set; `.env.example` says more. No other section reads the
 # environment.
 
-PSYCOPG = "postgresql+psycopg"
-# Some platforms hand out postgres://, which SQLAlchemy does not know.
-DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgres": PSYCOPG, "postgresql": PSYCOPG}
+DRIVERS = {
+    "sqlite": "sqlite+aiosqlite",
+    "postgresql": "postgresql+psycopg",
+    "postgres": "postgresql+psycopg",  # some platforms write it so
+}
 
 
 def parse_database_url(value: str | sa.URL) -> sa.URL:
@@ -109,35 +110,18 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
     try:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
-    except (sa_exc.ArgumentError, ValueError, KeyError):
-        raise ValueError("should be postgresql://… or sqlite:///path") from None
-    # make_url ends the password at its first "@". If that was not encoded, the rest of
-    # the password is in the host, which is logged.
-    if "@" in (url.host or ""):
-        raise ValueError("the password has special characters that are not encoded")
-    if (url.port or 0) > 65535:  # make_url accepts any number
-        raise ValueError("the port should be at most 65535")
-    if url.get_backend_name() == "sqlite":
-        # Each connection to ":memory:" would have a database of its own. Options could
-        # ask for that, too.
-        if url.query or url.database in {None, "", ":memory:"}:
-            raise ValueError("should name the file of the database, without options")
-        return url
-    try:
-        make_conninfo(**dict.fromkeys(url.query, ""))
-    except psycopg.ProgrammingError:
-        raise ValueError("has an option that PostgreSQL does not know") from None
+        make_conninfo(**dict.fromkeys(url.query, ""))  # knows PostgreSQL's options
+    except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
+        raise ValueError("is not a URL of PostgreSQL or SQLite") from None
+    # If an "@" in the password is not encoded, a part of the password is in the host,
+    # which is logged.
+    if "@" in (url.host or "") or (url.port or 0) > 65535:
+        raise ValueError("has a bad port, or a character that is not encoded")
+    # Each connection to ":memory:" would have a database of its own.
+    is_file = url.database not in {None, "", ":memory:"} and not url.query
+    if url.get_backend_name() == "sqlite" and not is_file:
+        raise ValueError("should name a file, without options")
     return url
-
-
-def parse_redis_url(url: pydantic.RedisDsn) -> str:
-    """Return the URL. Raises ValueError for an option that redis-py does not know."""
-    try:
-        pool = Redis.from_url(str(url)).connection_pool
-        pool.connection_class(**pool.connection_kwargs)  # which is not opened
-    except Exception:  # noqa: BLE001 - redis-py raises TypeError, RedisError and others
-        raise ValueError("has an option that redis-py does not know") from None
-    return str(url)
 
 
 def parse_origin(value: str) -> str:
@@ -153,7 +137,6 @@ def parse_origin(value: str) -> str:
 
 # NoDecode, because sa.URL is a tuple, and pydantic-settings reads tuples as JSON.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
-RedisUrl = Annotated[pydantic.RedisDsn, AfterValidator(parse_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
 # If a variable is not valid UTF-8, Python makes a str of it that /docs cannot encode.
 # pydantic refuses such a str only where it counts characters, for a max_length.
@@ -185,7 +168,7 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     RATE_LIMIT_REQUESTS: RequestCount = 100
     RATE_LIMIT_WINDOW_SECONDS: int = Field(default=60, gt=0, le=10**9)
     RATE_LIMIT_LOGIN_REQUESTS: RequestCount = 10
-    REDIS_URL: RedisUrl | None = None
+    REDIS_URL: pydantic.RedisDsn | None = None
     MAX_BODY_BYTES: int = Field(default=64 * 1024, gt=0)
     REQUEST_TIMEOUT_SECONDS: Seconds = 30
     LOG_LEVEL: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
@@ -220,13 +203,9 @@ def get_settings() -> Settings:
     try:
         return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
     except pydantic.ValidationError as error:
-        # Not str(error), which shows the values. The errors of `refuse_unsafe_values`
-        # have no location: their messages name the variable.
-        reasons = []
-        for fault in error.errors():
-            name = f"{fault['loc'][0]}: " if fault["loc"] else ""
-            reasons.append(name + fault["msg"].removeprefix("Value error, "))
-        reason = "; ".join(reasons)
+        # Not str(error), which shows the values.
+        faults = [": ".join(map(str, (*e["loc"], e["msg"]))) for e in error.errors()]
+        reason = "; ".join(faults).replace("Value error, ", "")
     except (ValueError, OSError) as error:  # invalid JSON, or an unreadable file
         reason = f"{error} (in the environment, .env or /run/secrets)"
     raise SystemExit(f"bad settings: {reason}")
@@ -338,7 +317,7 @@ def describe(error: BaseException) -> str:
 
 # --- Errors ---------------------------------------------------------------------------
 # `error_response` writes the body of every error. Services raise AppExceptions. The
-# handler of database errors is in the section Database, below the names that it uses.
+# handler of database errors is in the section Database.
 
 ERROR_CODES = {  # status code: the `error` in the body
     400: "bad_request",
@@ -355,11 +334,7 @@ ERROR_CODES = {  # status code: the `error` in the body
     504: "timeout",
 }
 DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
-INVALID_TOKEN_HEADERS = {
-    "WWW-Authenticate": 'Bearer error="invalid_token"'
-}  # RFC 6750 § 3.1
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-OptionalHeaders = Mapping[str, str] | None
 Responses = dict[int | str, dict[str, Any]]
 
 
@@ -372,7 +347,7 @@ class AppException(Exception):
 
     status_code = 500
     message = "Something went wrong. Quote the request_id if you report it."
-    headers: OptionalHeaders = None  # in addition to the default headers of the status
+    headers: Mapping[str, str] | None = None  # besides DEFAULT_HEADERS
 
     @property
     def error(self) -> str:
@@ -383,12 +358,13 @@ class UnauthorizedException(AppException):
     # The same error for every fault of a token, so that a forger learns nothing.
     status_code = 401
     message = "The access token is not valid."
-    headers = INVALID_TOKEN_HEADERS
+    headers: Mapping[str, str] = {  # RFC 6750 § 3.1
+        "WWW-Authenticate": 'Bearer error="invalid_token"'
+    }
 
 
 class WrongCredentialsException(AppException):
-    # Also raised if the username does not exist, so that nobody learns which ones
-    # exist.
+    # Also if the username does not exist, so that nobody learns which ones exist.
     status_code = 401
     message = "Wrong username or password."
 
@@ -436,13 +412,9 @@ class ErrorResponse(BaseModel):
     request_id: str
 
 
-def openapi_errors(*statuses: int) -> Responses:
+def errors(*statuses: int) -> Responses:
     """Return FastAPI's `responses=` for these errors."""
-    retry_after = {"description": "In seconds", "schema": {"type": "integer"}}
-    responses: Responses = {status: {"model": ErrorResponse} for status in statuses}
-    for status in {429, 503}.intersection(statuses):
-        responses[status]["headers"] = {"Retry-After": retry_after}
-    return responses
+    return {status: {"model": ErrorResponse} for status in statuses}
 
 
 def error_response(
@@ -450,7 +422,7 @@ def error_response(
     status_code: int,
     error: str,
     message: str,
-    headers: OptionalHeaders = None,
+    headers: Mapping[str, str] | None = None,
     details: list[dict[str, str]] | None = None,
 ) -> Response:
     """Write an error in the format of `ErrorResponse`."""
@@ -460,10 +432,10 @@ def error_response(
         "details": details,
         "request_id": request.state.request_id,
     }
-    all_headers = {**DEFAULT_HEADERS.get(status_code, {}), **(headers or {})}
+    headers = {**DEFAULT_HEADERS.get(status_code, {}), **(headers or {})}
     # Not JSONResponse, which cannot encode invalid Unicode: a client can send that in
     # the name of an unknown field, which `details` repeats.
-    return Response(json.dumps(body), status_code, all_headers, "application/json")
+    return Response(json.dumps(body), status_code, headers, "application/json")
 
 
 async def app_exception_handler(request: Request, exc: AppException) -> Response:
@@ -569,6 +541,9 @@ HEALTH_CHECK_SECONDS = 2  # the longest time until a health check is answered
 LIFESPAN_TIMEOUT_SECONDS = 1  # how long the start and the stop wait for a check
 # Held while a worker creates the tables, so that no other one does. 7411 is arbitrary.
 TABLES_LOCK = sa.select(sa.func.pg_advisory_xact_lock(7411))
+# Reads no row, but fails if a table or a column is missing. FOR UPDATE fails on a
+# read-only server. (SQLAlchemy omits it for SQLite.)
+CHECK_QUERY = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
 # SQLAlchemy raises these if a server is not reachable, full, too slow or read-only.
 OUTAGE_ERRORS = (
     sa_exc.OperationalError,
@@ -578,105 +553,15 @@ OUTAGE_ERRORS = (
 )
 
 
-class HealthMonitor:
-    """Knows whether the database, or Redis (see Rate limiting), can be used.
-
-    `check` is a coroutine function that raises an exception if the server cannot be
-    used. It runs at a health check and after a failed request; after a failure, every
-    second until it succeeds. While all is well, nothing runs in the background. The log
-    has one warning for an outage, and one line for its end.
-
-    While `is_available` is False, health checks fail at once, and Redis is not used.
-    Requests still try the database.
-    """
-
-    def __init__(self, name: str, check: Callable[[], Awaitable[object]]) -> None:
-        self.name = name
-        self.check = check
-        self.is_available = True
-        self.last_check_was_slow = False  # longer than HEALTH_CHECK_SECONDS
-        self.check_task: asyncio.Task[bool] | None = None
-        self.next_check: asyncio.TimerHandle | None = None
-
-    def start_check(self) -> asyncio.Task[bool]:
-        """Start the check, unless it is running: callers share the task."""
-        if self.check_task is None or self.check_task.done():
-            self.check_task = asyncio.create_task(self.run_check())
-        return self.check_task
-
-    async def run_check(self) -> bool:
-        """Return whether the check has succeeded."""
-        if self.next_check is not None:
-            self.next_check.cancel()
-        started = time.monotonic()
-        try:
-            await self.check()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
-            self.report_outage(error)
-            loop = asyncio.get_running_loop()
-            self.next_check = loop.call_later(CHECK_INTERVAL_SECONDS, self.start_check)
-            return False
-        if not self.is_available:
-            logger.info("%s is ready again", self.name)
-        self.is_available = True
-        seconds = time.monotonic() - started
-        self.last_check_was_slow = seconds > HEALTH_CHECK_SECONDS
-        return True
-
-    def suspect_outage(self, error: Exception) -> None:
-        """Start the check, because a request has failed with this error.
-
-        If the check fails, too, `run_check` reports the outage. If it is still running
-        after HEALTH_CHECK_SECONDS, this reports the outage: after a failed request, a
-        server that is slow even by then cannot be told from a silent one.
-        """
-        task = self.start_check()
-
-        def report_if_running() -> None:
-            if not task.done():
-                self.report_outage(error)
-
-        loop = asyncio.get_running_loop()
-        loop.call_later(HEALTH_CHECK_SECONDS, report_if_running)
-
-    def report_outage(self, error: Exception) -> None:
-        if self.is_available:
-            extra = {"reason": describe(error)}
-            logger.warning("%s is not ready", self.name, extra=extra)
-        self.is_available = False
-
-    async def is_ready(self) -> bool:
-        """Answer a health check within HEALTH_CHECK_SECONDS."""
-        if not self.is_available:
-            return False
-        task = self.start_check()
-        await asyncio.wait({task}, timeout=HEALTH_CHECK_SECONDS)
-        if task.done():
-            return task.result()
-        # The check goes on, for the next caller. If the previous check took this long,
-        # too, and succeeded, the server is slow, but can be used: ready. If it was
-        # fast, the server has stopped answering: not ready.
-        return self.last_check_was_slow
-
-    async def stop(self) -> None:
-        if self.next_check is not None:
-            self.next_check.cancel()
-        if self.check_task is not None:
-            self.check_task.cancel()
-            await asyncio.wait({self.check_task}, timeout=LIFESPAN_TIMEOUT_SECONDS)
-
-
 def abort_connection(entry: ConnectionPoolEntry) -> None:
     """Make the statement that runs on a PostgreSQL connection fail now.
 
     Cancelling it would need the server, which may not answer. So shut down the socket:
     the driver sees the end of the connection. SQLite has no server that could hang.
     """
-    connection = entry.driver_connection  # psycopg's own, without SQLAlchemy's adapter
+    connection = entry.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # The socket object closes its descriptor at the end of `with`, and the driver
-        # will close the original; so the object gets a duplicate. shutdown() ends the
-        # connection, whichever descriptor it is called on.
+        # A duplicate: the driver will close its own descriptor itself.
         descriptor = os.dup(connection.fileno())
         with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
@@ -687,40 +572,30 @@ class FairPool(AsyncAdaptedQueuePool):
     """A pool that gives connections to requests in the order in which they came.
 
     SQLAlchemy's own pool lets newcomers overtake: under load, some requests wait until
-    they fail. Here a request first waits for one of `size()` slots, first come, first
-    served; then the base class has a free connection, or opens one. A PostgreSQL
-    connection that is held for longer than the timeout is closed. Otherwise, requests
+    they fail. Here a request first waits for one of `size()` slots. A PostgreSQL
+    connection that is held for longer than the timeout is closed; otherwise, requests
     to a server that does not answer would hold the whole pool.
 
-    SQLAlchemy's asyncio layer runs synchronous methods in a greenlet. There,
-    `await_(x)` does what `await x` does in a coroutine; `greenlet_spawn(f)` runs a
-    synchronous f in a greenlet from a coroutine. Each method here calls the next one:
-    `connect`, `connect_in_time` (a coroutine, as asyncio.timeout needs one), the base
-    class's `connect`, `_do_get`. (SQLAlchemy's own pools override `_do_get` and
-    `_do_return_conn`, too; checked with 2.1.9.)
+    SQLAlchemy calls these methods in a greenlet, where `await_(x)` does what `await x`
+    does in a coroutine. Its own pools override them, too (checked with 2.1.9).
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        # All entries handed out so far. The pool makes at most size(), and reuses them.
-        self.entries: set[ConnectionPoolEntry] = set()
+        self.entries: set[ConnectionPoolEntry] = set()  # the pool makes size() of them
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
 
-    def connect(self) -> PoolProxiedConnection:
-        """Wait for a slot and, if need be, for the server: both within the timeout."""
-        return await_(self.connect_in_time())
-
-    async def connect_in_time(self) -> PoolProxiedConnection:
+    async def wait_for_slot(self) -> None:
         try:
             async with asyncio.timeout(self.timeout()):
-                return await greenlet_spawn(super().connect)
+                await self.slots.acquire()
         except TimeoutError:
             raise sa_exc.TimeoutError("no connection was free in time") from None
 
     def _do_get(self) -> ConnectionPoolEntry:
         """Hand out a connection."""
-        await_(self.slots.acquire())
+        await_(self.wait_for_slot())
         try:
             entry = super()._do_get()
         except BaseException:
@@ -747,10 +622,7 @@ class FairPool(AsyncAdaptedQueuePool):
 
 
 def on_database_error(context: sa.engine.ExceptionContext) -> None:
-    """Cut values out of messages. Drop all connections to a read-only server.
-
-    SQLAlchemy calls it first; then `database_exception_handler` makes the response.
-    """
+    """Cut values out of messages. Drop all connections to a read-only server."""
     original = context.original_exception
     # From its second line on, PostgreSQL's message shows the whole row, with the
     # password's hash.
@@ -810,42 +682,43 @@ class Database:
         if self.is_sqlite:
             # SQLite has one writer at a time: a pool of one makes the others wait.
             self.write_engine = self.create_engine(1)
-            # AUTOCOMMIT only means that sqlite3 sends no BEGIN itself. SQLAlchemy fires
-            # its event "begin" all the same, and calls commit() or rollback() at the
-            # end, which work whenever a transaction is open.
+            # In autocommit, the driver sends no BEGIN itself; SQLAlchemy still fires
+            # its event "begin", and commits or rolls back at the end.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             # The same pool with another isolation level.
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
-        # Health checks do not wait behind requests. pool_pre_ping replaces a connection
-        # that was closed while it was idle, which would look like an outage.
-        self.check_engine = self.create_engine(1, pool_pre_ping=True)
-        self.monitor = HealthMonitor("the database", self.check_tables)
+        # Health checks do not wait behind requests.
+        self.check_engine = self.create_engine(1)
+        self.check_task: asyncio.Task[None] | None = None
+        self.is_available = True  # False during an outage
         self.has_tables = False
 
-    def create_engine(self, pool_size: int, pool_pre_ping: bool = False) -> AsyncEngine:
+    def create_engine(self, pool_size: int) -> AsyncEngine:
         """Return an engine in autocommit: the driver begins no transactions."""
-        seconds = self.settings.DATABASE_TIMEOUT_SECONDS
+        options: dict[str, Any] = {}
         url = self.settings.DATABASE_URL
+        seconds = self.settings.DATABASE_TIMEOUT_SECONDS
         if self.is_sqlite:
             # How long to wait for SQLite's lock.
-            connect_args: dict[str, float | None] = {"timeout": seconds}
+            options["connect_args"] = {"timeout": seconds}
         else:
             url = url.set(query={**self.postgresql_options(), **url.query})
             # Prepared statements would fail for ever after an ALTER TABLE.
-            connect_args = {"prepare_threshold": None}
+            options["connect_args"] = {"prepare_threshold": None}
+            options["use_native_hstore"] = False  # saves three round trips at the start
         engine = create_async_engine(
             url,
-            connect_args=connect_args,
+            **options,
             poolclass=FairPool,
             pool_size=pool_size,
             max_overflow=0,  # the pool would close and open overflow all the time
             pool_timeout=seconds,
-            pool_pre_ping=pool_pre_ping,
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,  # or every error would log them
+            enable_from_linting=False,  # CHECK_QUERY joins its tables on purpose
         )
         event.listen(engine.sync_engine, "handle_error", on_database_error)
         if self.is_sqlite:
@@ -865,43 +738,9 @@ class Database:
             "application_name": self.settings.PROJECT_NAME,
             "connect_timeout": str(seconds),
             "keepalives_idle": "60",  # NAT routers drop what is idle for minutes
-            # Close a connection if sent data is not acknowledged for so long.
-            "tcp_user_timeout": str(milliseconds),
             "target_session_attrs": "read-write",  # never connect to a replica
             "options": f"{statement_timeout} {idle_timeout}",
         }
-
-    async def check_tables(self) -> None:
-        """The check of `monitor`: create missing tables, then look for missing columns.
-
-        Tables are created here and not in `lifespan`, because the database may come up
-        after the service.
-        """
-        if not self.monitor.is_available:
-            # After a failover, open connections may still lead to the former primary.
-            # PostgreSQL's write engine shares this pool. The check's own connection is
-            # replaced otherwise: on a read-only server, its FOR UPDATE below fails, and
-            # `on_database_error` drops the connection.
-            cast(FairPool, self.read_engine.pool).replace_connections()
-        await self.create_tables()
-        # Requests are served from here on. Those that use a missing column get a 500.
-        self.has_tables = True
-        async with self.check_engine.connect() as connection:
-            for table in Base.metadata.sorted_tables:
-                # Reads no row, but fails if a column is missing. FOR UPDATE fails on a
-                # read-only server. (SQLAlchemy omits it for SQLite.)
-                await connection.execute(sa.select(table).limit(0).with_for_update())
-
-    async def create_tables(self) -> None:
-        """Create missing tables. Any number of workers and hosts may do it at once."""
-        async with self.check_engine.connect() as connection:
-            names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
-        if set(Base.metadata.tables) <= set(names):
-            return
-        async with self.write_engine.begin() as connection:
-            if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
-                await connection.execute(TABLES_LOCK)
-            await connection.run_sync(Base.metadata.create_all)
 
     def session(self, writes: bool) -> AsyncSession:
         """Return a session in a transaction, or a ReadOnlySession.
@@ -915,8 +754,65 @@ class Database:
             return AsyncSession(self.write_engine, expire_on_commit=False)
         return AsyncSession(self.read_engine, sync_session_class=ReadOnlySession)
 
+    async def create_tables(self) -> None:
+        """Create missing tables. Any number of workers and hosts may do it at once."""
+        async with self.check_engine.connect() as connection:
+            names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
+        if not set(Base.metadata.tables) <= set(names):
+            async with self.write_engine.begin() as connection:
+                if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
+                    await connection.execute(TABLES_LOCK)
+                await connection.run_sync(Base.metadata.create_all)
+        self.has_tables = True
+
+    async def check(self) -> None:
+        """Raise an exception unless the database can be used."""
+        # Not in `lifespan`, because the database may come up after the service.
+        if not (self.has_tables and self.is_available):
+            await self.create_tables()
+        async with self.check_engine.connect() as connection:
+            await connection.execute(CHECK_QUERY)
+
+    async def check_until_ready(self) -> None:
+        """Check every second until it succeeds. Log start and end of an outage once."""
+        while True:
+            try:
+                await self.check()
+                break
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
+                if self.is_available:
+                    extra = {"reason": describe(error)}
+                    logger.warning("the database is not ready", extra=extra)
+                self.is_available = False
+            # After a failover, open connections may still lead to the former primary.
+            cast(FairPool, self.read_engine.pool).replace_connections()
+            await asyncio.sleep(CHECK_INTERVAL_SECONDS)
+        if not self.is_available:
+            logger.info("the database is ready again")
+        self.is_available = True
+
+    def start_check(self) -> asyncio.Task[None]:
+        """Start `check_until_ready`, unless it is running: callers share the task.
+
+        It runs at the start, at a health check and after a failed request. While all is
+        well, nothing runs in the background.
+        """
+        if self.check_task is None or self.check_task.done():
+            self.check_task = asyncio.create_task(self.check_until_ready())
+        return self.check_task
+
+    async def is_ready(self) -> bool:
+        """Answer a health check, within HEALTH_CHECK_SECONDS."""
+        task = self.start_check()
+        if self.is_available:
+            # If the check takes longer, it goes on, for the next caller.
+            await asyncio.wait({task}, timeout=HEALTH_CHECK_SECONDS)
+        return task.done()
+
     async def close(self) -> None:
-        await self.monitor.stop()
+        if self.check_task is not None:
+            self.check_task.cancel()
+            await asyncio.wait({self.check_task}, timeout=LIFESPAN_TIMEOUT_SECONDS)
         for engine in (self.read_engine, self.write_engine, self.check_engine):
             await engine.dispose()
 
@@ -932,7 +828,7 @@ async def database_exception_handler(
     is_bug = getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR"
     if is_bug or not is_outage:
         raise exc  # LimitsAndErrorsMiddleware answers 500
-    request.app.state.database.monitor.suspect_outage(exc)
+    request.app.state.database.start_check()
     unavailable = ServiceUnavailableException(f"database: {describe(exc)}")
     return await app_exception_handler(request, unavailable)
 
@@ -1354,6 +1250,7 @@ SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 ROWS_IN_BUCKET = 16  # of the hash table in SlidingWindowRateLimiter
 SECOND_NS = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
+REDIS_RETRY_SECONDS = 1
 # Per worker. When many are opened at once, they take longer than REDIS_TIMEOUT_SECONDS.
 MAX_REDIS_CONNECTIONS = 8
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -1379,10 +1276,9 @@ return {allowed, limit, math.max(0, limit - count), reset_seconds} -- as RateLim
 
 @cache
 def open_lock_file() -> IO[bytes]:
-    """Open an anonymous file, which all workers inherit.
+    """Open an anonymous file. The workers inherit it, to lock the shared memory.
 
-    Its lock guards the memory of all limiters. Each could have its own; one is enough,
-    because it is held for microseconds. If a process is killed, the kernel releases it.
+    If a process is killed, the kernel releases its lock.
     """
     return tempfile.TemporaryFile()
 
@@ -1490,35 +1386,42 @@ class SlidingWindowRateLimiter:
 
 
 class RedisRateLimiter:
-    """The same rule in Redis, for all processes and hosts together."""
+    """The same rule in Redis, for all processes and hosts together.
+
+    While Redis cannot be used, one request a second tries it again.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        self.client = Redis.from_url(
-            str(settings.REDIS_URL),
-            socket_timeout=REDIS_TIMEOUT_SECONDS,
-            socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
-            retry=None,  # retries would take longer
-        )
+        # A retry would take longer than the timeout.
+        self.client = Redis.from_url(str(settings.REDIS_URL), retry=None)
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{settings.PROJECT_NAME}:rate-limit"
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
-        self.monitor = HealthMonitor("Redis", self.check_writing)
+        self.is_available = True
+        self.next_attempt = 0.0  # of time.monotonic()
 
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
         # The wait for a slot is not part of the timeout, because it shows that this
         # worker is busy, not that Redis is slow.
         async with self.slots:
-            if not self.monitor.is_available:
+            if not self.is_available and time.monotonic() < self.next_attempt:
                 return None
+            self.next_attempt = time.monotonic() + REDIS_RETRY_SECONDS
             try:
-                return await self.run_script(key, limit, seconds)
+                result = await self.run_script(key, limit, seconds)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
-                # An outage until the check succeeds, be it for a moment: such requests
-                # are counted in memory.
-                self.monitor.report_outage(error)
-                self.monitor.start_check()
+                if self.is_available:
+                    extra = {"reason": describe(error)}
+                    logger.warning("Redis is not ready", extra=extra)
+                self.is_available = False
+                # After a failover, open connections may lead to the former primary.
+                await self.client.connection_pool.disconnect(inuse_connections=False)
                 return None
+        if not self.is_available:
+            logger.info("Redis is ready again")
+        self.is_available = True
+        return result
 
     async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
         keys = [f"{self.key_prefix}:{key}"]
@@ -1526,13 +1429,6 @@ class RedisRateLimiter:
         async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
             allowed, *numbers = await self.script(keys, arguments)
         return RateLimitResult(bool(allowed), *numbers)
-
-    async def check_writing(self) -> None:
-        """Raise an exception if Redis cannot write. A replica would answer PING."""
-        if not self.monitor.is_available:
-            # After a failover, open connections may still lead to the former primary.
-            await self.client.connection_pool.disconnect(inuse_connections=False)
-        await self.run_script("check", 1, 1)
 
 
 class RateLimiter:
@@ -1583,7 +1479,6 @@ class RateLimiter:
 
     async def close(self) -> None:
         if self.redis:
-            await self.redis.monitor.stop()
             await self.redis.client.aclose()
 
 
@@ -1641,17 +1536,6 @@ def warn_of_untrusted_proxy() -> None:
     )
 
 
-def restore_root_path(scope: Scope, root_path: str) -> None:
-    """Put ROOT_PATH, which the proxy has stripped, in front of the path again.
-
-    ASGI wants it there; the router removes it. FastAPI(root_path=…) sets only the
-    scope's `root_path`: Location would lack the prefix, and a path that begins with it
-    by chance would not be found.
-    """
-    scope["root_path"] = root_path
-    scope["path"] = root_path + scope["path"]
-
-
 def route_path(scope: Scope) -> str:
     """Return the path without ROOT_PATH, as the router sees it."""
     return str(scope["path"]).removeprefix(scope["root_path"])
@@ -1668,7 +1552,11 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        restore_root_path(scope, self.root_path)
+        # Put the prefix that the proxy has stripped in front of the path again, as ASGI
+        # wants it; the router removes it. With FastAPI(root_path=…), Location would
+        # lack it, and a path that begins with it by chance would not be found.
+        scope["root_path"] = self.root_path
+        scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
         self.set_request_context(scope, state)
 
@@ -1917,18 +1805,20 @@ health_router = APIRouter(
     prefix="/health",
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
-    responses=openapi_errors(413, 500, 504),
+    responses=errors(413, 500, 504),
     # operationId = name of the function. `create_app` sets this only for routers that
     # it includes. Of this one, it takes the routes.
     generate_unique_id_function=attrgetter("name"),
 )
+
+
 HEALTHY = ServerStatus(status="healthy")
 UNHEALTHY = ServerStatus(status="unhealthy")
 
 
 async def check_database(request: Request, response: Response) -> ServerStatus:
     """Return the database's state. If it is unhealthy, make the response a 503."""
-    if await request.app.state.database.monitor.is_ready():
+    if await request.app.state.database.is_ready():
         return HEALTHY
     request.state.reason = "the database is not ready"
     response.status_code = 503
@@ -1939,7 +1829,7 @@ async def check_redis(redis: RedisRateLimiter | None) -> ServerStatus | None:
     """Return None if no Redis is configured. If it is down, the service is degraded."""
     if redis is None:
         return None
-    return HEALTHY if await redis.monitor.is_ready() else UNHEALTHY
+    return HEALTHY if await redis.hit("health", 1, 1) else UNHEALTHY
 
 
 @health_router.get("/live")
@@ -1985,12 +1875,6 @@ After = Annotated[
 Limit = Annotated[int, Query(ge=1, le=100)]
 TokenForm = Annotated[LoginForm, Form()]
 LOGIN_LIMITED = [Depends(rate_limit_dependency)]
-TOKEN_ERRORS = openapi_errors(401)
-BODY_ERRORS = openapi_errors(400, 422)
-PASSWORD_ERRORS = BODY_ERRORS | openapi_errors(401, 403)
-LOCATION = {"description": "The URL of the new resource", "schema": {"type": "string"}}
-CREATE_RESPONSES = BODY_ERRORS | {201: {"headers": {"Location": LOCATION}}}
-CREATE_USER_RESPONSES = CREATE_RESPONSES | openapi_errors(409)
 
 users_router = APIRouter(prefix="/users", tags=["users"])
 # FastAPI passes form_limits to request.form(). Its own limit of 1,000 fields is too
@@ -1998,11 +1882,11 @@ users_router = APIRouter(prefix="/users", tags=["users"])
 auth_router = APIRouter(
     prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
 )
-items_router = APIRouter(prefix="/items", tags=["items"], responses=TOKEN_ERRORS)
+items_router = APIRouter(prefix="/items", tags=["items"], responses=errors(401))
 
 
 @users_router.post(
-    "", status_code=201, dependencies=LOGIN_LIMITED, responses=CREATE_USER_RESPONSES
+    "", status_code=201, dependencies=LOGIN_LIMITED, responses=errors(400, 409, 422)
 )
 async def post_user(
     user_in: UserIn, request: Request, response: Response, db: WriteSession
@@ -2014,7 +1898,7 @@ async def post_user(
     return UserOut.model_validate(user)
 
 
-@users_router.get("", responses=openapi_errors(401, 422))
+@users_router.get("", responses=errors(401, 422))
 async def get_users(
     user: CurrentUser, db: ReadSession, after: After = 0, limit: Limit = 20
 ) -> UserPage:
@@ -2022,35 +1906,36 @@ async def get_users(
     return UserPage.model_validate(await read_users(db, after, limit))
 
 
-@users_router.get("/me", responses=TOKEN_ERRORS)
+@users_router.get("/me", responses=errors(401))
 async def get_me(user: CurrentUser) -> UserOut:
     """The user whose token this is."""
     return UserOut.model_validate(user)
 
 
 @users_router.patch(
-    "/me", status_code=204, dependencies=LOGIN_LIMITED, responses=PASSWORD_ERRORS
+    "/me",
+    status_code=204,
+    dependencies=LOGIN_LIMITED,
+    responses=errors(400, 401, 403, 422),
 )
 async def patch_me(change: PasswordChange, user: CurrentUser, db: WriteSession) -> None:
     """Change the password. Every token issued before becomes invalid."""
     await change_password(db, user, change)
 
 
-@users_router.delete("/me", status_code=204, responses=TOKEN_ERRORS)
+@users_router.delete("/me", status_code=204, responses=errors(401))
 async def delete_me(user: CurrentUser, db: WriteSession) -> None:
     """Delete the account and all its items."""
     await discard_user(db, user)
 
 
-@users_router.get("/{user_id}", responses=openapi_errors(401, 404, 422))
+@users_router.get("/{user_id}", responses=errors(401, 404, 422))
 async def get_user(user_id: IdPath, user: CurrentUser, db: ReadSession) -> UserOut:
     """One user."""
     return UserOut.model_validate(await read_user(db, user_id))
 
 
-@auth_router.post(
-    "/token", dependencies=LOGIN_LIMITED, responses=BODY_ERRORS | TOKEN_ERRORS
-)
+@auth_router.post("/token", dependencies=LOGIN_LIMITED, responses=errors(400, 401, 422))
 async def post_token(form: TokenForm, request: Request, db: WriteSession) -> TokenOut:
     """Log in. Send the token as `Authorization: Bearer`."""
     user = await authenticate_user(db, form.username, form.password)
@@ -2060,13 +1945,13 @@ async def post_token(form: TokenForm, request: Request, db: WriteSession) -> Tok
     return TokenOut(access_token=token, token_type="bearer", expires_in=seconds)
 
 
-@auth_router.delete("/token", status_code=204, responses=TOKEN_ERRORS)
+@auth_router.delete("/token", status_code=204, responses=errors(401))
 async def delete_token(user: CurrentUser, db: WriteSession) -> None:
     """Log out everywhere. Every token issued before becomes invalid."""
     await revoke_tokens(db, user)
 
 
-@items_router.post("", status_code=201, responses=CREATE_RESPONSES)
+@items_router.post("", status_code=201, responses=errors(400, 422))
 async def post_item(
     item_in: ItemIn,
     user: CurrentUser,
@@ -2080,7 +1965,7 @@ async def post_item(
     return ItemOut.model_validate(item)
 
 
-@items_router.get("", responses=openapi_errors(422))
+@items_router.get("", responses=errors(422))
 async def get_items(
     user: CurrentUser, db: ReadSession, after: After = 0, limit: Limit = 20
 ) -> ItemPage:
@@ -2088,13 +1973,13 @@ async def get_items(
     return ItemPage.model_validate(await read_items(db, user, after, limit))
 
 
-@items_router.get("/{item_id}", responses=openapi_errors(404, 422))
+@items_router.get("/{item_id}", responses=errors(404, 422))
 async def get_item(item_id: IdPath, user: CurrentUser, db: ReadSession) -> ItemOut:
     """One of your items."""
     return ItemOut.model_validate(await read_item(db, user, item_id))
 
 
-@items_router.patch("/{item_id}", responses=BODY_ERRORS | openapi_errors(404))
+@items_router.patch("/{item_id}", responses=errors(400, 404, 422))
 async def patch_item(
     item_id: IdPath, patch: ItemPatch, user: CurrentUser, db: WriteSession
 ) -> ItemOut:
@@ -2102,7 +1987,7 @@ async def patch_item(
     return ItemOut.model_validate(await change_item(db, user, item_id, patch))
 
 
-@items_router.delete("/{item_id}", status_code=204, responses=openapi_errors(404, 422))
+@items_router.delete("/{item_id}", status_code=204, responses=errors(404, 422))
 async def delete_item(item_id: IdPath, user: CurrentUser, db: WriteSession) -> None:
     """Delete one of your items."""
     await discard_item(db, user, item_id)
@@ -2111,7 +1996,7 @@ async def delete_item(item_id: IdPath, user: CurrentUser, db: WriteSession) -> N
 # --- Application ----------------------------------------------------------------------
 # create_app puts the parts together.
 
-api_router = APIRouter(responses=openapi_errors(413, 429, 500, 503, 504))
+api_router = APIRouter(responses=errors(413, 429, 500, 503, 504))
 api_router.include_router(users_router)
 api_router.include_router(auth_router)
 api_router.include_router(items_router)
@@ -2125,8 +2010,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """
     database = Database(app.state.settings)
     app.state.database = database
-    check = database.monitor.start_check()
-    await asyncio.wait({check}, timeout=LIFESPAN_TIMEOUT_SECONDS)
+    await asyncio.wait({database.start_check()}, timeout=LIFESPAN_TIMEOUT_SECONDS)
     try:
         yield
     finally:
@@ -2188,8 +2072,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description=settings.PROJECT_DESCRIPTION,
         version=settings.VERSION,
         openapi_url=f"{settings.API_V1_PREFIX}/openapi.json",
-        # FastAPI would set this for its parameter root_path, which is not used (see
-        # restore_root_path).
+        # RequestLoggingMiddleware sets the root path.
         servers=[{"url": settings.ROOT_PATH or "/"}],
         redirect_slashes=False,  # its redirects would be made from the Host header
         generate_unique_id_function=attrgetter("name"),
