@@ -49,16 +49,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import cache, lru_cache, partial
 from operator import attrgetter
-from typing import (
-    IO,
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    cast,
-)
+from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 from urllib.parse import quote
 
 import psycopg
@@ -82,10 +73,7 @@ from sqlalchemy import event, orm
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from sqlalchemy.pool import (
-    AsyncAdaptedQueuePool,
-    ConnectionPoolEntry,
-)
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 from sqlalchemy.util import await_
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -138,8 +126,7 @@ def parse_origin(value: str) -> str:
 # NoDecode, because sa.URL is a tuple, and pydantic-settings reads tuples as JSON.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
-# If a variable is not valid UTF-8, Python makes a str of it that /docs cannot encode.
-# pydantic refuses such a str only where it counts characters, for a max_length.
+# pydantic refuses text that is not valid Unicode only where there is a max_length.
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -283,23 +270,20 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # The loggers in LIBRARY_LEVELS have levels of their own: the root's level does not
-    # stop their warnings if LOG_LEVEL is ERROR. The handler's level does.
-    handler.setLevel(level)
+    handler.setLevel(level)  # also for the loggers of LIBRARY_LEVELS
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # In each worker under gunicorn, uvicorn's loggers get the handlers of
-    # gunicorn.error. If they also propagated to the root, each of their lines would be
-    # written twice. So the servers' loggers have our handler, and do not propagate.
+    # Under gunicorn, uvicorn's loggers get the handlers of gunicorn.error. If they also
+    # propagated to the root, each of their lines would be written twice.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")
         server_logger.propagate = False
-    # uvicorn writes an access log only if there is a handler for it. We write our own.
+    # Without a handler, uvicorn writes no access log: RequestLoggingMiddleware does.
     access_logger = logging.getLogger("uvicorn.access")
     access_logger.handlers = []
     access_logger.propagate = False
@@ -785,7 +769,8 @@ class Database:
                     logger.warning("the database is not ready", extra=extra)
                 self.is_available = False
             # After a failover, open connections may still lead to the former primary.
-            cast(FairPool, self.read_engine.pool).replace_connections()
+            pool: Any = self.read_engine.pool
+            pool.replace_connections()
             await asyncio.sleep(CHECK_INTERVAL_SECONDS)
         if not self.is_available:
             logger.info("the database is ready again")
@@ -998,8 +983,7 @@ def signing_key(settings: Settings) -> dict[str, str]:
 
     python-jose also takes a string, but parses it if it happens to be JSON.
     """
-    # The key may contain bytes that are not UTF-8. Python reads them from the
-    # environment as surrogates; "surrogateescape" turns these back into the bytes.
+    # Python reads bytes that are not UTF-8 from the environment as surrogates.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1316,18 +1300,15 @@ class SlidingWindowRateLimiter:
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
-        # `times` is a ring buffer with the times of the last `limit` allowed requests.
-        # They are numbered from 0; the time of request n is times[n % limit]. In the
-        # window are those with oldest_number <= n < next_number. The class is defined
-        # in this method, because its size depends on `limit`. (ctypes: `c_int64 *
-        # limit` is the type of an array.)
+        # Defined here, because its size depends on `limit`. `times` is a ring buffer:
+        # the `count` requests in the window begin at times[oldest].
         class Row(ctypes.Structure):
             _fields_ = (
                 ("client_hash", ctypes.c_int64),
                 ("last_seen_ns", ctypes.c_int64),
-                ("oldest_number", ctypes.c_int64),
-                ("next_number", ctypes.c_int64),
-                ("times", ctypes.c_int64 * limit),
+                ("oldest", ctypes.c_int64),
+                ("count", ctypes.c_int64),
+                ("times", ctypes.c_int64 * limit),  # an array
             )
 
         bucket_type = Row * ROWS_IN_BUCKET
@@ -1336,8 +1317,7 @@ class SlidingWindowRateLimiter:
         self.buckets = table_type.from_buffer(memory)
         self.limit = limit
         self.seconds = seconds
-        # The monotonic clock is the same in all processes of a machine. Tests replace
-        # this.
+        # The same clock in all processes of a machine. Tests replace it.
         self.clock_ns = time.monotonic_ns
         self.lock_file = open_lock_file()
 
@@ -1360,8 +1340,8 @@ class SlidingWindowRateLimiter:
             if row.client_hash == client_hash:
                 return row
         row = min(rows, key=attrgetter("last_seen_ns"))
-        row.oldest_number = row.next_number  # empties the ring buffer
         row.client_hash = client_hash
+        row.count = 0
         return row
 
     def record_request(self, row: ctypes.Structure) -> RateLimitResult:
@@ -1369,19 +1349,17 @@ class SlidingWindowRateLimiter:
         window_ns = self.seconds * SECOND_NS
         now_ns = self.clock_ns()
         row.last_seen_ns = now_ns
-        while row.oldest_number < row.next_number:
-            if times[row.oldest_number % self.limit] > now_ns - window_ns:
-                break
-            row.oldest_number += 1
-        allowed = row.next_number - row.oldest_number < self.limit
+        while row.count and times[row.oldest] <= now_ns - window_ns:
+            row.oldest = (row.oldest + 1) % self.limit
+            row.count -= 1
+        allowed = row.count < self.limit
         if allowed:
-            times[row.next_number % self.limit] = now_ns
-            # Last, so that a process that is killed leaves a valid row.
-            row.next_number += 1
-        remaining = self.limit - (row.next_number - row.oldest_number)
+            times[(row.oldest + row.count) % self.limit] = now_ns
+            row.count += 1
         # The window is not empty here: it has this request, or it is full.
-        oldest_ns = times[row.oldest_number % self.limit]
-        reset_seconds = math.ceil((oldest_ns + window_ns - now_ns) / SECOND_NS)
+        reset_ns = times[row.oldest] + window_ns - now_ns
+        reset_seconds = math.ceil(reset_ns / SECOND_NS)
+        remaining = self.limit - row.count
         return RateLimitResult(allowed, self.limit, remaining, reset_seconds)
 
 
@@ -1491,8 +1469,7 @@ REQUEST_ID_PATTERN = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context § 3.2: version (not ff), trace id and parent id (not zero), flags.
 # Later versions may append parts.
 TRACEPARENT_PATTERN = re.compile(
-    rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})"
-    rb"-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
+    rb"(?!ff)[\da-f]{2}-(?!0{32})([\da-f]{32})-(?!0{16})[\da-f]{16}-[\da-f]{2}(-.*)?"
 )
 MAX_FORM_BYTES = 64 * 1024  # forms take longer to parse than JSON
 MAX_PATH_CHARACTERS = 500  # in a log line; see MAX_TRACEBACK_CHARACTERS
@@ -1694,15 +1671,11 @@ class LimitsAndErrorsMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        limited_receive = self.limit_body(scope, receive)
         timer = asyncio.timeout(self.timeout_seconds)
         try:
-            limited_receive = self.limit_body(scope, receive)
             async with timer:
                 return await self.app(scope, limited_receive, send)
-        # Raised by the call of limit_body. Those that are raised within the app are
-        # handled there.
-        except HTTPException as error:
-            response = await http_exception_handler(Request(scope), error)
         except asyncio.CancelledError:
             # uvicorn cancels this task when the time for a shutdown is over. (The
             # timer's own cancellation arrives as TimeoutError, below.) It is not raised
@@ -1724,8 +1697,7 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that refuses a body that is too large.
 
-        Raises HTTPException: any other exception that is raised while FastAPI reads the
-        body becomes a 400.
+        It raises HTTPException, because FastAPI turns any other exception into a 400.
         """
         headers = Headers(scope=scope)
         content_type, options = parse_options_header(headers.get("content-type"))
@@ -1737,14 +1709,15 @@ class LimitsAndErrorsMiddleware:
         charset = options.get(b"charset", b"utf-8").lower()
         is_slow_form = content_type == b"multipart/form-data" and charset != b"utf-8"
         # uvicorn has checked that the header is a number.
-        if int(headers.get("content-length", 0)) > max_bytes:
-            raise HTTPException(413)
+        declared_bytes = int(headers.get("content-length", 0))
         received_bytes = 0
 
         async def receive_limited() -> Message:
             nonlocal received_bytes
             if is_slow_form:
                 raise HTTPException(400, "The charset must be utf-8")
+            if declared_bytes > max_bytes:
+                raise HTTPException(413)
             message = await receive()
             received_bytes += len(message.get("body", b""))
             if received_bytes > max_bytes:
