@@ -1465,7 +1465,7 @@ class RateLimiter:
 # request is in scope["state"], which is `request.state`: request_id, client, trace_id,
 # user_id, rate_limit, status_code, and for the log line `reason` and `exception`.
 
-REQUEST_ID_PATTERN = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context § 3.2: version (not ff), trace id and parent id (not zero), flags.
 # Later versions may append parts.
 TRACEPARENT_PATTERN = re.compile(
@@ -1555,21 +1555,20 @@ class RequestLoggingMiddleware:
 
     def set_request_context(self, scope: Scope, state: dict[str, Any]) -> None:
         headers = dict(scope["headers"])
-        request_id = headers.get(b"x-request-id", b"")
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not REQUEST_ID_PATTERN.fullmatch(request_id):
-            request_id = secrets.token_hex(16).encode()
-        state["request_id"] = request_id.decode()
+            request_id = secrets.token_hex(16)
+        state["request_id"] = request_id
         # Never reset: each request sets it before anything is logged.
-        request_id_context.set(state["request_id"])
+        request_id_context.set(request_id)
         trace = TRACEPARENT_PATTERN.fullmatch(headers.get(b"traceparent", b""))
         if trace:
             state["trace_id"] = trace[1].decode()
-        client = scope["client"][0] if scope["client"] else "unknown"
-        state["client"] = client[:64]  # a proxy may send any text
-        # If uvicorn trusts the peer, `client` is from X-Forwarded-For, and so is the
-        # port (0 if that names none).
+        address, port = scope["client"] or ("unknown", 0)
+        state["client"] = address[:64]  # a proxy may send any text
+        # If uvicorn trusts the peer, both are from X-Forwarded-For (port 0 if that names
+        # none).
         forwarded_for = headers.get(b"x-forwarded-for", b"").decode("latin-1")
-        port = scope["client"][1] if scope["client"] else 0
         if forwarded_for and port and f":{port}" not in forwarded_for:
             warn_of_untrusted_proxy()
 
@@ -1700,6 +1699,8 @@ class LimitsAndErrorsMiddleware:
         It raises HTTPException, because FastAPI turns any other exception into a 400.
         """
         headers = Headers(scope=scope)
+        if "content-length" not in headers and "transfer-encoding" not in headers:
+            return receive  # there is no body
         content_type, options = parse_options_header(headers.get("content-type"))
         max_bytes = self.max_body_bytes
         if b"form" in content_type:
