@@ -1058,9 +1058,9 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
 
 
 async def update_user(db: AsyncSession, user: User, **changes: Any) -> bool:
-    """Optimistic lock: update the user if the password is still the one in `user`.
+    """Update a user, unless the password has been changed since `user` was read.
 
-    Return whether it was.
+    Returns whether it was updated. So of two password changes at once, one fails.
     """
     condition = (User.id == user.id) & (User.password_hash == user.password_hash)
     query = sa.update(User).where(condition).values(changes).returning(User.id)
