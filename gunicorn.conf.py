@@ -50,7 +50,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # For FORWARDED_ALLOW_IPS, a unix socket is 127.0.0.1; ::ffff: is cut off.
+        # As FORWARDED_ALLOW_IPS has them: a unix socket is 127.0.0.1, no ::ffff:.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
         self.start_header_timer()
@@ -61,19 +61,19 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_bytes += len(data)
         try:
             self.parse(memoryview(data))
-        # The method CONNECT: here, the last line of `parse` raises HttpParserUpgrade.
+        # With the method CONNECT, the last line of `parse` raises HttpParserUpgrade.
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(431 if self.header_bytes > MAX_HEADER_BYTES else 400)
         if self.header_bytes > MAX_HEADER_BYTES:
-            self.refuse(431)
-        elif starts_request and self.timeout_keep_alive_task:  # headers are incomplete
+            self.refuse(431)  # if it has not been refused already
+        # A timer is set, so no request is being handled: its headers are not complete.
+        elif starts_request and self.timeout_keep_alive_task:
             self.start_header_timer()
 
     def parse(self, data: memoryview) -> None:
         """Feed the parser. Ignore `Upgrade`, which RFC 9110 § 7.8 allows.
 
-        The parser stops after headers with `Upgrade`; uvicorn would then take the body
-        for the next request. So a new parser gets the same headers without `Upgrade`.
+        The parser stops after headers with it; a new one starts again without it.
         """
         while data:
             try:
@@ -92,19 +92,19 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # the new parser of `parse` will call this again
-        # From now on, without bytes of the body. 4 is for ": " and the line's end.
+        # The exact number, without bytes of the body. 4 is for ": " and CRLF.
         self.header_bytes = len(self.url) + sum(len(k + v) + 4 for k, v in self.headers)
         if self.header_bytes > MAX_HEADER_BYTES:
             raise httptools.HttpParserError  # caught in `data_received`
         self._unset_keepalive_if_required()  # stops our timer
         super().on_headers_complete()
-        self.headers = []  # for trailers: the request keeps the old list
+        self.headers = []  # or trailers would join the headers of the request
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
             self.header_bytes = 0
             super().on_message_complete()
-            self.cycle.more_body = False  # uvicorn leaves it if it has responded before
+            self.cycle.more_body = False  # uvicorn does not, after an early response
 
     def start_header_timer(self) -> None:
         self._unset_keepalive_if_required()
@@ -133,7 +133,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
         # Not super().run(), which ignores SIGQUIT: gunicorn sends it at Ctrl+C.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # uvicorn restores this at its end and raises SIGTERM again, so it exits with 0.
+        # uvicorn raises SIGTERM again at its end; handle_quit then exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         Server(self.config).run(self.sockets)
 
@@ -151,7 +151,7 @@ class ServiceLogger(Logger):  # type: ignore[misc]
 def when_ready(server: Any) -> None:  # before the workers are forked
     if not logging.getLogger().handlers:  # with `gunicorn "main:create_app()"`
         main.setup_logging(main.get_settings())
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # bounds connections
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # one per connection
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     if "*" in server.cfg.forwarded_allow_ips:
