@@ -323,7 +323,6 @@ ERROR_CODES = {  # status code: the `error` in the body
 }
 DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-Responses = dict[int | str, dict[str, Any]]
 
 
 class AppException(Exception):
@@ -400,7 +399,7 @@ class ErrorResponse(BaseModel):
     request_id: str
 
 
-def error_responses(*statuses: int) -> Responses:
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return FastAPI's `responses=` for these errors."""
     return {status: {"model": ErrorResponse} for status in statuses}
 
