@@ -345,7 +345,7 @@ class UnauthorizedException(AppException):
     # The same error for every fault of a token, so that a forger learns nothing.
     status_code = 401
     message = "The access token is not valid."
-    headers: Mapping[str, str] = {  # RFC 6750 § 3.1
+    headers: Mapping[str, str] | None = {  # RFC 6750 § 3.1
         "WWW-Authenticate": 'Bearer error="invalid_token"'
     }
 
