@@ -100,7 +100,7 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         make_conninfo(**dict.fromkeys(url.query, ""))  # raises for an unknown option
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
-        raise ValueError("is not a URL of PostgreSQL or SQLite") from None
+        raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
     # If an "@" in the password is not encoded, a part of the password is in the host,
     # which is logged.
     if "@" in (url.host or "") or (url.port or 0) > 65535:
