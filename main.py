@@ -571,7 +571,19 @@ class FairPool(AsyncAdaptedQueuePool):
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
         self.entries: set[ConnectionPoolEntry] = set()  # at most size(): it reuses them
-        self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
+        # SQLAlchemy's own first statements, on a new connection, are limited, too.
+        event.listen(self, "connect", self.start_timer)
+
+    def start_timer(self, connection: object, entry: ConnectionPoolEntry) -> None:
+        self.stop_timer(entry)
+        loop = asyncio.get_running_loop()
+        info: Any = entry.record_info  # a dictionary for users of the pool
+        info["timer"] = loop.call_later(self.timeout(), abort_connection, entry)
+
+    def stop_timer(self, entry: ConnectionPoolEntry) -> None:
+        info: Any = entry.record_info
+        if "timer" in info:
+            info.pop("timer").cancel()
 
     async def wait_for_slot(self) -> None:
         try:
@@ -589,14 +601,13 @@ class FairPool(AsyncAdaptedQueuePool):
             self.slots.release()
             raise
         self.entries.add(entry)
-        loop = asyncio.get_running_loop()
-        self.timers[entry] = loop.call_later(self.timeout(), abort_connection, entry)
+        self.start_timer(None, entry)
         return entry
 
     # `record`, not `entry`: an override must keep the name of the parameter.
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         """Take a connection back."""
-        self.timers.pop(record).cancel()
+        self.stop_timer(record)
         try:
             super()._do_return_conn(record)
         finally:
@@ -743,7 +754,9 @@ class Database:
 
     async def create_tables(self) -> None:
         """Create missing tables. Any number of workers and hosts may do it at once."""
-        async with self.check_engine.connect() as connection:
+        # Not the check's engine: an engine's first connection takes longer to open, so
+        # no request should have to wait for it.
+        async with self.read_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         if not set(Base.metadata.tables) <= set(names):
             async with self.write_engine.begin() as connection:
