@@ -1063,6 +1063,33 @@ async def test_outage_at_start_ends(forwarder: Forwarder, caplog: CapLog) -> Non
     assert reasons(caplog) == ["the database is not reachable"]
 
 
+async def test_silence_after_the_login_ends() -> None:
+    clients = []
+
+    async def log_in(reader: asyncio.StreamReader, writer: Any) -> None:
+        await reader.read(1000)
+        status = [b"server_version", b"15", b"in_hot_standby", b"off"]
+        status += [b"default_transaction_read_only", b"off"]
+        writer.write(b"R\0\0\0\x08\0\0\0\0")
+        for name, value in zip(status[::2], status[1::2], strict=True):
+            text = name + b"\0" + value + b"\0"
+            writer.write(b"S" + (len(text) + 4).to_bytes(4, "big") + text)
+        writer.write(b"Z\0\0\0\x05I")
+        clients.append(await reader.read(1000))
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(log_in, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        url = f"postgresql://ada@127.0.0.1:{port}/app?sslmode=disable"
+        database = main.Database(make_settings(DATABASE_URL=url))
+        database.start_check()
+        await eventually(lambda: clients, "the first statement")
+        skip_time(5)
+        await eventually(lambda: not database.is_available, "the outage")
+        await database.close()
+
+
 async def test_server_away_and_back(pg_ada: Client, forwarder: Forwarder) -> None:
     database = pg_ada.app.state.database
     forwarder.refuse()
