@@ -754,9 +754,10 @@ class Database:
 
     async def create_tables(self) -> None:
         """Create missing tables. Any number of workers and hosts may do it at once."""
-        # Not the check's engine: an engine's first connection takes longer to open, so
-        # no request should have to wait for it.
-        async with self.read_engine.connect() as connection:
+        # An engine's first connection takes longer to open. At the start, open that of
+        # the requests here, so that none has to wait for it.
+        engine = self.check_engine if self.has_tables else self.read_engine
+        async with engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         if not set(Base.metadata.tables) <= set(names):
             async with self.write_engine.begin() as connection:
