@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+from asyncio import TimerHandle
 from contextlib import suppress
 from typing import Any
 
@@ -19,7 +20,7 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 import main
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
-HEADER_TIMEOUT_SECONDS = 10
+HEADER_SECONDS = 10  # until they are complete
 
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
@@ -40,40 +41,40 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, with limits on headers. It needs internals of uvicorn 0.54.
+    """uvicorn's protocol, with limits on headers. Uses internals of uvicorn 0.54."""
 
-    `timeout_keep_alive_task` is uvicorn's timer while the connection is idle, our timer
-    while headers arrive, and None while a request is handled.
-    """
-
-    header_bytes = 0  # received so far; 0 between two requests
+    header_bytes = 0  # what has come of headers that are not complete yet
+    header_timer: TimerHandle | None = None  # runs until they are
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # As FORWARDED_ALLOW_IPS has them: a unix socket is 127.0.0.1, no ::ffff:.
+        # FORWARDED_ALLOW_IPS takes a unix socket for 127.0.0.1, and knows no ::ffff:.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
-        self.start_header_timer()
+        # This is uvicorn's timer for idle connections. uvicorn itself does not start it
+        # before the first request.
+        timer = self.loop.call_later(HEADER_SECONDS, transport.close)
+        self.timeout_keep_alive_task = timer
 
     def data_received(self, data: bytes) -> None:
-        starts_request = self.header_bytes == 0
         if not (self.cycle and self.cycle.more_body):  # no body is expected
             self.header_bytes += len(data)
         try:
             self.parse(memoryview(data))
         # With the method CONNECT, the last line of `parse` raises HttpParserUpgrade.
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(431 if self.header_bytes > MAX_HEADER_BYTES else 400)
+            self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:
-            self.refuse(431)  # if it has not been refused already
-        # A timer is set, so no request is being handled: its headers are not complete.
-        elif starts_request and self.timeout_keep_alive_task:
-            self.start_header_timer()
+            self.refuse(431)
+        is_handling_request = self.cycle and not self.cycle.response_complete
+        if self.header_bytes and not self.header_timer and not is_handling_request:
+            self._unset_keepalive_if_required()  # the connection is not idle any more
+            self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
     def parse(self, data: memoryview) -> None:
-        """Feed the parser. Ignore `Upgrade`, which RFC 9110 § 7.8 allows.
+        """Feed the parser. Ignore the header `Upgrade`, as RFC 9110 § 7.8 allows.
 
-        The parser stops after headers with it; a new one starts again without it.
+        The parser stops after such headers. A new parser gets them without `Upgrade`.
         """
         while data:
             try:
@@ -91,33 +92,32 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
-            return  # the new parser of `parse` will call this again
-        # The exact number, without bytes of the body. 4 is for ": " and CRLF.
-        self.header_bytes = len(self.url) + sum(len(k + v) + 4 for k, v in self.headers)
-        if self.header_bytes > MAX_HEADER_BYTES:
-            raise httptools.HttpParserError  # caught in `data_received`
-        self._unset_keepalive_if_required()  # stops our timer
+            return  # `parse` then feeds them to a new parser, without `Upgrade`
+        # 4 is for ": " and CRLF.
+        size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
+        if size > MAX_HEADER_BYTES:
+            self.refuse(431)
+            raise httptools.HttpParserError  # stops the parser
+        self.header_bytes = 0
+        if self.header_timer:
+            self.header_timer.cancel()
+            self.header_timer = None
+        self._unset_keepalive_if_required()
         super().on_headers_complete()
         self.headers = []  # or trailers would join the headers of the request
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
-            self.header_bytes = 0
             super().on_message_complete()
             self.cycle.more_body = False  # uvicorn does not, after an early response
 
-    def start_header_timer(self) -> None:
-        self._unset_keepalive_if_required()
-        timer = self.loop.call_later(HEADER_TIMEOUT_SECONDS, self.refuse, 408)
-        self.timeout_keep_alive_task = timer
-
     def refuse(self, status: int) -> None:
-        """Close the connection. A client that has sent something gets an answer."""
-        if self.header_bytes and not self.transport.is_closing():
+        """Answer, unless another refusal has been sent, and close the connection."""
+        if not self.transport.is_closing():
             lines = [b"%s: %s\r\n" % line for line in self.server_state.default_headers]
             ending = b"content-length: 0\r\nconnection: close\r\n\r\n"
             self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)
-        self.transport.close()
+            self.transport.close()
 
     def shutdown(self) -> None:  # later: a proxy may just be sending a request
         self.loop.call_later(0.5, super().shutdown)
@@ -133,7 +133,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
         # Not super().run(), which ignores SIGQUIT: gunicorn sends it at Ctrl+C.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # uvicorn raises SIGTERM again at its end; handle_quit then exits with 0.
+        # When uvicorn has stopped, it raises SIGTERM again: handle_quit exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         Server(self.config).run(self.sockets)
 
@@ -149,7 +149,7 @@ class ServiceLogger(Logger):  # type: ignore[misc]
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # with `gunicorn "main:create_app()"`
+    if not logging.getLogger().handlers:  # `main:create_app()` sets up none
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # one per connection
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
