@@ -105,8 +105,8 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
     # which is logged.
     if "@" in (url.host or "") or (url.port or 0) > 65535:
         raise ValueError("has a bad port, or a character that is not encoded")
-    # Each connection to a database in memory would have its own. Options can ask for
-    # one, too.
+    # Each connection would have a database in memory for itself. Options of the URL can
+    # ask for one, too.
     is_in_memory = url.query or url.database in {None, "", ":memory:"}
     if url.get_backend_name() == "sqlite" and is_in_memory:
         raise ValueError("should name a file, without options")
@@ -167,7 +167,7 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip values, because secret files often end with a newline.
 
-        What is empty then counts as not set, as what was empty before.
+        A value that is empty after it counts as not set (as env_ignore_empty does).
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         return {k: v for k, v in (values | texts).items() if v != ""}
@@ -439,8 +439,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # FULL: path and method match. Since FastAPI 0.165, some elements of app.routes
-        # are routers that were included; they have matches(), as routes do.
+        # FULL means that path and method match. Since FastAPI 0.165, app.routes has
+        # routers besides routes; both have matches().
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -495,8 +495,8 @@ def now() -> datetime:
 
 class Base(DeclarativeBase):
     type_annotation_map: ClassVar = {int: BigInt, datetime: sa.DateTime(timezone=True)}
-    # Never use a deleted user's id again: an old token would belong to the new user.
-    # Any, because a table with an index has a tuple here.
+    # SQLite would give the id of a deleted user to the next one, whom the old tokens
+    # would then let in. (The type is Any, because a table with an index has a tuple.)
     __table_args__: Any = {"sqlite_autoincrement": True}  # noqa: RUF012
     id: Mapped[int] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(default=now)
@@ -559,9 +559,9 @@ class FairPool(AsyncAdaptedQueuePool):
     """A pool that gives connections to requests in the order in which they came.
 
     SQLAlchemy's own pool lets newcomers overtake: under load, some requests wait until
-    they fail. Here a request first waits for one of `size()` slots. A PostgreSQL
-    connection that is held for longer than the timeout is closed; otherwise, requests
-    to a server that does not answer would hold the whole pool.
+    they fail. Here a request first waits for one of `size()` (pool_size) slots. A
+    PostgreSQL connection that is held for longer than `timeout()` (pool_timeout) is
+    closed; otherwise, requests to a silent server would hold the whole pool.
 
     SQLAlchemy calls the methods in a greenlet, where `await_(x)` does what `await x`
     does in a coroutine. SQLAlchemy's own pools override the same two (as of 2.1.9).
@@ -759,6 +759,7 @@ class Database:
         engine = self.check_engine if self.has_tables else self.read_engine
         async with engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
+        # Looked first, because the lock and the DDL are needed once only.
         if not set(Base.metadata.tables) <= set(names):
             async with self.write_engine.begin() as connection:
                 if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
@@ -1495,7 +1496,7 @@ TRACEPARENT_PATTERN = re.compile(
     rb"(?!ff)[\da-f]{2}-(?!0{32})([\da-f]{32})-(?!0{16})[\da-f]{16}-[\da-f]{2}(-.*)?"
 )
 MAX_FORM_BYTES = 64 * 1024  # forms take longer to parse than JSON
-MAX_PATH_CHARACTERS = 500  # in a log line; see MAX_TRACEBACK_CHARACTERS
+MAX_PATH_CHARACTERS = 500  # keeps a log line under 4 KiB, as Logging explains
 CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 SECURITY_HEADERS = {
     "Content-Security-Policy": CSP,
@@ -1513,7 +1514,7 @@ SECURITY_HEADERS = {
 HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
 LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
 OTHER_HEADERS = ("Location", "Retry-After", "X-Request-ID", "X-Response-Time")
-# Scripts of other origins may read all headers that the service sends.
+# By default, a script of another origin may read few headers of a response.
 EXPOSED_HEADERS = (*SECURITY_HEADERS, *HTTPS_HEADERS, *LIMIT_HEADERS, *OTHER_HEADERS)
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
 # Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline. With
@@ -1542,7 +1543,7 @@ def route_path(scope: Scope) -> str:
 
 
 class RequestLoggingMiddleware:
-    """Complete the scope (root path, id, client); measure the time; log the request."""
+    """Set the request's root path, id and client; measure its time; log it."""
 
     def __init__(self, app: ASGIApp, root_path: str) -> None:
         self.app = app
@@ -1835,8 +1836,9 @@ async def check_redis(redis: RedisRateLimiter | None) -> CheckResult | None:
     """Return None if no Redis is configured. If it is down, the service is degraded."""
     if redis is None:
         return None
-    # Refused or not, a result shows that Redis can be used.
-    return HEALTHY if await redis.hit("health", 1, 1) else UNHEALTHY
+    # Only a result of None shows that Redis cannot be used: see `hit`.
+    result = await redis.hit("health", limit=1, seconds=1)
+    return UNHEALTHY if result is None else HEALTHY
 
 
 @health_router.get("/live")
@@ -2076,7 +2078,7 @@ def customize_openapi(app: FastAPI) -> None:
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """Build the application. Logging stays as the caller has configured it."""
+    """Build the application. It does not set up logging: the caller may have."""
     settings = settings or get_settings()
     if "SECRET_KEY" not in settings.model_fields_set:
         logger.warning("SECRET_KEY is not set: tokens will not outlive a restart")
@@ -2086,7 +2088,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description=settings.PROJECT_DESCRIPTION,
         version=settings.VERSION,
         openapi_url=f"{settings.API_V1_PREFIX}/openapi.json",
-        # In place of root_path, which RequestLoggingMiddleware sets.
+        # For the documents. root_path stays empty: RequestLoggingMiddleware sets it.
         servers=[{"url": settings.ROOT_PATH or "/"}],
         redirect_slashes=False,  # its redirects would be made from the Host header
         generate_unique_id_function=attrgetter("name"),
