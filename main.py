@@ -239,9 +239,8 @@ class JsonFormatter(logging.Formatter):
             return json.dumps(fields, default=str)
 
     def fields(self, record: logging.LogRecord) -> dict[str, Any]:
-        moment = datetime.fromtimestamp(record.created, UTC)
         fields = {
-            "timestamp": moment.isoformat(timespec="milliseconds"),
+            "timestamp": datetime.fromtimestamp(record.created, UTC),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
@@ -260,7 +259,7 @@ class TextFormatter(JsonFormatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = self.fields(record)
         traceback = fields.pop("exception", "").splitlines()
-        words = [fields.pop(name) for name in ("timestamp", "level", "message")]
+        words = [str(fields.pop(name)) for name in ("timestamp", "level", "message")]
         words += [f"{name}={value}" for name, value in fields.items()]
         # ascii() escapes control characters, and adds quotes, which [1:-1] removes.
         lines = [ascii(line)[1:-1] for line in (" ".join(words), *traceback)]
@@ -1495,7 +1494,6 @@ REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 TRACEPARENT_PATTERN = re.compile(
     rb"(?!ff)[\da-f]{2}-(?!0{32})([\da-f]{32})-(?!0{16})[\da-f]{16}-[\da-f]{2}(-.*)?"
 )
-MAX_FORM_BYTES = 64 * 1024  # forms take longer to parse than JSON
 MAX_PATH_CHARACTERS = 500  # keeps a log line under 4 KiB, as Logging explains
 CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 SECURITY_HEADERS = {
@@ -1733,12 +1731,9 @@ class LimitsAndErrorsMiddleware:
         headers = Headers(scope=scope)
         if "content-length" not in headers and "transfer-encoding" not in headers:
             return receive  # there is no body
+        # Starlette would decode a multipart form with any charset that the client names.
+        # Some of Python's codecs, such as punycode, are slow.
         content_type, options = parse_options_header(headers.get("content-type"))
-        max_bytes = self.max_body_bytes
-        if b"form" in content_type:
-            max_bytes = min(max_bytes, MAX_FORM_BYTES)
-        # Python would decode a multipart form with any charset that the client names.
-        # Some of its codecs, such as punycode, are slow.
         charset = options.get(b"charset", b"utf-8").lower()
         has_other_charset = (
             content_type == b"multipart/form-data" and charset != b"utf-8"
@@ -1751,11 +1746,11 @@ class LimitsAndErrorsMiddleware:
             nonlocal received_bytes  # what is raised here, FastAPI's handlers see
             if has_other_charset:
                 raise HTTPException(400, "The charset must be utf-8")
-            if declared_bytes > max_bytes:
+            if declared_bytes > self.max_body_bytes:
                 raise HTTPException(413)
             message = await receive()
             received_bytes += len(message.get("body", b""))
-            if received_bytes > max_bytes:
+            if received_bytes > self.max_body_bytes:
                 raise HTTPException(413)
             return message
 
