@@ -273,7 +273,7 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    handler.setLevel(level)  # the loggers of LIBRARY_LEVELS have a level of their own
+    handler.setLevel(level)  # also limits the loggers of LIBRARY_LEVELS
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
         logging.getLogger(name).setLevel(library_level)
@@ -571,9 +571,9 @@ class FairPool(AsyncAdaptedQueuePool):
         self.slots = asyncio.Semaphore(self.size())
         self.entries: set[ConnectionPoolEntry] = set()  # at most size(): it reuses them
         # SQLAlchemy's own first statements, on a new connection, are limited, too.
-        event.listen(self, "connect", self.start_timer)
+        event.listen(self, "connect", lambda _, entry: self.start_timer(entry))
 
-    def start_timer(self, connection: object, entry: ConnectionPoolEntry) -> None:
+    def start_timer(self, entry: ConnectionPoolEntry) -> None:
         self.stop_timer(entry)
         loop = asyncio.get_running_loop()
         info: Any = entry.record_info  # a dictionary for users of the pool
@@ -600,7 +600,7 @@ class FairPool(AsyncAdaptedQueuePool):
             self.slots.release()
             raise
         self.entries.add(entry)
-        self.start_timer(None, entry)
+        self.start_timer(entry)
         return entry
 
     # `record`, not `entry`: an override must keep the name of the parameter.
