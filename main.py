@@ -113,6 +113,16 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
     return url
 
 
+def check_redis_url(value: str) -> str:
+    """Raise ValueError if redis-py refuses the URL, or does not know its options."""
+    try:
+        pool: Any = Redis.from_url(value).connection_pool
+        pool.make_connection()  # which is not opened
+    except Exception:  # noqa: BLE001 - ValueError, TypeError, RedisError
+        raise ValueError("no Redis URL, or bad options") from None
+    return value
+
+
 def parse_origin(value: str) -> str:
     """Return the origin as browsers send it: in lower case, without :80 or :443."""
     if value == "*":
@@ -126,6 +136,7 @@ def parse_origin(value: str) -> str:
 
 # NoDecode, because sa.URL is a tuple, and pydantic-settings reads tuples as JSON.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
+RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
 # pydantic refuses text that is not valid Unicode only where there is a max_length.
 ValidText = Annotated[str, Field(max_length=1000)]
@@ -157,7 +168,7 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     # The limiter counts nanoseconds in 64 bits.
     RATE_LIMIT_WINDOW_SECONDS: int = Field(default=60, gt=0, le=10**9)
     RATE_LIMIT_LOGIN_REQUESTS: RequestCount = 10
-    REDIS_URL: pydantic.RedisDsn | None = None
+    REDIS_URL: RedisUrl | None = None
     MAX_BODY_BYTES: int = Field(default=64 * 1024, gt=0)
     REQUEST_TIMEOUT_SECONDS: Seconds = 30
     LOG_LEVEL: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"

@@ -449,7 +449,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "RATE_LIMIT_REQUESTS": {"": 100, "1": 1, "10000": 10_000},
     "RATE_LIMIT_WINDOW_SECONDS": {"": 60, " 1 ": 1},
     "RATE_LIMIT_LOGIN_REQUESTS": {"": 10},
-    "REDIS_URL": {" ": None, "rediss://h": pydantic.RedisDsn("rediss://h:6379/0")},
+    "REDIS_URL": {" ": None, "rediss://h?db=1": "rediss://h?db=1"},
     "MAX_BODY_BYTES": {"": 64 * 1024, "1": 1},
     "REQUEST_TIMEOUT_SECONDS": {"": 30, "0.5": 0.5},
     "LOG_LEVEL": {"": "INFO", "DEBUG": "DEBUG"},
@@ -491,7 +491,12 @@ REFUSED_SETTINGS = {
         *('["https://hunter2@a.example"]', '["https://*.hunter2.example"]'),
         '["https://hunter2.example", "*"]',
     ],
-    "REDIS_URL": ["https://:hunter2@h", "redis://:hunter2@h:99999"],
+    "REDIS_URL": [
+        "https://:hunter2@h",
+        "redis://:hunter2@h:99999",
+        "redis://:hunter2@h?timeout=1",
+        "redis://:hunter2@h?socket_timeout=one",
+    ],
     "LOG_LEVEL": ["info", "HUNTER2"],
 }
 
