@@ -12,7 +12,6 @@ from contextlib import suppress
 from typing import Any
 
 import httptools
-from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
@@ -43,29 +42,32 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with limits on headers. Uses internals of uvicorn 0.54."""
 
-    header_bytes = 0  # what has come of headers that are not complete yet
-    header_timer: TimerHandle | None = None  # runs until they are
+    header_bytes = 0  # of the current headers, while they are incomplete
+    header_timer: TimerHandle | None = None  # fires if they stay incomplete
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # FORWARDED_ALLOW_IPS takes a unix socket for 127.0.0.1, and knows no ::ffff:.
+        # uvicorn looks for the client in FORWARDED_ALLOW_IPS. A unix socket has none:
+        # it counts as 127.0.0.1. ::ffff: can stand before an IPv4 address.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
-        # This is uvicorn's timer for idle connections. uvicorn itself does not start it
-        # before the first request.
+        # Close a connection that sends nothing. uvicorn cancels this timer like its own
+        # timer for idle connections.
         timer = self.loop.call_later(HEADER_SECONDS, transport.close)
         self.timeout_keep_alive_task = timer
 
     def data_received(self, data: bytes) -> None:
-        if not (self.cycle and self.cycle.more_body):  # no body is expected
-            self.header_bytes += len(data)
+        # `cycle` is uvicorn's object for the current request.
+        if not (self.cycle and self.cycle.more_body):  # headers, not a body
+            self.header_bytes += len(data.lstrip(b"\r\n"))  # an empty line is none
         try:
             self.parse(memoryview(data))
-        # With the method CONNECT, the last line of `parse` raises HttpParserUpgrade.
+        # The method CONNECT stops the second parser of `parse`, too: it is refused.
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:
             self.refuse(431)
+        # If headers have begun, and no request is being handled, start the timer, once.
         is_handling_request = self.cycle and not self.cycle.response_complete
         if self.header_bytes and not self.header_timer and not is_handling_request:
             self._unset_keepalive_if_required()  # the connection is not idle any more
@@ -74,7 +76,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def parse(self, data: memoryview) -> None:
         """Feed the parser. Ignore the header `Upgrade`, as RFC 9110 § 7.8 allows.
 
-        The parser stops after such headers. A new parser gets them without `Upgrade`.
+        The parser stops after such headers. A new parser gets them without `Upgrade`,
+        and collects `url` and `headers` again (on_message_begin empties them).
         """
         while data:
             try:
@@ -104,12 +107,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = None
         self._unset_keepalive_if_required()
         super().on_headers_complete()
-        self.headers = []  # or trailers would join the headers of the request
+        self.headers = []  # for trailers; the list before belongs to the request now
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
             super().on_message_complete()
-            self.cycle.more_body = False  # uvicorn does not, after an early response
+            self.cycle.more_body = False  # still True after an early response
 
     def refuse(self, status: int) -> None:
         """Answer, unless another refusal has been sent, and close the connection."""
@@ -131,9 +134,10 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # seconds between two calls of callback_notify
         # After these seconds uvicorn cancels the requests, and has time to send 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # Not super().run(), which ignores SIGQUIT: gunicorn sends it at Ctrl+C.
+        # Not super().run(), which ignores SIGQUIT; gunicorn sends that at Ctrl+C.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # When uvicorn has stopped, it raises SIGTERM again: handle_quit exits with 0.
+        # uvicorn handles SIGTERM while it runs. At its end, it puts this handler back
+        # and raises SIGTERM again: gunicorn's handle_quit exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         Server(self.config).run(self.sockets)
 
@@ -143,15 +147,11 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
             signal.raise_signal(signal.SIGTERM)
 
 
-class ServiceLogger(Logger):  # type: ignore[misc]
-    def setup(self, cfg: Any) -> None:
-        self.cfg = cfg  # the base class would add handlers of its own
-
-
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # `main:create_app()` sets up none
+    if not logging.getLogger().handlers:  # gunicorn was told "main:create_app()"
         main.setup_logging(main.get_settings())
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # one per connection
+    # Raise the limit of open files: each connection needs one.
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     if "*" in server.cfg.forwarded_allow_ips:
@@ -169,7 +169,7 @@ for address in bind:
         raise SystemExit(f"bad settings: BIND: {address} has no port from 0 to 65535")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 worker_class = ServiceWorker  # with limits on headers, and a graceful stop
-logger_class = ServiceLogger
+errorlog = None  # gunicorn adds no log handler: main.setup_logging has added one
 preload_app = True  # invalid settings stop the start; workers share rate limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)

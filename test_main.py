@@ -3247,6 +3247,7 @@ async def test_request_body_does_not_count_as_head(connection: Connection) -> No
         "second head begun": ([GET, GET[:9]], 10, [200, 408]),
         "head begun behind another": ([GET + GET[:9], GET[9:20]], 10, [200, 408]),
         "answered": ([GET], 75, [200]),
+        "an empty line after it": ([GET, b"\r\n"], 75, [200]),
         "answered before the body": ([EARLY, b"hello"], 75, [200]),
     },
 )
