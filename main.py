@@ -98,17 +98,18 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
     try:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
-        make_conninfo(**dict.fromkeys(url.query, ""))  # raises for an unknown option
+        # Checks the names of the options: raises for one that PostgreSQL does not have.
+        make_conninfo(**dict.fromkeys(url.query, ""))
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
     # If an "@" in the password is not encoded, a part of the password is in the host,
     # which is logged.
     if "@" in (url.host or "") or (url.port or 0) > 65535:
         raise ValueError("has a bad port, or a character that is not encoded")
-    # Each connection would have a database in memory for itself. Options of the URL can
-    # ask for one, too.
-    is_in_memory = url.query or url.database in {None, "", ":memory:"}
-    if url.get_backend_name() == "sqlite" and is_in_memory:
+    # In memory, each connection would have a database of its own. SQLite's options are
+    # refused, because they can ask for that, too.
+    is_file = url.database not in {None, "", ":memory:"} and not url.query
+    if url.get_backend_name() == "sqlite" and not is_file:
         raise ValueError("should name a file, without options")
     return url
 
@@ -178,14 +179,17 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip values, because secret files often end with a newline.
 
-        A value that is empty after it counts as not set (as env_ignore_empty does).
+        A value that is then empty counts as not set.
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         return {k: v for k, v in (values | texts).items() if v != ""}
 
     @pydantic.model_validator(mode="after")
     def refuse_unsafe_values(self) -> "Settings":
-        """Raise ValueError for values that are safe in development only."""
+        """Raise ValueError for values that are safe in development only.
+
+        The messages begin with the variable, because these errors have no `loc`.
+        """
         is_development = self.ENVIRONMENT == "development"
         if not is_development and "SECRET_KEY" not in self.model_fields_set:
             raise ValueError("SECRET_KEY: is required outside development")
@@ -204,8 +208,7 @@ def get_settings() -> Settings:
     try:
         return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
     except pydantic.ValidationError as error:
-        # Not str(error), which shows the values. Errors of refuse_unsafe_values have no
-        # `loc`: their texts begin with the name, after pydantic's "Value error, ".
+        # Not str(error), which shows the values.
         faults = [": ".join([*map(str, e["loc"]), e["msg"]]) for e in error.errors()]
         reason = "; ".join(faults).replace("Value error, ", "")
     except (ValueError, OSError) as error:  # invalid JSON, or an unreadable file
@@ -284,14 +287,15 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    handler.setLevel(level)  # also limits the loggers of LIBRARY_LEVELS
+    # With LOG_LEVEL=ERROR, the loggers of LIBRARY_LEVELS still pass their warnings on.
+    handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # Not propagated to the root: gunicorn's worker copies the handlers of
-    # gunicorn.error to uvicorn's loggers, and each line would be written twice.
+    # The worker gives uvicorn's loggers the handlers of gunicorn.error. If they also
+    # propagated to the root logger, each line would be written twice.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -449,8 +453,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # FULL means that path and method match. Since FastAPI 0.165, app.routes has
-        # routers besides routes; both have matches().
+        # app.routes holds routes and, since FastAPI 0.165, included routers: both have
+        # matches(). FULL means that path and method match.
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -505,8 +509,9 @@ def now() -> datetime:
 
 class Base(DeclarativeBase):
     type_annotation_map: ClassVar = {int: BigInt, datetime: sa.DateTime(timezone=True)}
-    # SQLite would give the id of a deleted user to the next one, whom the old tokens
-    # would then let in. (The type is Any, because a table with an index has a tuple.)
+    # Without it, SQLite gives the id of a deleted user to the next new user, and the
+    # deleted user's tokens would be valid for that account.
+    # Any, because Item, which has an index, overrides it with a tuple.
     __table_args__: Any = {"sqlite_autoincrement": True}  # noqa: RUF012
     id: Mapped[int] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(default=now)
@@ -574,20 +579,24 @@ class FairPool(AsyncAdaptedQueuePool):
     closed; otherwise, requests to a silent server would hold the whole pool.
 
     SQLAlchemy calls the methods in a greenlet, where `await_(x)` does what `await x`
-    does in a coroutine. SQLAlchemy's own pools override the same two (as of 2.1.9).
+    does in a coroutine. `_do_get` and `_do_return_conn` are private, but SQLAlchemy's
+    own pools override just these two (as of 2.1.9).
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        self.entries: set[ConnectionPoolEntry] = set()  # at most size(): it reuses them
-        # SQLAlchemy's own first statements, on a new connection, are limited, too.
+        # Not more than size(): SQLAlchemy reuses an entry for a new connection.
+        self.entries: set[ConnectionPoolEntry] = set()
+        # The timer starts when a connection is opened, because SQLAlchemy then executes
+        # statements of its own, before `_do_get` returns.
         event.listen(self, "connect", lambda _, entry: self.start_timer(entry))
 
     def start_timer(self, entry: ConnectionPoolEntry) -> None:
         self.stop_timer(entry)
         loop = asyncio.get_running_loop()
-        info: Any = entry.record_info  # a dictionary for users of the pool
+        # Not entry.info, which is emptied when the connection is replaced.
+        info: Any = entry.record_info
         info["timer"] = loop.call_later(self.timeout(), abort_connection, entry)
 
     def stop_timer(self, entry: ConnectionPoolEntry) -> None:
@@ -690,8 +699,8 @@ class Database:
         if self.is_sqlite:
             # SQLite has one writer at a time: a pool of one makes the others wait.
             self.write_engine = self.create_engine(1)
-            # Autocommit keeps the driver from sending BEGIN. SQLAlchemy still fires its
-            # event "begin", and sends COMMIT or ROLLBACK at the end.
+            # In autocommit, the driver sends no BEGIN of its own. This listener sends
+            # BEGIN IMMEDIATE; SQLAlchemy sends COMMIT or ROLLBACK at the end.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             # The same pool with another isolation level.
@@ -764,12 +773,12 @@ class Database:
 
     async def create_tables(self) -> None:
         """Create missing tables. Any number of workers and hosts may do it at once."""
-        # An engine's first connection takes longer to open. At the start, open that of
-        # the requests here, so that none has to wait for it.
+        # An engine is slow to open its first connection. At the start, open that of the
+        # requests' engine here, so that no request has to wait for it.
         engine = self.check_engine if self.has_tables else self.read_engine
         async with engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
-        # Looked first, because the lock and the DDL are needed once only.
+        # Usually all tables are there: then neither the lock nor the DDL is needed.
         if not set(Base.metadata.tables) <= set(names):
             async with self.write_engine.begin() as connection:
                 if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
@@ -818,7 +827,7 @@ class Database:
         """Answer a health check, within HEALTH_CHECK_SECONDS.
 
         The task ends when a check succeeds. If that takes longer, it goes on, for the
-        next caller. In an outage, nobody waits for it.
+        next caller. In an outage the answer is False at once, until the task has ended.
         """
         task = self.start_check()
         if self.is_available:
@@ -934,8 +943,8 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # Optional, but not null: `change_item` reads only the fields that were sent. A
-    # factory, because /docs would show a default.
+    # May be left out, but not be null. The factory's value is never used, because
+    # `change_item` reads only what was sent; /docs would show a plain default.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -1059,11 +1068,11 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 OWNER: sa.BindParameter[int] = sa.bindparam("owner")
 AFTER: sa.BindParameter[int] = sa.bindparam("after")
-# Both conditions select the same rows. With the first, PostgreSQL may read the items of
-# all owners, by the primary key. With the second, SQLite reads all items of the owner,
-# in 200 ms in place of 0.05 ms.
+# Both conditions select the same rows.
 LIST_ITEMS_QUERIES = {
+    # With the other one, SQLite reads all items of the owner: 200 ms, not 0.05 ms.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
+    # With the other one, PostgreSQL may read the items of all owners, by primary key.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1292,9 +1301,9 @@ return {allowed, limit, math.max(0, limit - count), reset_seconds} -- as RateLim
 
 @cache
 def open_lock_file() -> IO[bytes]:
-    """Open a file without a name, once. The workers inherit it, to lock the memory.
+    """Open a file without a name, once. The workers inherit it.
 
-    If a process is killed, the kernel releases its lock.
+    Its lock protects the shared memory. If a process is killed, the kernel releases it.
     """
     return tempfile.TemporaryFile()
 
@@ -1418,7 +1427,7 @@ class RedisRateLimiter:
             is_retry = not self.is_available
             if is_retry and time.monotonic() < self.next_attempt:
                 return None
-            # If this attempt fails, others use the memory for a second.
+            # Set before the attempt: in an outage, only one request a second tries.
             self.next_attempt = time.monotonic() + REDIS_RETRY_SECONDS
             try:
                 result = await self.run_script(key, limit, seconds)
@@ -1562,9 +1571,9 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # ASGI wants the prefix that the proxy has stripped in the path. With
-        # FastAPI(root_path=…), it would be missing in Location, and a path that begins
-        # with it would not be found.
+        # In ASGI, `path` begins with `root_path`. The proxy has stripped it, so put it
+        # back. With FastAPI(root_path=…), it would be missing in Location, and a path
+        # that itself begins with the prefix would not be found.
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1599,8 +1608,9 @@ class RequestLoggingMiddleware:
             state["trace_id"] = trace[1].decode()
         address, port = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
-        # If uvicorn trusts the peer, the port is from the header, or 0. Any other port
-        # is the connection's own: the peer is not trusted.
+        # If uvicorn trusts the peer, it takes address and port from the header, or the
+        # port 0 if that names none. So a port that is not in the header is the peer's
+        # own, which shows that uvicorn does not trust the peer.
         forwarded_for = headers.get(b"x-forwarded-for", b"").decode("latin-1")
         if forwarded_for and port and f":{port}" not in forwarded_for:
             warn_of_untrusted_proxy()
@@ -1737,12 +1747,13 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that refuses a body that is too large.
 
-        It raises HTTPException, because FastAPI turns any other exception into a 400.
+        It also refuses forms in another charset than UTF-8. FastAPI calls it where it
+        reads the body, and turns any exception but HTTPException into a 400.
         """
         headers = Headers(scope=scope)
         if "content-length" not in headers and "transfer-encoding" not in headers:
             return receive  # there is no body
-        # Starlette would decode a multipart form with any charset that the client names.
+        # Starlette would decode a multipart form with any charset that a client names.
         # Some of Python's codecs, such as punycode, are slow.
         content_type, options = parse_options_header(headers.get("content-type"))
         charset = options.get(b"charset", b"utf-8").lower()
@@ -1754,7 +1765,7 @@ class LimitsAndErrorsMiddleware:
         received_bytes = 0
 
         async def receive_limited() -> Message:
-            nonlocal received_bytes  # what is raised here, FastAPI's handlers see
+            nonlocal received_bytes
             if has_other_charset:
                 raise HTTPException(400, "The charset must be utf-8")
             if declared_bytes > self.max_body_bytes:
@@ -1820,7 +1831,8 @@ health_router = APIRouter(
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=error_responses(413, 500, 504),
-    # operationId: the function's name. `create_app` sets it for included routers only.
+    # operationId is the function's name. `create_app` says so, too, but include_router
+    # would apply that, and these routes are added without it.
     generate_unique_id_function=attrgetter("name"),
 )
 
@@ -1842,7 +1854,7 @@ async def check_redis(redis: RedisRateLimiter | None) -> CheckResult | None:
     """Return None if no Redis is configured. If it is down, the service is degraded."""
     if redis is None:
         return None
-    # Only a result of None shows that Redis cannot be used: see `hit`.
+    # None means that Redis failed. What the limit allows does not matter here.
     result = await redis.hit("health", limit=1, seconds=1)
     return UNHEALTHY if result is None else HEALTHY
 
@@ -1882,6 +1894,7 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
 
 # --- API routes -----------------------------------------------------------------------
 # HTTP and nothing else, in a few lines a route. Callers read the docstrings in /docs.
+# FastAPI answers 400 if it cannot decode a body.
 
 IdPath = Annotated[int, Path(ge=1, le=MAX_ID)]
 After = Annotated[
@@ -2084,7 +2097,7 @@ def customize_openapi(app: FastAPI) -> None:
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """Build the application. It does not set up logging: the caller may have."""
+    """Build the application. Logging is left to the caller."""
     settings = settings or get_settings()
     if "SECRET_KEY" not in settings.model_fields_set:
         logger.warning("SECRET_KEY is not set: tokens will not outlive a restart")
@@ -2094,14 +2107,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description=settings.PROJECT_DESCRIPTION,
         version=settings.VERSION,
         openapi_url=f"{settings.API_V1_PREFIX}/openapi.json",
-        # For the documents. root_path stays empty: RequestLoggingMiddleware sets it.
+        # For /docs. Not root_path=…, because RequestLoggingMiddleware sets that.
         servers=[{"url": settings.ROOT_PATH or "/"}],
         redirect_slashes=False,  # its redirects would be made from the Host header
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router: since FastAPI 0.165, that adds the router as a whole, and
-        # its matching makes a health check a fifth slower.
+        # Not include_router: since FastAPI 0.165, a path is first matched with a router,
+        # then with its routes. That makes a health check a fifth slower.
         routes=health_router.routes,
         # FastAPI 0.165 has OpenTelemetry built in, which costs time. README has more.
         telemetry={"tracing": False, "metrics": False, "logs": False},

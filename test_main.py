@@ -399,7 +399,7 @@ def banners(path: str) -> list[str]:
     return re.findall(r"^# --- .*", Path(path).read_text(), re.MULTILINE)
 
 
-def test_map_in_docstring_names_the_sections_in_their_order() -> None:
+def test_docstring_names_the_sections_in_their_order() -> None:
     rows = re.findall(r"\n    (\w.*?)  +\w", str(main.__doc__))
     names = [name for name in rows if not name.endswith(":")]
     assert names == [banner.strip("# -") for banner in banners(main.__file__)]
