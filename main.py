@@ -2113,8 +2113,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router: since FastAPI 0.165, a path is first matched with a router,
-        # then with its routes. That makes a health check a fifth slower.
+        # Not include_router. Since FastAPI 0.165, a path is matched with the router and
+        # then with its routes, which makes a health check a fifth slower.
         routes=health_router.routes,
         # FastAPI 0.165 has OpenTelemetry built in, which costs time. README has more.
         telemetry={"tracing": False, "metrics": False, "logs": False},
