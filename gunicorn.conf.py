@@ -19,7 +19,7 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 import main
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
-HEADER_SECONDS = 10  # until they are complete
+HEADER_SECONDS = 10  # within which the headers must be complete
 
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
@@ -74,17 +74,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
     def parse(self, data: memoryview) -> None:
-        """Feed the parser. Ignore the header `Upgrade`, as RFC 9110 § 7.8 allows.
+        """Feed the parser, but treat a request with `Upgrade` as an ordinary one.
 
-        The parser stops after such headers. A new parser gets them without `Upgrade`,
-        and collects `url` and `headers` again (on_message_begin empties them).
+        The parser stops after such headers. A new one gets them without `Upgrade`, and
+        collects them again. (RFC 9110 § 7.8 allows a server to ignore `Upgrade`.)
         """
         while data:
             try:
                 self.parser.feed_data(data)
                 return
             except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]  # what comes after the headers
+                data = data[upgrade.args[0] :]  # args[0] is where the headers end
             version = self.parser.get_http_version().encode()
             lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
             lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
@@ -122,7 +122,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)
             self.transport.close()
 
-    def shutdown(self) -> None:  # later: a proxy may just be sending a request
+    def shutdown(self) -> None:  # half a second later: a request may be on its way
         self.loop.call_later(0.5, super().shutdown)
 
 
@@ -132,7 +132,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
         self.config.timeout_notify = 1  # seconds between two calls of callback_notify
-        # After these seconds uvicorn cancels the requests, and has time to send 503s.
+        # uvicorn then cancels the requests. The rest of the time is for sending 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
         # Not super().run(), which ignores SIGQUIT; gunicorn sends that at Ctrl+C.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))

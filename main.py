@@ -102,10 +102,11 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
         make_conninfo(**dict.fromkeys(url.query, ""))
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
-    # If an "@" in the password is not encoded, a part of the password is in the host,
-    # which is logged.
-    if "@" in (url.host or "") or (url.port or 0) > 65535:
-        raise ValueError("has a bad port, or a character that is not encoded")
+    # "user:pass@word@host" would put "word" into the host, which is logged.
+    if "@" in (url.host or ""):
+        raise ValueError("has an @ that is not encoded as %40")
+    if (url.port or 0) > 65535:
+        raise ValueError("has a bad port")
     # In memory, each connection would have a database of its own. SQLite's options are
     # refused, because they can ask for that, too.
     is_file = url.database not in {None, "", ":memory:"} and not url.query
@@ -135,11 +136,11 @@ def parse_origin(value: str) -> str:
     return origin
 
 
-# NoDecode, because sa.URL is a tuple, and pydantic-settings reads tuples as JSON.
+# sa.URL is a tuple. Without NoDecode, pydantic-settings would read it as JSON.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
-# pydantic refuses text that is not valid Unicode only where there is a max_length.
+# A max_length makes pydantic count the characters, and so refuse invalid Unicode.
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -413,7 +414,7 @@ class ErrorResponse(BaseModel):
     request_id: str
 
 
-def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def document_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return FastAPI's `responses=` for these errors."""
     return {status: {"model": ErrorResponse} for status in statuses}
 
@@ -543,8 +544,8 @@ HEALTH_CHECK_SECONDS = 2  # the longest time until a health check is answered
 LIFESPAN_TIMEOUT_SECONDS = 1  # how long the start and the stop wait for a check
 # Held while a worker creates the tables, so that no other one does. 7411 is arbitrary.
 TABLES_LOCK = sa.select(sa.func.pg_advisory_xact_lock(7411))
-# Reads no row, but fails if a table or a column is missing. FOR UPDATE fails on a
-# read-only server. (SQLAlchemy omits it for SQLite.)
+# Names all columns of all tables, and reads no row: it fails if one is missing. FOR
+# UPDATE fails on a read-only server. (SQLAlchemy omits it for SQLite.)
 CHECK_QUERY = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
 # SQLAlchemy raises these if a server is not reachable, full, too slow or read-only.
 OUTAGE_ERRORS = (
@@ -563,8 +564,8 @@ def abort_connection(entry: ConnectionPoolEntry) -> None:
     """
     connection = entry.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # A duplicate: the driver will close its own descriptor itself.
         descriptor = os.dup(connection.fileno())
+        # `with` closes the duplicate only; the driver closes its own descriptor.
         with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
         entry.invalidate(soft=True)  # replaces it before it is used again
@@ -588,8 +589,8 @@ class FairPool(AsyncAdaptedQueuePool):
         self.slots = asyncio.Semaphore(self.size())
         # Not more than size(): SQLAlchemy reuses an entry for a new connection.
         self.entries: set[ConnectionPoolEntry] = set()
-        # The timer starts when a connection is opened, because SQLAlchemy then executes
-        # statements of its own, before `_do_get` returns.
+        # Start the timer when a connection is opened, too: SQLAlchemy then sends first
+        # statements of its own. `_do_get` starts it again.
         event.listen(self, "connect", lambda _, entry: self.start_timer(entry))
 
     def start_timer(self, entry: ConnectionPoolEntry) -> None:
@@ -723,9 +724,10 @@ class Database:
             options["connect_args"] = {"timeout": seconds}
         else:
             url = url.set(query={**self.postgresql_options(), **url.query})
-            # Prepared statements would fail for ever after an ALTER TABLE.
+            # After an ALTER TABLE, PostgreSQL refuses statements prepared before it.
             options["connect_args"] = {"prepare_threshold": None}
-            options["use_native_hstore"] = False  # saves three round trips at the start
+            # To look for hstore, which is not used here, takes three round trips.
+            options["use_native_hstore"] = False
         engine = create_async_engine(
             url,
             **options,
@@ -805,7 +807,8 @@ class Database:
                     extra = {"reason": describe(error)}
                     logger.warning("the database is not ready", extra=extra)
                 self.is_available = False
-            # After a failover, open connections may still lead to the former primary.
+            # After a failover, the connections of requests may still lead to the former
+            # primary. (on_database_error has dropped that of the check.)
             pool: Any = self.read_engine.pool
             pool.replace_connections()
             await asyncio.sleep(CHECK_INTERVAL_SECONDS)
@@ -896,7 +899,7 @@ class RequestBody(BaseModel, extra="forbid"):
     @pydantic.model_validator(mode="before")
     @classmethod
     def refuse_many_fields(cls, value: object) -> object:
-        """Pydantic would write one error for each unknown field into the 422."""
+        """Refuse more than 20 fields: pydantic would write an error for each one."""
         if isinstance(value, dict) and len(value) > 20:
             raise PydanticCustomError("too_many_fields", "There are too many fields")
         return value
@@ -1048,8 +1051,8 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
             token, key, algorithms=[settings.ALGORITHM], options=options
         )
         user_id = int(claims["sub"])
-        # Another service with the same key may have issued it, for an id beyond 64
-        # bits.
+        # Another service with the same key may have issued the token. An id beyond 64
+        # bits would make the database raise: a 500 in place of a 401.
         if not 0 < user_id <= MAX_ID:
             raise ValueError
         return user_id, claims["version"]
@@ -1253,7 +1256,7 @@ async def read_items(db: AsyncSession, owner: User, after: int, limit: int) -> P
 async def change_item(
     db: AsyncSession, owner: User, item_id: int, patch: ItemPatch
 ) -> Item:
-    # Locked until the commit: if it were deleted before the UPDATE, that would fail.
+    # Lock the row: if it were deleted before the UPDATE, SQLAlchemy would raise: a 500.
     item = await read_item(db, owner, item_id, for_update=True)
     for name, value in patch.model_dump(exclude_unset=True).items():
         setattr(item, name, value)
@@ -1341,8 +1344,8 @@ class SlidingWindowRateLimiter:
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
-        # Defined here, because its size depends on `limit`. `times` is a ring buffer:
-        # the `count` requests in the window begin at times[oldest].
+        # Defined here, because its size depends on `limit`. `times` is a ring buffer of
+        # `count` times: times[oldest], times[oldest + 1] and so on, modulo `limit`.
         class Row(ctypes.Structure):
             _fields_ = (
                 ("client_hash", ctypes.c_int64),
@@ -1382,7 +1385,7 @@ class SlidingWindowRateLimiter:
                 return row
         row = min(rows, key=attrgetter("last_seen_ns"))
         row.client_hash = client_hash
-        row.count = 0
+        row.count = 0  # an empty ring buffer may begin anywhere
         return row
 
     def record_request(self, row: ctypes.Structure) -> RateLimitResult:
@@ -1427,7 +1430,7 @@ class RedisRateLimiter:
             is_retry = not self.is_available
             if is_retry and time.monotonic() < self.next_attempt:
                 return None
-            # Set before the attempt: in an outage, only one request a second tries.
+            # Used in an outage only: while this request tries, the others do not.
             self.next_attempt = time.monotonic() + REDIS_RETRY_SECONDS
             try:
                 result = await self.run_script(key, limit, seconds)
@@ -1509,10 +1512,14 @@ class RateLimiter:
 # user_id, rate_limit, status_code, and for the log line `reason` and `exception`.
 
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
-# W3C Trace Context § 3.2: version (not ff), trace id and parent id (not zero), flags.
-# Later versions may append parts.
+# W3C Trace Context § 3.2. Later versions may append parts.
 TRACEPARENT_PATTERN = re.compile(
-    rb"(?!ff)[\da-f]{2}-(?!0{32})([\da-f]{32})-(?!0{16})[\da-f]{16}-[\da-f]{2}(-.*)?"
+    rb"""(?!ff)[\da-f]{2}             # version, not ff
+    -(?!0{32})(?P<id>[\da-f]{32})   # trace id, not zero
+    -(?!0{16})[\da-f]{16}           # parent id, not zero
+    -[\da-f]{2}(-.*)?               # flags
+    """,
+    re.VERBOSE,
 )
 MAX_PATH_CHARACTERS = 500  # keeps a log line under 4 KiB, as Logging explains
 CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -1545,6 +1552,16 @@ DOCS_HEADERS = SECURITY_HEADERS | {
     "img-src data: https://cdn.redoc.ly https://fastapi.tiangolo.com",
     "Cross-Origin-Embedder-Policy": "credentialless",
 }
+
+
+def is_ignored(forwarded_for: str, client_port: int) -> bool:
+    """Return whether uvicorn has ignored X-Forwarded-For: it does not trust the peer.
+
+    Otherwise, client_port is the port in the header, or 0 if it has none.
+    """
+    return (
+        bool(forwarded_for and client_port) and f":{client_port}" not in forwarded_for
+    )
 
 
 @cache  # so that it runs once in each process
@@ -1605,14 +1622,11 @@ class RequestLoggingMiddleware:
         request_id_context.set(request_id)
         trace = TRACEPARENT_PATTERN.fullmatch(headers.get(b"traceparent", b""))
         if trace:
-            state["trace_id"] = trace[1].decode()
+            state["trace_id"] = trace["id"].decode()
         address, port = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
-        # If uvicorn trusts the peer, it takes address and port from the header, or the
-        # port 0 if that names none. So a port that is not in the header is the peer's
-        # own, which shows that uvicorn does not trust the peer.
         forwarded_for = headers.get(b"x-forwarded-for", b"").decode("latin-1")
-        if forwarded_for and port and f":{port}" not in forwarded_for:
+        if is_ignored(forwarded_for, port):
             warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
@@ -1721,13 +1735,13 @@ class LimitsAndErrorsMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        limited_receive = self.limit_body(scope, receive)
+        limited_receive = self.check_body(scope, receive)
         timer = asyncio.timeout(self.timeout_seconds)
         try:
             async with timer:
                 return await self.app(scope, limited_receive, send)
         except asyncio.CancelledError:
-            # uvicorn cancels this task when the time for a shutdown is over. (The
+            # Only uvicorn cancels this task, when the time for a shutdown is over. (The
             # timer's own cancellation arrives as TimeoutError, below.) It is not raised
             # again, so that the client gets an answer.
             stopping = ServiceUnavailableException("the server is shutting down")
@@ -1744,11 +1758,11 @@ class LimitsAndErrorsMiddleware:
         if "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
-    def limit_body(self, scope: Scope, receive: Receive) -> Receive:
-        """Return a `receive` that refuses a body that is too large.
+    def check_body(self, scope: Scope, receive: Receive) -> Receive:
+        """Return a `receive` that refuses bodies that are too large, and some forms.
 
-        It also refuses forms in another charset than UTF-8. FastAPI calls it where it
-        reads the body, and turns any exception but HTTPException into a 400.
+        FastAPI calls it to read the body. It turns any exception but HTTPException into
+        a 400.
         """
         headers = Headers(scope=scope)
         if "content-length" not in headers and "transfer-encoding" not in headers:
@@ -1830,7 +1844,7 @@ health_router = APIRouter(
     prefix="/health",
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
-    responses=error_responses(413, 500, 504),
+    responses=document_errors(413, 500, 504),
     # operationId is the function's name. `create_app` says so, too, but include_router
     # would apply that, and these routes are added without it.
     generate_unique_id_function=attrgetter("name"),
@@ -1911,7 +1925,7 @@ auth_router = APIRouter(
     prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
 )
 items_router = APIRouter(
-    prefix="/items", tags=["items"], responses=error_responses(401)
+    prefix="/items", tags=["items"], responses=document_errors(401)
 )
 
 
@@ -1919,7 +1933,7 @@ items_router = APIRouter(
     "",
     status_code=201,
     dependencies=LOGIN_LIMITED,
-    responses=error_responses(400, 409, 422),
+    responses=document_errors(400, 409, 422),
 )
 async def post_user(
     user_in: UserIn, request: Request, response: Response, db: WriteSession
@@ -1931,7 +1945,7 @@ async def post_user(
     return UserOut.model_validate(user)
 
 
-@users_router.get("", responses=error_responses(401, 422))
+@users_router.get("", responses=document_errors(401, 422))
 async def get_users(
     user: CurrentUser, db: ReadSession, after: After = 0, limit: Limit = 20
 ) -> UserPage:
@@ -1939,7 +1953,7 @@ async def get_users(
     return UserPage.model_validate(await read_users(db, after, limit))
 
 
-@users_router.get("/me", responses=error_responses(401))
+@users_router.get("/me", responses=document_errors(401))
 async def get_me(user: CurrentUser) -> UserOut:
     """The user whose token this is."""
     return UserOut.model_validate(user)
@@ -1949,27 +1963,27 @@ async def get_me(user: CurrentUser) -> UserOut:
     "/me",
     status_code=204,
     dependencies=LOGIN_LIMITED,
-    responses=error_responses(400, 401, 403, 422),
+    responses=document_errors(400, 401, 403, 422),
 )
 async def patch_me(change: PasswordChange, user: CurrentUser, db: WriteSession) -> None:
     """Change the password. Every token issued before becomes invalid."""
     await change_password(db, user, change)
 
 
-@users_router.delete("/me", status_code=204, responses=error_responses(401))
+@users_router.delete("/me", status_code=204, responses=document_errors(401))
 async def delete_me(user: CurrentUser, db: WriteSession) -> None:
     """Delete the account and all its items."""
     await discard_user(db, user)
 
 
-@users_router.get("/{user_id}", responses=error_responses(401, 404, 422))
+@users_router.get("/{user_id}", responses=document_errors(401, 404, 422))
 async def get_user(user_id: IdPath, user: CurrentUser, db: ReadSession) -> UserOut:
     """One user."""
     return UserOut.model_validate(await read_user(db, user_id))
 
 
 @auth_router.post(
-    "/token", dependencies=LOGIN_LIMITED, responses=error_responses(400, 401, 422)
+    "/token", dependencies=LOGIN_LIMITED, responses=document_errors(400, 401, 422)
 )
 async def post_token(form: TokenForm, request: Request, db: WriteSession) -> TokenOut:
     """Log in. Send the token as `Authorization: Bearer`."""
@@ -1980,13 +1994,13 @@ async def post_token(form: TokenForm, request: Request, db: WriteSession) -> Tok
     return TokenOut(access_token=token, token_type="bearer", expires_in=seconds)
 
 
-@auth_router.delete("/token", status_code=204, responses=error_responses(401))
+@auth_router.delete("/token", status_code=204, responses=document_errors(401))
 async def delete_token(user: CurrentUser, db: WriteSession) -> None:
     """Log out everywhere. Every token issued before becomes invalid."""
     await revoke_tokens(db, user)
 
 
-@items_router.post("", status_code=201, responses=error_responses(400, 422))
+@items_router.post("", status_code=201, responses=document_errors(400, 422))
 async def post_item(
     item_in: ItemIn,
     user: CurrentUser,
@@ -2000,7 +2014,7 @@ async def post_item(
     return ItemOut.model_validate(item)
 
 
-@items_router.get("", responses=error_responses(422))
+@items_router.get("", responses=document_errors(422))
 async def get_items(
     user: CurrentUser, db: ReadSession, after: After = 0, limit: Limit = 20
 ) -> ItemPage:
@@ -2008,13 +2022,13 @@ async def get_items(
     return ItemPage.model_validate(await read_items(db, user, after, limit))
 
 
-@items_router.get("/{item_id}", responses=error_responses(404, 422))
+@items_router.get("/{item_id}", responses=document_errors(404, 422))
 async def get_item(item_id: IdPath, user: CurrentUser, db: ReadSession) -> ItemOut:
     """One of your items."""
     return ItemOut.model_validate(await read_item(db, user, item_id))
 
 
-@items_router.patch("/{item_id}", responses=error_responses(400, 404, 422))
+@items_router.patch("/{item_id}", responses=document_errors(400, 404, 422))
 async def patch_item(
     item_id: IdPath, patch: ItemPatch, user: CurrentUser, db: WriteSession
 ) -> ItemOut:
@@ -2022,7 +2036,7 @@ async def patch_item(
     return ItemOut.model_validate(await change_item(db, user, item_id, patch))
 
 
-@items_router.delete("/{item_id}", status_code=204, responses=error_responses(404, 422))
+@items_router.delete("/{item_id}", status_code=204, responses=document_errors(404, 422))
 async def delete_item(item_id: IdPath, user: CurrentUser, db: WriteSession) -> None:
     """Delete one of your items."""
     await discard_item(db, user, item_id)
@@ -2031,7 +2045,7 @@ async def delete_item(item_id: IdPath, user: CurrentUser, db: WriteSession) -> N
 # --- Application ----------------------------------------------------------------------
 # create_app puts the parts together.
 
-api_router = APIRouter(responses=error_responses(413, 429, 500, 503, 504))
+api_router = APIRouter(responses=document_errors(413, 429, 500, 503, 504))
 api_router.include_router(users_router)
 api_router.include_router(auth_router)
 api_router.include_router(items_router)

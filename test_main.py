@@ -2452,7 +2452,7 @@ async def test_response_of_each_kind_tells_the_rate_limit(answer: Answer) -> Non
         assert shown == ("1", "0")
 
 
-async def test_error_of_each_kind_has_the_one_form(answer: Answer) -> None:
+async def test_error_of_each_kind_has_the_same_format(answer: Answer) -> None:
     if answer.kind.status >= 400 and answer.kind.method != "OPTIONS":
         error_of(answer.response)
     assert "hunter2" not in answer.response.text
