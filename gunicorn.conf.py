@@ -47,25 +47,25 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # uvicorn looks for the client in FORWARDED_ALLOW_IPS. A unix socket has none:
-        # it counts as 127.0.0.1. ::ffff: can stand before an IPv4 address.
+        # uvicorn looks for this in FORWARDED_ALLOW_IPS. A unix socket has no address:
+        # use 127.0.0.1. An IPv4 client of an IPv6 socket has the prefix ::ffff: here.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
-        # Close a connection that sends nothing. uvicorn cancels this timer like its own
-        # timer for idle connections.
+        # Close a connection that sends nothing. This is uvicorn's timer of idle
+        # connections, which it starts after a response; `on_headers_complete` stops it.
         timer = self.loop.call_later(HEADER_SECONDS, transport.close)
         self.timeout_keep_alive_task = timer
 
     def data_received(self, data: bytes) -> None:
-        # `cycle` is uvicorn's object for the current request.
-        if not (self.cycle and self.cycle.more_body):  # headers, not a body
-            self.header_bytes += len(data.lstrip(b"\r\n"))  # an empty line is none
+        # Count headers, not bodies. `cycle` is uvicorn's object for the request.
+        if not (self.cycle and self.cycle.more_body):
+            self.header_bytes += len(data.lstrip(b"\r\n"))  # without empty lines
         try:
             self.parse(memoryview(data))
-        # The method CONNECT stops the second parser of `parse`, too: it is refused.
+        # `parse` raises HttpParserUpgrade for the method CONNECT only.
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(400)
-        if self.header_bytes > MAX_HEADER_BYTES:
+        if self.header_bytes > MAX_HEADER_BYTES:  # and the headers are incomplete
             self.refuse(431)
         # If headers have begun, and no request is being handled, start the timer, once.
         is_handling_request = self.cycle and not self.cycle.response_complete
@@ -74,10 +74,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
     def parse(self, data: memoryview) -> None:
-        """Feed the parser, but treat a request with `Upgrade` as an ordinary one.
+        """Feed the parser, and ignore `Upgrade`, as RFC 9110 § 7.8 allows.
 
-        The parser stops after such headers. A new one gets them without `Upgrade`, and
-        collects them again. (RFC 9110 § 7.8 allows a server to ignore `Upgrade`.)
+        After headers with `Upgrade`, the parser stops, and the body would be lost. So
+        feed these headers without `Upgrade` to a new parser, and then the rest.
         """
         while data:
             try:
@@ -89,7 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
             lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
             self.parser = httptools.HttpRequestParser(self)
-            # As uvicorn sets it: data after "Connection: close" is no error.
+            # As uvicorn does: otherwise, data after "Connection: close" is an error.
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
             self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
@@ -107,12 +107,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = None
         self._unset_keepalive_if_required()
         super().on_headers_complete()
-        self.headers = []  # for trailers; the list before belongs to the request now
+        self.headers = []  # or trailers would be appended to the list of the request
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
             super().on_message_complete()
-            self.cycle.more_body = False  # still True after an early response
+            self.cycle.more_body = False  # uvicorn skips this after an early response
 
     def refuse(self, status: int) -> None:
         """Answer, unless another refusal has been sent, and close the connection."""
@@ -134,10 +134,10 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # seconds between two calls of callback_notify
         # uvicorn then cancels the requests. The rest of the time is for sending 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # Not super().run(), which ignores SIGQUIT; gunicorn sends that at Ctrl+C.
+        # Not super().run(), which ignores SIGQUIT. gunicorn sends that at Ctrl+C.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # uvicorn handles SIGTERM while it runs. At its end, it puts this handler back
-        # and raises SIGTERM again: gunicorn's handle_quit exits with 0.
+        # While uvicorn runs, it handles SIGTERM itself. At its end, it sends SIGTERM
+        # again, to the handler that was set before: handle_quit exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         Server(self.config).run(self.sockets)
 
@@ -162,7 +162,7 @@ def when_ready(server: Any) -> None:  # before the workers are forked
 wsgi_app = "main:app"
 default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
 bind = (os.getenv("BIND", "").strip() or default_bind).split(",")
-for address in bind:
+for address in bind:  # gunicorn's own message would not name the variable
     port = address.rpartition(":")[2]
     is_port = re.fullmatch(r"\d{1,5}", port) and int(port) < 65536
     if "/" not in address and not is_port:

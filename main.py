@@ -74,7 +74,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
-from sqlalchemy.util import await_
+from sqlalchemy.util import await_  # see FairPool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -98,7 +98,7 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
     try:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
-        # Checks the names of the options: raises for one that PostgreSQL does not have.
+        # Raises for an option that PostgreSQL does not know. (Only names are checked.)
         make_conninfo(**dict.fromkeys(url.query, ""))
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
@@ -140,7 +140,8 @@ def parse_origin(value: str) -> str:
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
-# A max_length makes pydantic count the characters, and so refuse invalid Unicode.
+# Bytes of the environment that are not UTF-8 become invalid Unicode. pydantic refuses
+# that only in a text with a max_length.
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -180,7 +181,8 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip values, because secret files often end with a newline.
 
-        A value that is then empty counts as not set.
+        A value that is then empty counts as not set. (env_ignore_empty sees only values
+        that are empty before.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         return {k: v for k, v in (values | texts).items() if v != ""}
@@ -234,7 +236,7 @@ LIBRARY_LEVELS = {
     "aiosqlite": "WARNING",
     "asyncio": "WARNING",
     "httpx": "WARNING",  # if you use it, as the tests do
-    f"{__name__}.FairPool": "WARNING",  # SQLAlchemy's logger for our pool
+    f"{__name__}.FairPool": "WARNING",  # SQLAlchemy names it by module and class
     "sqlalchemy": "WARNING",
     # Their warnings repeat what the request's own line says.
     "psycopg": "ERROR",
@@ -288,14 +290,15 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # With LOG_LEVEL=ERROR, the loggers of LIBRARY_LEVELS still pass their warnings on.
+    # A logger with a level of its own ignores the root's. Without this line, libraries
+    # would still log warnings if LOG_LEVEL is ERROR.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # The worker gives uvicorn's loggers the handlers of gunicorn.error. If they also
+    # UvicornWorker gives uvicorn's loggers the handlers of gunicorn.error. If they also
     # propagated to the root logger, each line would be written twice.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
@@ -513,8 +516,8 @@ def now() -> datetime:
 
 class Base(DeclarativeBase):
     type_annotation_map: ClassVar = {int: BigInt, datetime: sa.DateTime(timezone=True)}
-    # Without it, SQLite gives the id of a deleted user to the next new user, and the
-    # deleted user's tokens would be valid for that account.
+    # Without autoincrement, SQLite gives the id of a deleted user to the next new user,
+    # and the deleted user's tokens would be valid for that account.
     # Any, because Item, which has an index, overrides it with a tuple.
     __table_args__: Any = {"sqlite_autoincrement": True}  # noqa: RUF012
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -560,8 +563,8 @@ def abort_connection(entry: ConnectionPoolEntry) -> None:
     """
     connection = entry.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
+        # `with` closes a duplicate of the descriptor; the driver closes the original.
         descriptor = os.dup(connection.fileno())
-        # `with` closes the duplicate only; the driver closes its own descriptor.
         with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
         entry.invalidate(soft=True)  # replaces it before it is used again
@@ -583,10 +586,11 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        # Not more than size(): SQLAlchemy reuses an entry for a new connection.
+        # One timer for each entry that was ever handed out. These are at most size(),
+        # because SQLAlchemy uses an entry again for a new connection.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # Start the timer when a connection is opened, too: SQLAlchemy then sends first
-        # statements of its own. `_do_get` starts it again.
+        # On a new connection, SQLAlchemy sends statements of its own before `_do_get`
+        # returns. The timer must run meanwhile, too; `_do_get` then starts it again.
         event.listen(self, "connect", lambda _, entry: self.start_timer(entry))
 
     def start_timer(self, entry: ConnectionPoolEntry) -> None:
@@ -680,10 +684,67 @@ def refuse_write_statement(state: orm.ORMExecuteState) -> None:
         refuse_write()
 
 
-class Database:
+class CheckedServer:
+    """The base class of `Database` and `RedisRateLimiter`: can the server be used now?
+
+    After a failure, it checks the server until it can. While all is well, nothing runs
+    in the background.
+    """
+
+    name: str
+
+    def __init__(self) -> None:
+        self.is_available = True  # False during an outage
+        self.check_task: asyncio.Task[None] | None = None
+
+    async def check(self) -> None:
+        """Raise an exception unless the server can be used."""
+        raise NotImplementedError
+
+    async def drop_connections(self) -> None:
+        """Replace old connections before their next use: the server may have died."""
+        raise NotImplementedError
+
+    def start_outage(self, error: Exception) -> None:
+        if self.is_available:
+            extra = {"reason": describe(error)}
+            logger.warning("%s is not ready", self.name, extra=extra)
+        self.is_available = False
+
+    async def check_until_ready(self) -> None:
+        """Check every second until it succeeds. Log start and end of an outage once."""
+        while True:
+            if not self.is_available:
+                await asyncio.sleep(CHECK_INTERVAL_SECONDS)
+                await self.drop_connections()
+            try:
+                await self.check()
+                break
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
+                self.start_outage(error)
+        if not self.is_available:
+            logger.info("%s is ready again", self.name)
+        self.is_available = True
+
+    def start_check(self) -> asyncio.Task[None]:
+        """Start `check_until_ready`, unless it is running: callers share the task."""
+        if self.check_task is None or self.check_task.done():
+            self.check_task = asyncio.create_task(self.check_until_ready())
+        return self.check_task
+
+    async def stop_check(self) -> None:
+        if self.check_task is not None:
+            self.check_task.cancel()
+            await asyncio.wait({self.check_task}, timeout=LIFESPAN_TIMEOUT_SECONDS)
+
+
+class Database(CheckedServer):
     """The engines of one worker. Made after the fork: no connection is shared."""
 
+    name = "the database"
+
     def __init__(self, settings: Settings) -> None:
+        super().__init__()
         self.settings = settings
         self.is_sqlite = settings.DATABASE_URL.get_backend_name() == "sqlite"
         size = settings.DATABASE_POOL_SIZE + settings.DATABASE_MAX_OVERFLOW
@@ -692,8 +753,9 @@ class Database:
         if self.is_sqlite:
             # SQLite has one writer at a time: a pool of one makes the others wait.
             self.write_engine = self.create_engine(1)
-            # In autocommit, the driver sends no BEGIN of its own. This listener sends
-            # BEGIN IMMEDIATE; SQLAlchemy sends COMMIT or ROLLBACK at the end.
+            # AUTOCOMMIT only keeps the driver from sending BEGIN. At the beginning of a
+            # transaction, this listener sends BEGIN IMMEDIATE. At its end, SQLAlchemy
+            # sends COMMIT or ROLLBACK, as always.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             # The same pool with another isolation level.
@@ -702,8 +764,6 @@ class Database:
             )
         # Health checks do not wait behind requests.
         self.check_engine = self.create_engine(1)
-        self.check_task: asyncio.Task[None] | None = None
-        self.is_available = True  # False during an outage
         self.has_tables = False
 
     def create_engine(self, pool_size: int) -> AsyncEngine:
@@ -716,7 +776,7 @@ class Database:
             options["connect_args"] = {"timeout": seconds}
         else:
             url = url.set(query={**self.postgresql_options(), **url.query})
-            # After an ALTER TABLE, PostgreSQL refuses statements prepared before it.
+            # None: prepare no statement. PostgreSQL refuses it after an ALTER TABLE.
             options["connect_args"] = {"prepare_threshold": None}
             # To look for hstore, which is not used here, takes three round trips.
             options["use_native_hstore"] = False
@@ -767,8 +827,9 @@ class Database:
 
     async def create_tables(self) -> None:
         """Create missing tables. Any number of workers and hosts may do it at once."""
-        # An engine is slow to open its first connection. At the start, open that of the
-        # requests' engine here, so that no request has to wait for it.
+        # At the start, use the engine of the requests: its first connection is slow to
+        # open, and now no request has to wait for it. Later, use the engine of checks,
+        # because requests may hold all connections of theirs.
         engine = self.check_engine if self.has_tables else self.read_engine
         async with engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
@@ -788,41 +849,17 @@ class Database:
         async with self.check_engine.connect() as connection:
             await connection.execute(CHECK_QUERY)
 
-    async def check_until_ready(self) -> None:
-        """Check every second until it succeeds. Log start and end of an outage once."""
-        while True:
-            try:
-                await self.check()
-                break
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
-                if self.is_available:
-                    extra = {"reason": describe(error)}
-                    logger.warning("the database is not ready", extra=extra)
-                self.is_available = False
-            # After a failover, the connections of requests may still lead to the former
-            # primary. (on_database_error has dropped that of the check.)
-            pool: Any = self.read_engine.pool
-            pool.replace_connections()
-            await asyncio.sleep(CHECK_INTERVAL_SECONDS)
-        if not self.is_available:
-            logger.info("the database is ready again")
-        self.is_available = True
-
-    def start_check(self) -> asyncio.Task[None]:
-        """Start `check_until_ready`, unless it is running: callers share the task.
-
-        It runs at the start, at a health check and after a failed request. While all is
-        well, nothing runs in the background.
-        """
-        if self.check_task is None or self.check_task.done():
-            self.check_task = asyncio.create_task(self.check_until_ready())
-        return self.check_task
+    async def drop_connections(self) -> None:
+        # After a failover, the connections of requests may still lead to the former
+        # primary. (on_database_error has dropped that of the check.)
+        pool: Any = self.read_engine.pool
+        pool.replace_connections()
 
     async def is_ready(self) -> bool:
         """Answer a health check, within HEALTH_CHECK_SECONDS.
 
-        The task ends when a check succeeds. If that takes longer, it goes on, for the
-        next caller. In an outage the answer is False at once, until the task has ended.
+        The task is done only if a check has succeeded. If that takes longer, the task
+        goes on, and the next caller finds it. In a known outage, do not wait for it.
         """
         task = self.start_check()
         if self.is_available:
@@ -830,9 +867,7 @@ class Database:
         return task.done()
 
     async def close(self) -> None:
-        if self.check_task is not None:
-            self.check_task.cancel()
-            await asyncio.wait({self.check_task}, timeout=LIFESPAN_TIMEOUT_SECONDS)
+        await self.stop_check()
         for engine in (self.read_engine, self.write_engine, self.check_engine):
             await engine.dispose()
 
@@ -936,8 +971,9 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # May be left out, but not be null. The factory's value is never used, because
-    # `change_item` reads only what was sent; /docs would show a plain default.
+    # May be left out, but not be null. Pydantic needs some default for that, which is
+    # never used: `change_item` reads only the fields that were sent. It is a factory,
+    # because /docs would show a plain default.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -1061,11 +1097,12 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 OWNER: sa.BindParameter[int] = sa.bindparam("owner")
 AFTER: sa.BindParameter[int] = sa.bindparam("after")
-# Both conditions select the same rows.
+# The owner's items with an id above AFTER, written so that each database uses the index
+# (owner_id, id).
 LIST_ITEMS_QUERIES = {
-    # With the other one, SQLite reads all items of the owner: 200 ms, not 0.05 ms.
+    # For PostgreSQL's condition, SQLite reads all items of the owner: 200 ms, not 0.05.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # With the other one, PostgreSQL may read the items of all owners, by primary key.
+    # For SQLite's, PostgreSQL may read the items of all owners, by the primary key.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1268,7 +1305,7 @@ SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 ROWS_IN_BUCKET = 16  # of the hash table in SlidingWindowRateLimiter
 SECOND_NS = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
-REDIS_RETRY_SECONDS = 1
+REDIS_CONNECT_SECONDS = 1
 # Per worker. When many are opened at once, they take longer than REDIS_TIMEOUT_SECONDS.
 MAX_REDIS_CONNECTIONS = 8
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -1321,7 +1358,7 @@ def client_key(address: str) -> str:
 
 
 class SlidingWindowRateLimiter:
-    """Allow at most `limit` requests of a client in any `seconds`, exactly.
+    """Allow at most `limit` requests of a client in any period of `seconds`, exactly.
 
     It is a hash table of fixed size in anonymous shared memory. A client's hash selects
     a bucket of 16 rows; a row belongs to one client. In a full bucket, a new client
@@ -1338,9 +1375,10 @@ class SlidingWindowRateLimiter:
                 ("last_seen_ns", ctypes.c_int64),
                 ("oldest", ctypes.c_int64),
                 ("count", ctypes.c_int64),
-                ("times", ctypes.c_int64 * limit),  # an array
+                ("times", ctypes.c_int64 * limit),
             )
 
+        # In ctypes, `type * n` is the type of an array of n elements.
         bucket_type = Row * ROWS_IN_BUCKET
         table_type = bucket_type * (table_bytes // ctypes.sizeof(bucket_type))
         memory = mmap.mmap(-1, ctypes.sizeof(table_type))  # forked processes share it
@@ -1351,19 +1389,19 @@ class SlidingWindowRateLimiter:
         self.clock_ns = time.monotonic_ns
         self.lock_file = open_lock_file()
 
-    def hit(self, client: str) -> RateLimitResult:
-        """Count a request of the client, if the limit allows it."""
+    def hit(self, key: str) -> RateLimitResult:
+        """Count a request of a client, whose name is `key`, if the limit allows it."""
         # If another worker holds the lock, this blocks the event loop for microseconds.
         fcntl.lockf(self.lock_file, fcntl.LOCK_EX)
         try:
-            return self.record_request(self.find_row(client))
+            return self.record_request(self.find_row(key))
         finally:
             fcntl.lockf(self.lock_file, fcntl.LOCK_UN)
 
-    def find_row(self, client: str) -> ctypes.Structure:
+    def find_row(self, key: str) -> ctypes.Structure:
         # All workers share the random seed of Python's hash. Clients do not know it, so
         # they cannot choose a bucket.
-        client_hash = hash(client)
+        client_hash = hash(key)
         bucket = self.buckets[client_hash % len(self.buckets)]
         rows: list[ctypes.Structure] = list(bucket)  # views of the memory, not copies
         for row in rows:
@@ -1371,7 +1409,7 @@ class SlidingWindowRateLimiter:
                 return row
         row = min(rows, key=attrgetter("last_seen_ns"))
         row.client_hash = client_hash
-        row.count = 0  # an empty ring buffer may begin anywhere
+        row.count = 0  # and `oldest` stays: an empty ring buffer may begin anywhere
         return row
 
     def record_request(self, row: ctypes.Structure) -> RateLimitResult:
@@ -1393,45 +1431,46 @@ class SlidingWindowRateLimiter:
         return RateLimitResult(allowed, self.limit, remaining, reset_seconds)
 
 
-class RedisRateLimiter:
-    """The same rule in Redis, for all processes and hosts together.
+class RedisRateLimiter(CheckedServer):
+    """The same rule in Redis, for all processes and hosts together."""
 
-    While Redis cannot be used, one request a second tries it again.
-    """
+    name = "Redis"
 
     def __init__(self, settings: Settings) -> None:
+        super().__init__()
         # A retry would take longer than the timeout.
         self.client = Redis.from_url(str(settings.REDIS_URL), retry=None)
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{settings.PROJECT_NAME}:rate-limit"
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
-        self.is_available = True
-        self.next_attempt = 0.0  # of time.monotonic()
+
+    async def check(self) -> None:
+        # Open all connections, for which REDIS_TIMEOUT_SECONDS can be too short: in a
+        # first burst of requests, Redis would seem to be slow.
+        async with asyncio.timeout(REDIS_CONNECT_SECONDS):
+            connections = range(MAX_REDIS_CONNECTIONS)
+            await asyncio.gather(
+                *(self.client.script_load(REDIS_SCRIPT) for _ in connections)
+            )
+        # Fails if Redis only reads, or is too slow for the requests.
+        await self.run_script("check", limit=1, seconds=1)
+
+    async def drop_connections(self) -> None:
+        await self.client.connection_pool.disconnect(inuse_connections=False)
 
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
         # The wait for a slot is not part of the timeout, because it shows that this
         # worker is busy, not that Redis is slow.
         async with self.slots:
-            is_retry = not self.is_available
-            if is_retry and time.monotonic() < self.next_attempt:
+            if not self.is_available:
                 return None
-            # Used in an outage only: while this request tries, the others do not.
-            self.next_attempt = time.monotonic() + REDIS_RETRY_SECONDS
             try:
-                result = await self.run_script(key, limit, seconds)
+                return await self.run_script(key, limit, seconds)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
-                if self.is_available:
-                    extra = {"reason": describe(error)}
-                    logger.warning("Redis is not ready", extra=extra)
-                self.is_available = False
-                # After a failover, open connections may lead to the former primary.
-                await self.client.connection_pool.disconnect(inuse_connections=False)
+                self.start_outage(error)
+                self.start_check()
                 return None
-        if is_retry:
-            logger.info("Redis is ready again")
-            self.is_available = True
-        return result
 
     async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
         keys = [f"{self.key_prefix}:{key}"]
@@ -1489,6 +1528,7 @@ class RateLimiter:
 
     async def close(self) -> None:
         if self.redis:
+            await self.redis.stop_check()
             await self.redis.client.aclose()
 
 
@@ -1540,14 +1580,15 @@ DOCS_HEADERS = SECURITY_HEADERS | {
 }
 
 
-def is_ignored(forwarded_for: str, client_port: int) -> bool:
+def is_from_untrusted_proxy(forwarded_for: str, client_port: int) -> bool:
     """Return whether uvicorn has ignored X-Forwarded-For: it does not trust the peer.
 
-    Otherwise, client_port is the port in the header, or 0 if it has none.
+    If uvicorn has used it, client_port is the port in it, or 0 if there is none. Any
+    other port is the peer's own.
     """
-    return (
-        bool(forwarded_for and client_port) and f":{client_port}" not in forwarded_for
-    )
+    if not forwarded_for or client_port == 0:
+        return False
+    return f":{client_port}" not in forwarded_for
 
 
 @cache  # so that it runs once in each process
@@ -1574,9 +1615,9 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # In ASGI, `path` begins with `root_path`. The proxy has stripped it, so put it
-        # back. With FastAPI(root_path=…), it would be missing in Location, and a path
-        # that itself begins with the prefix would not be found.
+        # In ASGI, `path` begins with `root_path`. The proxy has stripped this prefix:
+        # put it back. FastAPI(root_path=…) does not: Location would be without it, and
+        # a path such as /shop/shop would not be found.
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1612,7 +1653,7 @@ class RequestLoggingMiddleware:
         address, port = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         forwarded_for = headers.get(b"x-forwarded-for", b"").decode("latin-1")
-        if is_ignored(forwarded_for, port):
+        if is_from_untrusted_proxy(forwarded_for, port):
             warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
@@ -1713,7 +1754,7 @@ class LimitsAndErrorsMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        limited_receive = self.check_body(scope, receive)
+        limited_receive = self.limit_body(scope, receive)
         timer = asyncio.timeout(self.timeout_seconds)
         try:
             async with timer:
@@ -1736,15 +1777,15 @@ class LimitsAndErrorsMiddleware:
         if "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
-    def check_body(self, scope: Scope, receive: Receive) -> Receive:
-        """Return a `receive` that refuses bodies that are too large, and some forms.
+    def limit_body(self, scope: Scope, receive: Receive) -> Receive:
+        """Return a `receive` that raises HTTPException for a bad body.
 
-        FastAPI calls it to read the body. It turns any exception but HTTPException into
-        a 400.
+        FastAPI calls it to read the body. (FastAPI would turn any other exception from
+        it into a 400.)
         """
         received_bytes = 0
 
-        async def receive_checked() -> Message:
+        async def receive_limited() -> Message:
             nonlocal received_bytes
             headers = Headers(scope=scope)
             if int(headers.get("content-length", 0)) > self.max_body_bytes:
@@ -1761,7 +1802,7 @@ class LimitsAndErrorsMiddleware:
                 raise HTTPException(413)
             return message
 
-        return receive_checked
+        return receive_limited
 
 
 # --- Dependencies ---------------------------------------------------------------------
@@ -1816,8 +1857,8 @@ health_router = APIRouter(
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=document_errors(413, 500, 504),
-    # operationId is the function's name. `create_app` says so, too, but include_router
-    # would apply that, and these routes are added without it.
+    # operationId is the function's name. What `create_app` sets does not reach these
+    # routes, because they are added without include_router.
     generate_unique_id_function=attrgetter("name"),
 )
 
@@ -1879,7 +1920,7 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
 
 # --- API routes -----------------------------------------------------------------------
 # HTTP and nothing else, in a few lines a route. Callers read the docstrings in /docs.
-# FastAPI answers 400 if it cannot decode a body.
+# Routes with a body document 400, with which FastAPI answers if it cannot decode it.
 
 IdPath = Annotated[int, Path(ge=1, le=MAX_ID)]
 After = Annotated[
@@ -2030,7 +2071,10 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """
     database = Database(app.state.settings)
     app.state.database = database
-    await asyncio.wait({database.start_check()}, timeout=LIFESPAN_TIMEOUT_SECONDS)
+    checks = {database.start_check()}
+    if app.state.rate_limiter.redis:
+        checks.add(app.state.rate_limiter.redis.start_check())
+    await asyncio.wait(checks, timeout=LIFESPAN_TIMEOUT_SECONDS)
     try:
         yield
     finally:
