@@ -47,22 +47,23 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # uvicorn looks for this in FORWARDED_ALLOW_IPS. A unix socket has no address:
+        # uvicorn compares this with FORWARDED_ALLOW_IPS. A unix socket has no address:
         # use 127.0.0.1. An IPv4 client of an IPv6 socket has the prefix ::ffff: here.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
-        # Close a connection that sends nothing. This is uvicorn's timer of idle
-        # connections, which it starts after a response; `on_headers_complete` stops it.
+        # Close a connection that sends nothing. uvicorn keeps its own timer of idle
+        # connections here, which it starts after a response.
         timer = self.loop.call_later(HEADER_SECONDS, transport.close)
         self.timeout_keep_alive_task = timer
 
     def data_received(self, data: bytes) -> None:
-        # Count headers, not bodies. `cycle` is uvicorn's object for the request.
+        # `cycle` is uvicorn's object for the request. If no body is expected, these are
+        # headers. (If a body follows in `data`, on_headers_complete sets this to 0.)
         if not (self.cycle and self.cycle.more_body):
             self.header_bytes += len(data.lstrip(b"\r\n"))  # without empty lines
         try:
             self.parse(memoryview(data))
-        # `parse` raises HttpParserUpgrade for the method CONNECT only.
+        # HttpParserUpgrade gets here for the method CONNECT only, from restart_parser.
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:  # and the headers are incomplete
@@ -74,30 +75,30 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
     def parse(self, data: memoryview) -> None:
-        """Feed the parser, and ignore `Upgrade`, as RFC 9110 § 7.8 allows.
-
-        After headers with `Upgrade`, the parser stops, and the body would be lost. So
-        feed these headers without `Upgrade` to a new parser, and then the rest.
-        """
+        """Feed the parser. Ignore `Upgrade`, as RFC 9110 § 7.8 allows."""
         while data:
             try:
                 self.parser.feed_data(data)
                 return
             except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]  # args[0] is where the headers end
-            version = self.parser.get_http_version().encode()
-            lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
-            lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
-            self.parser = httptools.HttpRequestParser(self)
-            # As uvicorn does: otherwise, data after "Connection: close" is an error.
-            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-            self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
+                # The parser has stopped after the headers. A new one reads the body.
+                data = data[upgrade.args[0] :]
+            self.restart_parser()
+
+    def restart_parser(self) -> None:
+        """Feed the same headers, without `Upgrade`, to a new parser."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        # As uvicorn does: otherwise, data after "Connection: close" is an error.
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
-            return  # `parse` then feeds them to a new parser, without `Upgrade`
-        # 4 is for ": " and CRLF.
-        size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
+            return  # `parse` then restarts the parser
+        size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
             raise httptools.HttpParserError  # stops the parser
@@ -107,12 +108,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = None
         self._unset_keepalive_if_required()
         super().on_headers_complete()
-        self.headers = []  # or trailers would be appended to the list of the request
+        self.headers = []  # for trailers. uvicorn has given the old list to the request
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
             super().on_message_complete()
-            self.cycle.more_body = False  # uvicorn skips this after an early response
+            self.cycle.more_body = False  # uvicorn leaves it after an early response
 
     def refuse(self, status: int) -> None:
         """Answer, unless another refusal has been sent, and close the connection."""
@@ -132,7 +133,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
         self.config.timeout_notify = 1  # seconds between two calls of callback_notify
-        # uvicorn then cancels the requests. The rest of the time is for sending 503s.
+        # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
         # Not super().run(), which ignores SIGQUIT. gunicorn sends that at Ctrl+C.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
@@ -150,8 +151,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 def when_ready(server: Any) -> None:  # before the workers are forked
     if not logging.getLogger().handlers:  # gunicorn was told "main:create_app()"
         main.setup_logging(main.get_settings())
-    # Raise the limit of open files: each connection needs one.
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # of open files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     if "*" in server.cfg.forwarded_allow_ips:

@@ -49,7 +49,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import cache, lru_cache, partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 from urllib.parse import quote
 
 import psycopg
@@ -98,7 +98,8 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
     try:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
-        # Raises for an option that PostgreSQL does not know. (Only names are checked.)
+        # Give the names of the options to libpq: it raises for one that it does not
+        # know.
         make_conninfo(**dict.fromkeys(url.query, ""))
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
@@ -109,8 +110,8 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
         raise ValueError("has a bad port")
     # In memory, each connection would have a database of its own. SQLite's options are
     # refused, because they can ask for that, too.
-    is_file = url.database not in {None, "", ":memory:"} and not url.query
-    if url.get_backend_name() == "sqlite" and not is_file:
+    is_in_memory = url.database in {None, "", ":memory:"}
+    if url.get_backend_name() == "sqlite" and (is_in_memory or url.query):
         raise ValueError("should name a file, without options")
     return url
 
@@ -118,7 +119,7 @@ def parse_database_url(value: str | sa.URL) -> sa.URL:
 def check_redis_url(value: str) -> str:
     """Raise ValueError if redis-py refuses the URL, or does not know its options."""
     try:
-        pool: Any = Redis.from_url(value).connection_pool
+        pool: Any = Redis.from_url(value).connection_pool  # its methods have no types
         pool.make_connection()  # which is not opened
     except Exception:  # noqa: BLE001 - ValueError, TypeError, RedisError
         raise ValueError("no Redis URL, or bad options") from None
@@ -140,8 +141,8 @@ def parse_origin(value: str) -> str:
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
-# Bytes of the environment that are not UTF-8 become invalid Unicode. pydantic refuses
-# that only in a text with a max_length.
+# pydantic looks into a text only if it has a max_length or a pattern: then it refuses
+# invalid Unicode, as which Python reads variables that are not UTF-8.
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -181,8 +182,8 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip values, because secret files often end with a newline.
 
-        A value that is then empty counts as not set. (env_ignore_empty sees only values
-        that are empty before.)
+        A value that is then empty counts as not set. (env_ignore_empty takes white
+        space for a value.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         return {k: v for k, v in (values | texts).items() if v != ""}
@@ -236,7 +237,7 @@ LIBRARY_LEVELS = {
     "aiosqlite": "WARNING",
     "asyncio": "WARNING",
     "httpx": "WARNING",  # if you use it, as the tests do
-    f"{__name__}.FairPool": "WARNING",  # SQLAlchemy names it by module and class
+    f"{__name__}.FairPool": "WARNING",  # SQLAlchemy's logger of our pool
     "sqlalchemy": "WARNING",
     # Their warnings repeat what the request's own line says.
     "psycopg": "ERROR",
@@ -563,7 +564,8 @@ def abort_connection(entry: ConnectionPoolEntry) -> None:
     """
     connection = entry.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # `with` closes a duplicate of the descriptor; the driver closes the original.
+        # `with` closes its descriptor, so give it a duplicate: the driver closes its
+        # own.
         descriptor = os.dup(connection.fileno())
         with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
@@ -574,9 +576,10 @@ class FairPool(AsyncAdaptedQueuePool):
     """A pool that gives connections to requests in the order in which they came.
 
     SQLAlchemy's own pool lets newcomers overtake: under load, some requests wait until
-    they fail. Here a request first waits for one of `size()` (pool_size) slots. A
-    PostgreSQL connection that is held for longer than `timeout()` (pool_timeout) is
-    closed; otherwise, requests to a silent server would hold the whole pool.
+    they fail. Here a request first waits for one of `size()` (pool_size) slots: those
+    who wait for a semaphore get it first come, first served. A PostgreSQL connection
+    that is held for longer than `timeout()` (pool_timeout) is closed; otherwise,
+    requests to a silent server would hold the whole pool.
 
     SQLAlchemy calls the methods in a greenlet, where `await_(x)` does what `await x`
     does in a coroutine. `_do_get` and `_do_return_conn` are private, but SQLAlchemy's
@@ -586,11 +589,11 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        # One timer for each entry that was ever handed out. These are at most size(),
-        # because SQLAlchemy uses an entry again for a new connection.
+        # SQLAlchemy's entries, each with the timer of its last use. An entry outlives
+        # its connection, and there are at most size() of them, so none is removed.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # On a new connection, SQLAlchemy sends statements of its own before `_do_get`
-        # returns. The timer must run meanwhile, too; `_do_get` then starts it again.
+        # A new connection is opened within super()._do_get(), and SQLAlchemy sends
+        # statements of its own there. The timer must run meanwhile, too.
         event.listen(self, "connect", lambda _, entry: self.start_timer(entry))
 
     def start_timer(self, entry: ConnectionPoolEntry) -> None:
@@ -685,10 +688,10 @@ def refuse_write_statement(state: orm.ORMExecuteState) -> None:
 
 
 class CheckedServer:
-    """The base class of `Database` and `RedisRateLimiter`: can the server be used now?
+    """The base class of `Database` and `RedisRateLimiter`.
 
-    After a failure, it checks the server until it can. While all is well, nothing runs
-    in the background.
+    Knows whether the server is available. After a failure, checks it every second until
+    it is. While all is well, nothing runs in the background.
     """
 
     name: str
@@ -753,9 +756,9 @@ class Database(CheckedServer):
         if self.is_sqlite:
             # SQLite has one writer at a time: a pool of one makes the others wait.
             self.write_engine = self.create_engine(1)
-            # AUTOCOMMIT only keeps the driver from sending BEGIN. At the beginning of a
-            # transaction, this listener sends BEGIN IMMEDIATE. At its end, SQLAlchemy
-            # sends COMMIT or ROLLBACK, as always.
+            # In AUTOCOMMIT, the sqlite3 driver sends no BEGIN of its own. This listener
+            # sends BEGIN IMMEDIATE. SQLAlchemy still calls the driver's commit() or
+            # rollback(), which ends that transaction.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             # The same pool with another isolation level.
@@ -776,7 +779,8 @@ class Database(CheckedServer):
             options["connect_args"] = {"timeout": seconds}
         else:
             url = url.set(query={**self.postgresql_options(), **url.query})
-            # None: prepare no statement. PostgreSQL refuses it after an ALTER TABLE.
+            # None: prepare no statements. PostgreSQL refuses old ones after ALTER
+            # TABLE.
             options["connect_args"] = {"prepare_threshold": None}
             # To look for hstore, which is not used here, takes three round trips.
             options["use_native_hstore"] = False
@@ -827,9 +831,9 @@ class Database(CheckedServer):
 
     async def create_tables(self) -> None:
         """Create missing tables. Any number of workers and hosts may do it at once."""
-        # At the start, use the engine of the requests: its first connection is slow to
-        # open, and now no request has to wait for it. Later, use the engine of checks,
-        # because requests may hold all connections of theirs.
+        # At the start: open the first connection of the requests' engine, which is
+        # slow, so that no request waits for it. After an outage: use the engine of
+        # checks, because requests may hold all connections of theirs.
         engine = self.check_engine if self.has_tables else self.read_engine
         async with engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
@@ -858,8 +862,8 @@ class Database(CheckedServer):
     async def is_ready(self) -> bool:
         """Answer a health check, within HEALTH_CHECK_SECONDS.
 
-        The task is done only if a check has succeeded. If that takes longer, the task
-        goes on, and the next caller finds it. In a known outage, do not wait for it.
+        The task is done only if a check has succeeded. Otherwise it goes on, and the
+        next health check shares it. In a known outage, do not wait for it.
         """
         task = self.start_check()
         if self.is_available:
@@ -891,8 +895,8 @@ async def database_exception_handler(
 
 # --- Schemas --------------------------------------------------------------------------
 # The bodies of requests and responses. A text of a request has a pattern or a
-# max_length: pydantic then refuses invalid Unicode. Texts that reach the database
-# contain no NUL, because PostgreSQL refuses it.
+# max_length, so that pydantic refuses invalid Unicode (see ValidText). Texts that reach
+# the database contain no NUL, because PostgreSQL refuses it.
 
 MAX_ID = 2**63 - 1
 NO_NUL = r"^[^\x00]*$"
@@ -1051,7 +1055,7 @@ def signing_key(settings: Settings) -> dict[str, str]:
 
     python-jose also takes a string, but parses it if it happens to be JSON.
     """
-    # Python reads bytes that are not UTF-8 from the environment as surrogates.
+    # Turn what Python has read as invalid Unicode (see ValidText) back into bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1100,9 +1104,11 @@ AFTER: sa.BindParameter[int] = sa.bindparam("after")
 # The owner's items with an id above AFTER, written so that each database uses the index
 # (owner_id, id).
 LIST_ITEMS_QUERIES = {
-    # For PostgreSQL's condition, SQLite reads all items of the owner: 200 ms, not 0.05.
+    # With the condition below, SQLite would read all items of the owner: 200 ms, not
+    # 0.05 ms.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # For SQLite's, PostgreSQL may read the items of all owners, by the primary key.
+    # With the condition above, PostgreSQL might read the items of all owners, by the
+    # primary key. This one selects the same rows: owner_id = OWNER and id > AFTER.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1329,9 +1335,13 @@ return {allowed, limit, math.max(0, limit - count), reset_seconds} -- as RateLim
 """
 
 
-# Opened once, and inherited by the workers. Its lock protects the shared memory. If a
-# process is killed, the kernel releases the lock.
-open_lock_file = cache(tempfile.TemporaryFile)
+@cache
+def open_lock_file() -> IO[bytes]:
+    """Return the file whose lock protects the shared memory. It is opened only once.
+
+    The workers inherit it. If a process is killed, the kernel releases its lock.
+    """
+    return tempfile.TemporaryFile()
 
 
 class RateLimitResult(NamedTuple):
@@ -1445,14 +1455,15 @@ class RedisRateLimiter(CheckedServer):
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
 
     async def check(self) -> None:
-        # Open all connections, for which REDIS_TIMEOUT_SECONDS can be too short: in a
-        # first burst of requests, Redis would seem to be slow.
+        # Commands that are sent at once need a connection each, so this opens all. If a
+        # burst of requests opened them, that would take too long, and look like an
+        # outage.
         async with asyncio.timeout(REDIS_CONNECT_SECONDS):
             connections = range(MAX_REDIS_CONNECTIONS)
             await asyncio.gather(
                 *(self.client.script_load(REDIS_SCRIPT) for _ in connections)
             )
-        # Fails if Redis only reads, or is too slow for the requests.
+        # Fails if Redis is a read-only replica, or slower than a request may wait.
         await self.run_script("check", limit=1, seconds=1)
 
     async def drop_connections(self) -> None:
@@ -1494,7 +1505,7 @@ class RateLimiter:
             "login": settings.RATE_LIMIT_LOGIN_REQUESTS,
         }
         table_bytes = SHARED_MEMORY_BYTES // len(limits)
-        self.in_memory = {
+        self.memory_limiters = {
             name: SlidingWindowRateLimiter(limit, seconds, table_bytes)
             for name, limit in limits.items()
         }
@@ -1502,13 +1513,15 @@ class RateLimiter:
 
     async def hit(self, name: str, address: str) -> RateLimitResult:
         """Count a request, if the limit of this name allows it."""
-        in_memory = self.in_memory[name]
+        memory_limiter = self.memory_limiters[name]
         key = f"{name}:{client_key(address)}"
         if self.redis:
-            result = await self.redis.hit(key, in_memory.limit, in_memory.seconds)
+            result = await self.redis.hit(
+                key, memory_limiter.limit, memory_limiter.seconds
+            )
             if result:
                 return result
-        return in_memory.hit(key)
+        return memory_limiter.hit(key)
 
     async def enforce(self, name: str, scope: Scope) -> None:
         """Count a request of the client. Raises RateLimitedException.
@@ -1583,8 +1596,8 @@ DOCS_HEADERS = SECURITY_HEADERS | {
 def is_from_untrusted_proxy(forwarded_for: str, client_port: int) -> bool:
     """Return whether uvicorn has ignored X-Forwarded-For: it does not trust the peer.
 
-    If uvicorn has used it, client_port is the port in it, or 0 if there is none. Any
-    other port is the peer's own.
+    uvicorn does not tell. If it has used the header, client_port is the port in it,
+    or 0 if there is none. Any other port is the peer's own.
     """
     if not forwarded_for or client_port == 0:
         return False
@@ -1615,9 +1628,9 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # In ASGI, `path` begins with `root_path`. The proxy has stripped this prefix:
-        # put it back. FastAPI(root_path=…) does not: Location would be without it, and
-        # a path such as /shop/shop would not be found.
+        # The proxy has stripped this prefix, but in ASGI `path` includes `root_path`.
+        # FastAPI(root_path=…) sets only root_path: the prefix would be missing in
+        # Location, and a path such as /shop/shop would not be found.
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1657,7 +1670,7 @@ class RequestLoggingMiddleware:
             warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
-        # Without a response, after a bug in a middleware, uvicorn answers 500.
+        # No status: a middleware has failed, and uvicorn will answer 500.
         status_code = state.get("status_code", 500)
         exception = state.get("exception")
         fields = {
@@ -1780,22 +1793,14 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        FastAPI calls it to read the body. (FastAPI would turn any other exception from
-        it into a 400.)
+        FastAPI calls it within the route, and turns the exception into a response. (Any
+        other exception would become a 400.)
         """
         received_bytes = 0
 
         async def receive_limited() -> Message:
             nonlocal received_bytes
-            headers = Headers(scope=scope)
-            if int(headers.get("content-length", 0)) > self.max_body_bytes:
-                raise HTTPException(413)
-            # Starlette would decode a form with any charset that the client names. Some
-            # of Python's codecs, such as punycode, are slow.
-            content_type, options = parse_options_header(headers.get("content-type"))
-            charset = options.get(b"charset", b"utf-8").lower()
-            if content_type == b"multipart/form-data" and charset != b"utf-8":
-                raise HTTPException(400, "The charset must be utf-8")
+            self.check_body_headers(Headers(scope=scope))
             message = await receive()
             received_bytes += len(message.get("body", b""))
             if received_bytes > self.max_body_bytes:
@@ -1803,6 +1808,16 @@ class LimitsAndErrorsMiddleware:
             return message
 
         return receive_limited
+
+    def check_body_headers(self, headers: Headers) -> None:
+        if int(headers.get("content-length", 0)) > self.max_body_bytes:
+            raise HTTPException(413)
+        # Starlette would decode a form with any charset that the client names. Some of
+        # Python's codecs, such as punycode, are slow.
+        content_type, options = parse_options_header(headers.get("content-type"))
+        charset = options.get(b"charset", b"utf-8").lower()
+        if content_type == b"multipart/form-data" and charset != b"utf-8":
+            raise HTTPException(400, "The charset must be utf-8")
 
 
 # --- Dependencies ---------------------------------------------------------------------
@@ -1858,7 +1873,7 @@ health_router = APIRouter(
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=document_errors(413, 500, 504),
     # operationId is the function's name. What `create_app` sets does not reach these
-    # routes, because they are added without include_router.
+    # routes, because it adds them without include_router, which is faster.
     generate_unique_id_function=attrgetter("name"),
 )
 

@@ -2143,7 +2143,7 @@ async def test_rate_limit_of_two_budgets_shows_the_tighter(limits: Any) -> None:
 
 def set_clock(app: FastAPI) -> Clock:
     clock = Clock()
-    for limiter in app.state.rate_limiter.in_memory.values():
+    for limiter in app.state.rate_limiter.memory_limiters.values():
         limiter.clock_ns = clock
     return clock
 
@@ -2211,7 +2211,9 @@ def make_older(url: str, project: str, seconds: float) -> None:
 
 
 @pytest.mark.usefixtures("patience")
-async def test_rate_limit_in_redis_is_the_same_as_in_memory(redis_url: str) -> None:
+async def test_rate_limit_in_redis_is_the_same_as_in_memory(
+    redis_url: str,
+) -> None:
     chance = random.Random(1)
     clock = Clock()
     model = Model(3)
