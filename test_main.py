@@ -2329,6 +2329,7 @@ async def test_rate_limit_is_kept_in_memory_while_redis_is_away(
         assert await admitted(limiter, 4) == 3
         patience.setattr(main, "REDIS_TIMEOUT_SECONDS", PATIENCE_SECONDS)
         end(own_redis)
+        await let_others_run()
         skip_time(1)
         await eventually(lambda: limiter.redis.is_available, "Redis")
         await limiter.hit("api", "192.0.2.2")
@@ -2344,6 +2345,7 @@ async def test_rate_limit_goes_on_in_redis_successor(own_redis: OwnRedis) -> Non
         own_redis.client.config_set("port", free_port())
         with running_redis(own_redis.port) as successor:
             assert await admitted(limiter, 1) == 1
+            await let_others_run()
             skip_time(1)
             await eventually(lambda: limiter.redis.is_available, "its successor")
             assert await admitted(limiter, 4) == 3
