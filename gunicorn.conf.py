@@ -60,7 +60,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # `cycle` is uvicorn's object for the request. If no body is expected, these are
         # headers. (If a body follows in `data`, on_headers_complete sets this to 0.)
         if not (self.cycle and self.cycle.more_body):
-            self.header_bytes += len(data.lstrip(b"\r\n"))  # without empty lines
+            self.header_bytes += len(data.lstrip(b"\r\n"))  # may begin with empty lines
         try:
             self.parse(memoryview(data))
         # HttpParserUpgrade gets here for the method CONNECT only, from restart_parser.
@@ -132,7 +132,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.app = self.wsgi  # what gunicorn has loaded
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
-        self.config.timeout_notify = 1  # seconds between two calls of callback_notify
+        self.config.timeout_notify = 1  # seconds, between calls of callback_notify
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
         # Not super().run(), which ignores SIGQUIT. gunicorn sends that at Ctrl+C.

@@ -93,7 +93,7 @@ DRIVERS = {
 }
 
 
-def parse_database_url(value: str | sa.URL) -> sa.URL:
+def parse_database_url(value: str) -> sa.URL:
     """Return the URL that a platform hands out, with the async driver filled in."""
     try:
         url = sa.make_url(value)
@@ -544,7 +544,14 @@ class Item(Base):
 
 
 # --- Database -------------------------------------------------------------------------
-# A request holds a connection only while it talks to the database.
+# A request holds a connection only while it talks to the database. A worker has:
+#
+#   read_engine   for requests that only read; in autocommit, without transactions
+#   write_engine  for requests that write, in transactions. On PostgreSQL it shares the
+#                 connections of read_engine; on SQLite, which has one writer at a time,
+#                 it has a single connection, for which the others wait
+#   check_engine  for health checks: one connection, so that they do not wait behind
+#                 requests
 
 CHECK_INTERVAL_SECONDS = 1  # after a failed check
 HEALTH_CHECK_SECONDS = 2  # the longest time until a health check is answered
@@ -564,8 +571,8 @@ def abort_connection(entry: ConnectionPoolEntry) -> None:
     """
     connection = entry.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # `with` closes its descriptor, so give it a duplicate: the driver closes its
-        # own.
+        # A duplicate, because `with` closes it, and the driver closes its own.
+        # shutdown() acts on the connection, whichever descriptor is used.
         descriptor = os.dup(connection.fileno())
         with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
@@ -634,7 +641,7 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def replace_connections(self) -> None:
         """Replace each connection before it is used again."""
-        for entry in self.timers:
+        for entry in self.timers:  # its keys are all entries
             entry.invalidate(soft=True)
 
 
@@ -699,6 +706,7 @@ class CheckedServer:
     def __init__(self) -> None:
         self.is_available = True  # False during an outage
         self.check_task: asyncio.Task[None] | None = None
+        self.retry_timer: asyncio.TimerHandle | None = None
 
     async def check(self) -> None:
         """Raise an exception unless the server can be used."""
@@ -708,34 +716,38 @@ class CheckedServer:
         """Replace old connections before their next use: the server may have died."""
         raise NotImplementedError
 
-    def start_outage(self, error: Exception) -> None:
-        if self.is_available:
-            extra = {"reason": describe(error)}
-            logger.warning("%s is not ready", self.name, extra=extra)
-        self.is_available = False
+    def start_check(self) -> asyncio.Task[None]:
+        """Start a check, unless one is running: callers share the task."""
+        if self.check_task is None or self.check_task.done():
+            self.check_task = asyncio.create_task(self.run_check())
+        return self.check_task
 
-    async def check_until_ready(self) -> None:
-        """Check every second until it succeeds. Log start and end of an outage once."""
-        while True:
+    async def run_check(self) -> None:
+        try:
             if not self.is_available:
-                await asyncio.sleep(CHECK_INTERVAL_SECONDS)
                 await self.drop_connections()
-            try:
-                await self.check()
-                break
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
-                self.start_outage(error)
+            await self.check()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
+            self.start_outage(error)
+            return
         if not self.is_available:
             logger.info("%s is ready again", self.name)
         self.is_available = True
 
-    def start_check(self) -> asyncio.Task[None]:
-        """Start `check_until_ready`, unless it is running: callers share the task."""
-        if self.check_task is None or self.check_task.done():
-            self.check_task = asyncio.create_task(self.check_until_ready())
-        return self.check_task
+    def start_outage(self, error: Exception) -> None:
+        """Log the outage, once. Check again in a second."""
+        if self.is_available:
+            extra = {"reason": describe(error)}
+            logger.warning("%s is not ready", self.name, extra=extra)
+        self.is_available = False
+        if self.retry_timer is not None:
+            self.retry_timer.cancel()
+        loop = asyncio.get_running_loop()
+        self.retry_timer = loop.call_later(CHECK_INTERVAL_SECONDS, self.start_check)
 
-    async def stop_check(self) -> None:
+    async def stop_checks(self) -> None:
+        if self.retry_timer is not None:
+            self.retry_timer.cancel()
         if self.check_task is not None:
             self.check_task.cancel()
             await asyncio.wait({self.check_task}, timeout=LIFESPAN_TIMEOUT_SECONDS)
@@ -751,22 +763,18 @@ class Database(CheckedServer):
         self.settings = settings
         self.is_sqlite = settings.DATABASE_URL.get_backend_name() == "sqlite"
         size = settings.DATABASE_POOL_SIZE + settings.DATABASE_MAX_OVERFLOW
-        # Reads run in autocommit: no BEGIN, no ROLLBACK. Writes need a transaction.
         self.read_engine = self.create_engine(size)
+        self.check_engine = self.create_engine(1)
         if self.is_sqlite:
-            # SQLite has one writer at a time: a pool of one makes the others wait.
             self.write_engine = self.create_engine(1)
             # In AUTOCOMMIT, the sqlite3 driver sends no BEGIN of its own. This listener
             # sends BEGIN IMMEDIATE. SQLAlchemy still calls the driver's commit() or
             # rollback(), which ends that transaction.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
-            # The same pool with another isolation level.
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
-        # Health checks do not wait behind requests.
-        self.check_engine = self.create_engine(1)
         self.has_tables = False
 
     def create_engine(self, pool_size: int) -> AsyncEngine:
@@ -779,8 +787,8 @@ class Database(CheckedServer):
             options["connect_args"] = {"timeout": seconds}
         else:
             url = url.set(query={**self.postgresql_options(), **url.query})
-            # None: prepare no statements. PostgreSQL refuses old ones after ALTER
-            # TABLE.
+            # None: never prepare a statement. After an ALTER TABLE, PostgreSQL would
+            # refuse those that were prepared before it.
             options["connect_args"] = {"prepare_threshold": None}
             # To look for hstore, which is not used here, takes three round trips.
             options["use_native_hstore"] = False
@@ -862,16 +870,17 @@ class Database(CheckedServer):
     async def is_ready(self) -> bool:
         """Answer a health check, within HEALTH_CHECK_SECONDS.
 
-        The task is done only if a check has succeeded. Otherwise it goes on, and the
-        next health check shares it. In a known outage, do not wait for it.
+        A check that takes longer goes on, and the next caller shares it. In a known
+        outage, do not wait: there is a check every second.
         """
+        if not self.is_available:
+            return False
         task = self.start_check()
-        if self.is_available:
-            await asyncio.wait({task}, timeout=HEALTH_CHECK_SECONDS)
-        return task.done()
+        await asyncio.wait({task}, timeout=HEALTH_CHECK_SECONDS)
+        return task.done() and self.is_available
 
     async def close(self) -> None:
-        await self.stop_check()
+        await self.stop_checks()
         for engine in (self.read_engine, self.write_engine, self.check_engine):
             await engine.dispose()
 
@@ -888,7 +897,9 @@ async def database_exception_handler(
     is_bug = getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR"
     if is_bug or not (is_lost or is_outage):
         raise exc  # LimitsAndErrorsMiddleware answers 500
-    request.app.state.database.start_check()
+    database: Database = request.app.state.database
+    if database.is_available:  # is this an outage?
+        database.start_check()
     unavailable = ServiceUnavailableException(f"database: {describe(exc)}")
     return await app_exception_handler(request, unavailable)
 
@@ -1101,14 +1112,15 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 OWNER: sa.BindParameter[int] = sa.bindparam("owner")
 AFTER: sa.BindParameter[int] = sa.bindparam("after")
-# The owner's items with an id above AFTER, written so that each database uses the index
-# (owner_id, id).
+# The owner's items with an id above AFTER. Both queries mean the same; each makes its
+# database use the index (owner_id, id).
 LIST_ITEMS_QUERIES = {
     # With the condition below, SQLite would read all items of the owner: 200 ms, not
     # 0.05 ms.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
+    # In the order of the index: begin after (OWNER, AFTER), end with OWNER's last item.
     # With the condition above, PostgreSQL might read the items of all owners, by the
-    # primary key. This one selects the same rows: owner_id = OWNER and id > AFTER.
+    # primary key.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1446,12 +1458,12 @@ class RedisRateLimiter(CheckedServer):
 
     name = "Redis"
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, url: str, project_name: str) -> None:
         super().__init__()
         # A retry would take longer than the timeout.
-        self.client = Redis.from_url(str(settings.REDIS_URL), retry=None)
+        self.client = Redis.from_url(url, retry=None)
         self.script = self.client.register_script(REDIS_SCRIPT)
-        self.key_prefix = f"{settings.PROJECT_NAME}:rate-limit"
+        self.key_prefix = f"{project_name}:rate-limit"
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
 
     async def check(self) -> None:
@@ -1480,7 +1492,6 @@ class RedisRateLimiter(CheckedServer):
                 return await self.run_script(key, limit, seconds)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
                 self.start_outage(error)
-                self.start_check()
                 return None
 
     async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
@@ -1509,7 +1520,9 @@ class RateLimiter:
             name: SlidingWindowRateLimiter(limit, seconds, table_bytes)
             for name, limit in limits.items()
         }
-        self.redis = RedisRateLimiter(settings) if settings.REDIS_URL else None
+        self.redis: RedisRateLimiter | None = None
+        if settings.REDIS_URL:
+            self.redis = RedisRateLimiter(settings.REDIS_URL, settings.PROJECT_NAME)
 
     async def hit(self, name: str, address: str) -> RateLimitResult:
         """Count a request, if the limit of this name allows it."""
@@ -1541,7 +1554,7 @@ class RateLimiter:
 
     async def close(self) -> None:
         if self.redis:
-            await self.redis.stop_check()
+            await self.redis.stop_checks()
             await self.redis.client.aclose()
 
 
@@ -1935,7 +1948,7 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
 
 # --- API routes -----------------------------------------------------------------------
 # HTTP and nothing else, in a few lines a route. Callers read the docstrings in /docs.
-# Routes with a body document 400, with which FastAPI answers if it cannot decode it.
+# FastAPI answers 400 to a body that it cannot decode: routes with a body document that.
 
 IdPath = Annotated[int, Path(ge=1, le=MAX_ID)]
 After = Annotated[
