@@ -40,7 +40,11 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, with limits on headers. Uses internals of uvicorn 0.54."""
+    """uvicorn's protocol, with limits on headers. Uses internals of uvicorn 0.54.
+
+    `cycle` is the current request with its response; `timeout_keep_alive_task` is the
+    timer of an idle connection, which `_unset_keepalive_if_required` stops.
+    """
 
     header_bytes = 0  # of the current headers, while they are incomplete
     header_timer: TimerHandle | None = None  # fires if they stay incomplete
@@ -51,24 +55,21 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # use 127.0.0.1. An IPv4 client of an IPv6 socket has the prefix ::ffff: here.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
-        # Close a connection that sends nothing. uvicorn keeps its own timer of idle
-        # connections here, which it starts after a response.
+        # Close a connection that sends nothing. (uvicorn has no timer before a
+        # response.)
         timer = self.loop.call_later(HEADER_SECONDS, transport.close)
         self.timeout_keep_alive_task = timer
 
     def data_received(self, data: bytes) -> None:
-        # `cycle` is uvicorn's object for the request. If no body is expected, these are
-        # headers. (If a body follows in `data`, on_headers_complete sets this to 0.)
-        if not (self.cycle and self.cycle.more_body):
+        if not (self.cycle and self.cycle.more_body):  # then these are headers
             self.header_bytes += len(data.lstrip(b"\r\n"))  # may begin with empty lines
         try:
             self.parse(memoryview(data))
-        # HttpParserUpgrade gets here for the method CONNECT only, from restart_parser.
+        # restart_parser raises HttpParserUpgrade for CONNECT, which always upgrades.
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:  # and the headers are incomplete
             self.refuse(431)
-        # If headers have begun, and no request is being handled, start the timer, once.
         is_handling_request = self.cycle and not self.cycle.response_complete
         if self.header_bytes and not self.header_timer and not is_handling_request:
             self._unset_keepalive_if_required()  # the connection is not idle any more
@@ -81,12 +82,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self.parser.feed_data(data)
                 return
             except httptools.HttpParserUpgrade as upgrade:
-                # The parser has stopped after the headers. A new one reads the body.
+                # The parser has stopped after the headers, and would read no body.
                 data = data[upgrade.args[0] :]
             self.restart_parser()
 
     def restart_parser(self) -> None:
-        """Feed the same headers, without `Upgrade`, to a new parser."""
+        """Feed the same headers, but without `Upgrade`, to a new parser."""
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
@@ -108,12 +109,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = None
         self._unset_keepalive_if_required()
         super().on_headers_complete()
-        self.headers = []  # for trailers. uvicorn has given the old list to the request
+        self.headers = []  # for trailers; they must not change the request's list
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
             super().on_message_complete()
-            self.cycle.more_body = False  # uvicorn leaves it after an early response
+            self.cycle.more_body = False  # uvicorn keeps True after an early response
 
     def refuse(self, status: int) -> None:
         """Answer, unless another refusal has been sent, and close the connection."""
@@ -123,7 +124,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)
             self.transport.close()
 
-    def shutdown(self) -> None:  # half a second later: a request may be on its way
+    def shutdown(self) -> None:  # later, because a request may be on its way
         self.loop.call_later(0.5, super().shutdown)
 
 
@@ -137,8 +138,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
         # Not super().run(), which ignores SIGQUIT. gunicorn sends that at Ctrl+C.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # While uvicorn runs, it handles SIGTERM itself. At its end, it sends SIGTERM
-        # again, to the handler that was set before: handle_quit exits with 0.
+        # When uvicorn has stopped, it raises SIGTERM again: handle_quit exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         Server(self.config).run(self.sockets)
 

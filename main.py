@@ -98,8 +98,8 @@ def parse_database_url(value: str) -> sa.URL:
     try:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
-        # Give the names of the options to libpq: it raises for one that it does not
-        # know.
+        # Only the names of the options are checked, so the values are empty: libpq
+        # raises for a name that it does not know.
         make_conninfo(**dict.fromkeys(url.query, ""))
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
@@ -133,7 +133,7 @@ def parse_origin(value: str) -> str:
     origin = str(pydantic.AnyUrl(value)).removesuffix("/")
     # scheme://host without path, query, fragment, user or wildcard.
     if not re.fullmatch(r"[^:]+://[^/?#@*]+", origin):
-        raise ValueError("should be a list of origins such as https://app.example")
+        raise ValueError("should be an origin such as https://app.example")
     return origin
 
 
@@ -141,8 +141,9 @@ def parse_origin(value: str) -> str:
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
-# pydantic looks into a text only if it has a max_length or a pattern: then it refuses
-# invalid Unicode, as which Python reads variables that are not UTF-8.
+# Python's texts can hold lone surrogates, which are invalid Unicode: from "\\ud800" in
+# JSON, or from a variable that is not UTF-8. Later, they would raise an exception: a
+# 500. pydantic refuses them, but only in a text with a max_length or a pattern.
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -237,7 +238,7 @@ LIBRARY_LEVELS = {
     "aiosqlite": "WARNING",
     "asyncio": "WARNING",
     "httpx": "WARNING",  # if you use it, as the tests do
-    f"{__name__}.FairPool": "WARNING",  # SQLAlchemy's logger of our pool
+    f"{__name__}.FairPool": "WARNING",  # SQLAlchemy names a pool's logger so
     "sqlalchemy": "WARNING",
     # Their warnings repeat what the request's own line says.
     "psycopg": "ERROR",
@@ -571,8 +572,8 @@ def abort_connection(entry: ConnectionPoolEntry) -> None:
     """
     connection = entry.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # A duplicate, because `with` closes it, and the driver closes its own.
-        # shutdown() acts on the connection, whichever descriptor is used.
+        # Leaving `with` closes this duplicate of the descriptor, not the driver's own.
+        # shutdown() acts on the connection itself.
         descriptor = os.dup(connection.fileno())
         with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
@@ -596,12 +597,12 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        # SQLAlchemy's entries, each with the timer of its last use. An entry outlives
-        # its connection, and there are at most size() of them, so none is removed.
+        # None is removed: SQLAlchemy uses an entry again, so there are at most size().
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # A new connection is opened within super()._do_get(), and SQLAlchemy sends
-        # statements of its own there. The timer must run meanwhile, too.
+        # On a new connection, SQLAlchemy sends statements of its own before "checkout".
         event.listen(self, "connect", lambda _, entry: self.start_timer(entry))
+        event.listen(self, "checkout", lambda _, entry, __: self.start_timer(entry))
+        event.listen(self, "checkin", lambda _, entry: self.stop_timer(entry))
 
     def start_timer(self, entry: ConnectionPoolEntry) -> None:
         self.stop_timer(entry)
@@ -623,17 +624,14 @@ class FairPool(AsyncAdaptedQueuePool):
         """Hand out a connection."""
         await_(self.wait_for_slot())
         try:
-            entry = super()._do_get()
+            return super()._do_get()
         except BaseException:
             self.slots.release()
             raise
-        self.start_timer(entry)
-        return entry
 
     # `record`, not `entry`: an override must keep the name of the parameter.
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         """Take a connection back."""
-        self.stop_timer(record)
         try:
             super()._do_return_conn(record)
         finally:
@@ -694,7 +692,7 @@ def refuse_write_statement(state: orm.ORMExecuteState) -> None:
         refuse_write()
 
 
-class CheckedServer:
+class CheckedBackend:
     """The base class of `Database` and `RedisRateLimiter`.
 
     Knows whether the server is available. After a failure, checks it every second until
@@ -753,7 +751,7 @@ class CheckedServer:
             await asyncio.wait({self.check_task}, timeout=LIFESPAN_TIMEOUT_SECONDS)
 
 
-class Database(CheckedServer):
+class Database(CheckedBackend):
     """The engines of one worker. Made after the fork: no connection is shared."""
 
     name = "the database"
@@ -767,9 +765,9 @@ class Database(CheckedServer):
         self.check_engine = self.create_engine(1)
         if self.is_sqlite:
             self.write_engine = self.create_engine(1)
-            # In AUTOCOMMIT, the sqlite3 driver sends no BEGIN of its own. This listener
-            # sends BEGIN IMMEDIATE. SQLAlchemy still calls the driver's commit() or
-            # rollback(), which ends that transaction.
+            # AUTOCOMMIT only stops the sqlite3 driver from sending its own BEGIN. This
+            # listener sends BEGIN IMMEDIATE; SQLAlchemy's commit() or rollback() ends
+            # the transaction as usual.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             self.write_engine = self.read_engine.execution_options(
@@ -839,9 +837,9 @@ class Database(CheckedServer):
 
     async def create_tables(self) -> None:
         """Create missing tables. Any number of workers and hosts may do it at once."""
-        # At the start: open the first connection of the requests' engine, which is
-        # slow, so that no request waits for it. After an outage: use the engine of
-        # checks, because requests may hold all connections of theirs.
+        # At the start, use read_engine: its first connection is slow to open, and
+        # should be open before a request comes. After an outage, use check_engine,
+        # because requests may hold all connections of read_engine.
         engine = self.check_engine if self.has_tables else self.read_engine
         async with engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
@@ -863,7 +861,7 @@ class Database(CheckedServer):
 
     async def drop_connections(self) -> None:
         # After a failover, the connections of requests may still lead to the former
-        # primary. (on_database_error has dropped that of the check.)
+        # primary. (That of check_engine is gone, because CHECK_QUERY failed on it.)
         pool: Any = self.read_engine.pool
         pool.replace_connections()
 
@@ -898,8 +896,8 @@ async def database_exception_handler(
     if is_bug or not (is_lost or is_outage):
         raise exc  # LimitsAndErrorsMiddleware answers 500
     database: Database = request.app.state.database
-    if database.is_available:  # is this an outage?
-        database.start_check()
+    if database.is_available:
+        database.start_check()  # to find out whether only this request has failed
     unavailable = ServiceUnavailableException(f"database: {describe(exc)}")
     return await app_exception_handler(request, unavailable)
 
@@ -926,8 +924,9 @@ NewUsername = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$")
 # NIST SP 800-63B-4: at least 15 characters where there is no second factor, and no rule
 # such as "one digit".
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), Normalized]
-# A login that breaks the rules for new names and passwords gets 401, like any that is
-# wrong. These bounds only limit the size; a longer text gets 422.
+# A login is not checked against the rules for new names and passwords: what breaks them
+# gets 401, like any wrong one. These bounds only limit the size; a longer text gets
+# 422.
 LoginName = Annotated[str, Field(min_length=1, max_length=1024, pattern=NO_NUL), Lower]
 LoginPassword = Annotated[str, Field(min_length=1, max_length=1024), Normalized]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
@@ -986,9 +985,8 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # May be left out, but not be null. Pydantic needs some default for that, which is
-    # never used: `change_item` reads only the fields that were sent. It is a factory,
-    # because /docs would show a plain default.
+    # Optional, but not null. The default is never used, because `change_item` reads
+    # only the fields that were sent. default_factory keeps it out of /docs.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -1066,7 +1064,7 @@ def signing_key(settings: Settings) -> dict[str, str]:
 
     python-jose also takes a string, but parses it if it happens to be JSON.
     """
-    # Turn what Python has read as invalid Unicode (see ValidText) back into bytes.
+    # surrogateescape restores the bytes of a key that is not UTF-8 (see ValidText).
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1112,15 +1110,12 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 OWNER: sa.BindParameter[int] = sa.bindparam("owner")
 AFTER: sa.BindParameter[int] = sa.bindparam("after")
-# The owner's items with an id above AFTER. Both queries mean the same; each makes its
-# database use the index (owner_id, id).
+# Both mean: the owner's items with an id above AFTER, by the index (owner_id, id). For
+# SQLite, a comparison of tuples is slow: it would read all items of the owner, in 200
+# ms in place of 0.05 ms. For PostgreSQL, it is the reverse: with "owner_id = … AND id >
+# …", it might read the items of all owners, by the primary key.
 LIST_ITEMS_QUERIES = {
-    # With the condition below, SQLite would read all items of the owner: 200 ms, not
-    # 0.05 ms.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # In the order of the index: begin after (OWNER, AFTER), end with OWNER's last item.
-    # With the condition above, PostgreSQL might read the items of all owners, by the
-    # primary key.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1349,7 +1344,7 @@ return {allowed, limit, math.max(0, limit - count), reset_seconds} -- as RateLim
 
 @cache
 def open_lock_file() -> IO[bytes]:
-    """Return the file whose lock protects the shared memory. It is opened only once.
+    """Return the file whose lock protects the shared memory: one for all limits.
 
     The workers inherit it. If a process is killed, the kernel releases its lock.
     """
@@ -1453,7 +1448,7 @@ class SlidingWindowRateLimiter:
         return RateLimitResult(allowed, self.limit, remaining, reset_seconds)
 
 
-class RedisRateLimiter(CheckedServer):
+class RedisRateLimiter(CheckedBackend):
     """The same rule in Redis, for all processes and hosts together."""
 
     name = "Redis"
@@ -1467,9 +1462,8 @@ class RedisRateLimiter(CheckedServer):
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
 
     async def check(self) -> None:
-        # Commands that are sent at once need a connection each, so this opens all. If a
-        # burst of requests opened them, that would take too long, and look like an
-        # outage.
+        # Open all connections: each of these commands, sent at once, takes one. If a
+        # burst of requests opened them, it would exceed REDIS_TIMEOUT_SECONDS.
         async with asyncio.timeout(REDIS_CONNECT_SECONDS):
             connections = range(MAX_REDIS_CONNECTIONS)
             await asyncio.gather(
@@ -1506,7 +1500,7 @@ class RateLimiter:
     """All limits: counted in Redis, or in shared memory if Redis cannot be used.
 
     Made before the fork, so that the workers share the memory. Each worker opens its
-    own connections to Redis, at its first request.
+    own connections to Redis when it starts.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -1609,8 +1603,8 @@ DOCS_HEADERS = SECURITY_HEADERS | {
 def is_from_untrusted_proxy(forwarded_for: str, client_port: int) -> bool:
     """Return whether uvicorn has ignored X-Forwarded-For: it does not trust the peer.
 
-    uvicorn does not tell. If it has used the header, client_port is the port in it,
-    or 0 if there is none. Any other port is the peer's own.
+    uvicorn does not tell. If it has used the header, client_port is a port in it, or 0.
+    Any other port is the peer's own: with "1.2.3.4" and 51234, the result is True.
     """
     if not forwarded_for or client_port == 0:
         return False
@@ -1641,9 +1635,9 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # The proxy has stripped this prefix, but in ASGI `path` includes `root_path`.
-        # FastAPI(root_path=…) sets only root_path: the prefix would be missing in
-        # Location, and a path such as /shop/shop would not be found.
+        # In ASGI, `path` includes `root_path`; the proxy has stripped it, so put it
+        # back. FastAPI(root_path=…) does not: Location would be without it, and for a
+        # path such as /shop/shop, the router would remove the second one.
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1683,7 +1677,7 @@ class RequestLoggingMiddleware:
             warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
-        # No status: a middleware has failed, and uvicorn will answer 500.
+        # There is no status if a middleware has failed: uvicorn then answers 500.
         status_code = state.get("status_code", 500)
         exception = state.get("exception")
         fields = {
@@ -1806,8 +1800,8 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        FastAPI calls it within the route, and turns the exception into a response. (Any
-        other exception would become a 400.)
+        It is raised when the route reads its body, so that FastAPI's handlers turn it
+        into a response. (FastAPI turns any other exception into a 400.)
         """
         received_bytes = 0
 
@@ -1857,8 +1851,9 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
 async def get_current_user(request: Request, token: BearerToken) -> User:
     """Return the owner of the token. Raises UnauthorizedException."""
     user_id, version = decode_access_token(token, request.app.state.settings)
-    # This session ends before the route's own begins. If requests held a connection
-    # while they wait for a second one, they could block each other.
+    # This session gives its connection back before the route's session takes one, at
+    # its first statement. If requests held a connection while they wait for a second
+    # one, they could block each other.
     async with request.app.state.database.session(writes=False) as session:
         user = await read_token_owner(session, user_id, version)
     request.state.user_id = user.id
@@ -1885,8 +1880,8 @@ health_router = APIRouter(
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=document_errors(413, 500, 504),
-    # operationId is the function's name. What `create_app` sets does not reach these
-    # routes, because it adds them without include_router, which is faster.
+    # operationId is the function's name. `create_app` sets this only for routers that
+    # it includes, and it adds these routes in another way, which is faster.
     generate_unique_id_function=attrgetter("name"),
 )
 
@@ -2164,7 +2159,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description=settings.PROJECT_DESCRIPTION,
         version=settings.VERSION,
         openapi_url=f"{settings.API_V1_PREFIX}/openapi.json",
-        # For /docs. Not root_path=…, because RequestLoggingMiddleware sets that.
+        # /docs sends its requests there. (RequestLoggingMiddleware sets root_path.)
         servers=[{"url": settings.ROOT_PATH or "/"}],
         redirect_slashes=False,  # its redirects would be made from the Host header
         generate_unique_id_function=attrgetter("name"),
@@ -2186,9 +2181,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 # `app` is built at its first use (PEP 562), so that importing this module reads no
 # settings. mypy sees the declaration only.
-if TYPE_CHECKING:
-    app: FastAPI
-else:
+app: FastAPI
+if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> FastAPI:
         if name != "app":
