@@ -61,11 +61,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = timer
 
     def data_received(self, data: bytes) -> None:
-        if not (self.cycle and self.cycle.more_body):  # then these are headers
+        if not (self.cycle and self.cycle.more_body):  # no body is being received
             self.header_bytes += len(data.lstrip(b"\r\n"))  # may begin with empty lines
         try:
             self.parse(memoryview(data))
-        # restart_parser raises HttpParserUpgrade for CONNECT, which always upgrades.
+        # CONNECT is refused, too: it makes restart_parser raise HttpParserUpgrade.
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:  # and the headers are incomplete
@@ -82,12 +82,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self.parser.feed_data(data)
                 return
             except httptools.HttpParserUpgrade as upgrade:
-                # The parser has stopped after the headers, and would read no body.
+                # The parser has stopped after the headers, args[0] bytes.
                 data = data[upgrade.args[0] :]
             self.restart_parser()
 
     def restart_parser(self) -> None:
-        """Feed the same headers, but without `Upgrade`, to a new parser."""
+        """Feed the same headers, without `Upgrade`, to a new parser. It begins anew."""
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
@@ -109,7 +109,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = None
         self._unset_keepalive_if_required()
         super().on_headers_complete()
-        self.headers = []  # for trailers; they must not change the request's list
+        self.headers = []  # or uvicorn would append trailers to the request's own list
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():

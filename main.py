@@ -45,7 +45,7 @@ import time
 import unicodedata
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from datetime import UTC, datetime
 from functools import cache, lru_cache, partial
 from operator import attrgetter
@@ -98,9 +98,10 @@ def parse_database_url(value: str) -> sa.URL:
     try:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
-        # Only the names of the options are checked, so the values are empty: libpq
-        # raises for a name that it does not know.
-        make_conninfo(**dict.fromkeys(url.query, ""))
+        if url.get_backend_name() == "postgresql":
+            # Only the names of the options are checked, so the values are empty: libpq
+            # raises for a name that it does not know.
+            make_conninfo(**dict.fromkeys(url.query, ""))
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
     # "user:pass@word@host" would put "word" into the host, which is logged.
@@ -109,7 +110,7 @@ def parse_database_url(value: str) -> sa.URL:
     if (url.port or 0) > 65535:
         raise ValueError("has a bad port")
     # In memory, each connection would have a database of its own. SQLite's options are
-    # refused, because they can ask for that, too.
+    # refused, because "?mode=memory" would make one, too.
     is_in_memory = url.database in {None, "", ":memory:"}
     if url.get_backend_name() == "sqlite" and (is_in_memory or url.query):
         raise ValueError("should name a file, without options")
@@ -215,6 +216,7 @@ def get_settings() -> Settings:
     except pydantic.ValidationError as error:
         # Not str(error), which shows the values.
         faults = [": ".join([*map(str, e["loc"]), e["msg"]]) for e in error.errors()]
+        # pydantic puts "Value error, " before the message of a ValueError.
         reason = "; ".join(faults).replace("Value error, ", "")
     except (ValueError, OSError) as error:  # invalid JSON, or an unreadable file
         reason = f"{error} (in the environment, .env or /run/secrets)"
@@ -234,9 +236,9 @@ STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "taskName", "color_message"
 # could be mixed with lines of other workers.
 MAX_TRACEBACK_CHARACTERS = 3000
 LIBRARY_LEVELS = {
-    # They log each statement or URL, some with parameters.
+    # Most of them log each statement or URL, some with parameters.
     "aiosqlite": "WARNING",
-    "asyncio": "WARNING",
+    "asyncio": "WARNING",  # logs its selector
     "httpx": "WARNING",  # if you use it, as the tests do
     f"{__name__}.FairPool": "WARNING",  # SQLAlchemy names a pool's logger so
     "sqlalchemy": "WARNING",
@@ -300,8 +302,9 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # UvicornWorker gives uvicorn's loggers the handlers of gunicorn.error. If they also
-    # propagated to the root logger, each line would be written twice.
+    # When a worker starts, later than this, UvicornWorker gives uvicorn's loggers the
+    # handlers of gunicorn.error. If these loggers also propagated to the root logger,
+    # each line would be written twice.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -572,8 +575,9 @@ def abort_connection(entry: ConnectionPoolEntry) -> None:
     """
     connection = entry.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # Leaving `with` closes this duplicate of the descriptor, not the driver's own.
-        # shutdown() acts on the connection itself.
+        # Only a socket object can be shut down, and `with` closes its descriptor: so
+        # give it a duplicate of the driver's. shutdown() acts on the connection of
+        # both.
         descriptor = os.dup(connection.fileno())
         with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
@@ -597,7 +601,8 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        # None is removed: SQLAlchemy uses an entry again, so there are at most size().
+        # Entries stay in this dictionary. SQLAlchemy uses them again, so there are
+        # never more than size().
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # On a new connection, SQLAlchemy sends statements of its own before "checkout".
         event.listen(self, "connect", lambda _, entry: self.start_timer(entry))
@@ -710,20 +715,21 @@ class CheckedBackend:
         """Raise an exception unless the server can be used."""
         raise NotImplementedError
 
-    async def drop_connections(self) -> None:
+    async def replace_connections(self) -> None:
         """Replace old connections before their next use: the server may have died."""
         raise NotImplementedError
 
     def start_check(self) -> asyncio.Task[None]:
         """Start a check, unless one is running: callers share the task."""
         if self.check_task is None or self.check_task.done():
-            self.check_task = asyncio.create_task(self.run_check())
+            # An empty context: its log lines do not have the request_id of a caller.
+            self.check_task = asyncio.create_task(self.run_check(), context=Context())
         return self.check_task
 
     async def run_check(self) -> None:
         try:
             if not self.is_available:
-                await self.drop_connections()
+                await self.replace_connections()
             await self.check()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
             self.start_outage(error)
@@ -831,7 +837,7 @@ class Database(CheckedBackend):
         if not self.has_tables:
             raise ServiceUnavailableException("the database is not reachable")
         if writes:
-            # Not expired, because routes read the objects after the commit.
+            # expire_on_commit=False, because routes read the objects after the commit.
             return AsyncSession(self.write_engine, expire_on_commit=False)
         return AsyncSession(self.read_engine, sync_session_class=ReadOnlySession)
 
@@ -853,15 +859,16 @@ class Database(CheckedBackend):
 
     async def check(self) -> None:
         """Raise an exception unless the database can be used."""
-        # At the start, and after an outage: the tables may be gone.
-        if not (self.has_tables and self.is_available):
+        # At the start, and after an outage, in which the tables may have gone.
+        if not self.has_tables or not self.is_available:
             await self.create_tables()
         async with self.check_engine.connect() as connection:
             await connection.execute(CHECK_QUERY)
 
-    async def drop_connections(self) -> None:
+    async def replace_connections(self) -> None:
         # After a failover, the connections of requests may still lead to the former
-        # primary. (That of check_engine is gone, because CHECK_QUERY failed on it.)
+        # primary. (That of check_engine is gone, because CHECK_QUERY failed on it.
+        # SQLite has no failover.)
         pool: Any = self.read_engine.pool
         pool.replace_connections()
 
@@ -1110,10 +1117,11 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 OWNER: sa.BindParameter[int] = sa.bindparam("owner")
 AFTER: sa.BindParameter[int] = sa.bindparam("after")
-# Both mean: the owner's items with an id above AFTER, by the index (owner_id, id). For
-# SQLite, a comparison of tuples is slow: it would read all items of the owner, in 200
-# ms in place of 0.05 ms. For PostgreSQL, it is the reverse: with "owner_id = … AND id >
-# …", it might read the items of all owners, by the primary key.
+# Two forms of one condition: owner_id = OWNER AND id > AFTER. Each makes its database
+# use the index (owner_id, id). For the tuples, SQLite would read all items of the
+# owner, in 200 ms in place of 0.05 ms. For the plain form, PostgreSQL might choose the
+# primary key, and read the items of all owners. (The tuples include later owners: the
+# last condition removes them.)
 LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     "postgresql": ITEMS_QUERY.where(
@@ -1367,7 +1375,8 @@ def client_key(address: str) -> str:
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
-        # All texts that are no address share one limit: a client could invent many.
+        # Texts that are no address share one limit. Otherwise, a client could send a
+        # new one with each request.
         return "unknown"
     if isinstance(ip, ipaddress.IPv6Address):
         return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
@@ -1407,7 +1416,7 @@ class SlidingWindowRateLimiter:
         self.lock_file = open_lock_file()
 
     def hit(self, key: str) -> RateLimitResult:
-        """Count a request of a client, whose name is `key`, if the limit allows it."""
+        """Count a request, if the limit allows it. `key` stands for the client."""
         # If another worker holds the lock, this blocks the event loop for microseconds.
         fcntl.lockf(self.lock_file, fcntl.LOCK_EX)
         try:
@@ -1462,17 +1471,19 @@ class RedisRateLimiter(CheckedBackend):
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
 
     async def check(self) -> None:
-        # Open all connections: each of these commands, sent at once, takes one. If a
+        # Load the script so many times at once, only to open all connections now. If a
         # burst of requests opened them, it would exceed REDIS_TIMEOUT_SECONDS.
         async with asyncio.timeout(REDIS_CONNECT_SECONDS):
-            connections = range(MAX_REDIS_CONNECTIONS)
             await asyncio.gather(
-                *(self.client.script_load(REDIS_SCRIPT) for _ in connections)
+                *(
+                    self.client.script_load(REDIS_SCRIPT)
+                    for _ in range(MAX_REDIS_CONNECTIONS)
+                )
             )
         # Fails if Redis is a read-only replica, or slower than a request may wait.
         await self.run_script("check", limit=1, seconds=1)
 
-    async def drop_connections(self) -> None:
+    async def replace_connections(self) -> None:
         await self.client.connection_pool.disconnect(inuse_connections=False)
 
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
@@ -1533,7 +1544,8 @@ class RateLimiter:
     async def enforce(self, name: str, scope: Scope) -> None:
         """Count a request of the client. Raises RateLimitedException.
 
-        The result is in `request.state.rate_limit`, for the headers of the response.
+        `request.state` (see Middleware) has the client's address. It gets the result as
+        `rate_limit`, for the headers of the response.
         """
         state = scope["state"]
         result = await self.hit(name, state["client"])
@@ -1603,8 +1615,9 @@ DOCS_HEADERS = SECURITY_HEADERS | {
 def is_from_untrusted_proxy(forwarded_for: str, client_port: int) -> bool:
     """Return whether uvicorn has ignored X-Forwarded-For: it does not trust the peer.
 
-    uvicorn does not tell. If it has used the header, client_port is a port in it, or 0.
-    Any other port is the peer's own: with "1.2.3.4" and 51234, the result is True.
+    uvicorn does not say so; the client's port shows it. If uvicorn has used the header,
+    the port is from the header, or 0. If it has ignored the header, the port is the
+    connection's own, which the header does not contain.
     """
     if not forwarded_for or client_port == 0:
         return False
@@ -1635,9 +1648,9 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # In ASGI, `path` includes `root_path`; the proxy has stripped it, so put it
-        # back. FastAPI(root_path=…) does not: Location would be without it, and for a
-        # path such as /shop/shop, the router would remove the second one.
+        # The proxy has stripped ROOT_PATH from the path, but in ASGI `path` includes
+        # it, so add it again. FastAPI(root_path=…) does not: Location would be without
+        # it, and the router would cut it from a path such as /shop/shop.
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1807,6 +1820,7 @@ class LimitsAndErrorsMiddleware:
 
         async def receive_limited() -> Message:
             nonlocal received_bytes
+            # Cheap enough to be repeated for each part of the body.
             self.check_body_headers(Headers(scope=scope))
             message = await receive()
             received_bytes += len(message.get("body", b""))
@@ -1817,6 +1831,7 @@ class LimitsAndErrorsMiddleware:
         return receive_limited
 
     def check_body_headers(self, headers: Headers) -> None:
+        # uvicorn has checked that this is a number.
         if int(headers.get("content-length", 0)) > self.max_body_bytes:
             raise HTTPException(413)
         # Starlette would decode a form with any charset that the client names. Some of
@@ -1880,8 +1895,8 @@ health_router = APIRouter(
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=document_errors(413, 500, 504),
-    # operationId is the function's name. `create_app` sets this only for routers that
-    # it includes, and it adds these routes in another way, which is faster.
+    # operationId is the function's name. FastAPI's own setting does not reach these
+    # routes, because create_app passes them as `routes=`.
     generate_unique_id_function=attrgetter("name"),
 )
 
