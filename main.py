@@ -849,8 +849,12 @@ class Database(CheckedBackend):
         engine = self.check_engine if self.has_tables else self.read_engine
         async with engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
-        # Usually all tables are there: then neither the lock nor the DDL is needed.
-        if not set(Base.metadata.tables) <= set(names):
+        tables = set(Base.metadata.tables)
+        found = tables & set(names)
+        # After an outage, only an empty database gets tables. If a single one is gone,
+        # somebody may have renamed it: in a new one, ids and old tokens would fit
+        # again.
+        if found != tables and not (self.has_tables and found):
             async with self.write_engine.begin() as connection:
                 if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
                     await connection.execute(TABLES_LOCK)

@@ -1169,6 +1169,23 @@ async def test_tables_are_made_beside_others(database_url: str) -> None:
         await execute(database, "SELECT title FROM items")
 
 
+async def test_empty_database_gets_its_tables_again(database: main.Database) -> None:
+    for name in ("items", "users"):
+        await execute(database, f"DROP TABLE {name}")
+    assert not await database.is_ready()
+    skip_time(1)
+    await eventually(lambda: database.is_available, "new tables")
+
+
+async def test_missing_table_is_not_made_again(database: main.Database) -> None:
+    await execute(database, "ALTER TABLE users RENAME TO moved")
+    assert not await database.is_ready()
+    await database.start_check()
+    await execute(database, "ALTER TABLE moved RENAME TO users")
+    await database.start_check()
+    assert database.is_available
+
+
 async def test_old_table_is_500_and_unready(database_url: str, caplog: CapLog) -> None:
     async with serve_ada(DATABASE_URL=database_url) as ada:
         database = ada.app.state.database
