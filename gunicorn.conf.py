@@ -42,8 +42,8 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol, with limits on headers. Uses internals of uvicorn 0.54.
 
-    `cycle` is the current request with its response; `timeout_keep_alive_task` is the
-    timer of an idle connection, which `_unset_keepalive_if_required` stops.
+    The parser calls the on_ methods within feed_data. `cycle` is the current request,
+    with its response. `timeout_keep_alive_task` is the timer of an idle connection.
     """
 
     header_bytes = 0  # of the current headers, while they are incomplete
@@ -65,10 +65,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_bytes += len(data.lstrip(b"\r\n"))  # may begin with empty lines
         try:
             self.parse(memoryview(data))
-        # CONNECT is refused, too: it makes restart_parser raise HttpParserUpgrade.
+        # CONNECT is refused, too: it still upgrades in restart_parser.
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(400)
-        if self.header_bytes > MAX_HEADER_BYTES:  # and the headers are incomplete
+        if self.header_bytes > MAX_HEADER_BYTES:  # on_headers_complete has not set 0
             self.refuse(431)
         is_handling_request = self.cycle and not self.cycle.response_complete
         if self.header_bytes and not self.header_timer and not is_handling_request:
@@ -82,7 +82,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self.parser.feed_data(data)
                 return
             except httptools.HttpParserUpgrade as upgrade:
-                # The parser has stopped after the headers, args[0] bytes.
+                # The parser has stopped after the headers. Go on with the body.
                 data = data[upgrade.args[0] :]
             self.restart_parser()
 
@@ -92,7 +92,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
         self.parser = httptools.HttpRequestParser(self)
-        # As uvicorn does: otherwise, data after "Connection: close" is an error.
+        # The option that uvicorn sets: data after "Connection: close" is no error.
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
@@ -136,9 +136,9 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # seconds, between calls of callback_notify
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # Not super().run(), which ignores SIGQUIT. gunicorn sends that at Ctrl+C.
+        # SIGQUIT (gunicorn's Ctrl+C) is SIGTERM here. super().run() would ignore it.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # When uvicorn has stopped, it raises SIGTERM again: handle_quit exits with 0.
+        # At its end, uvicorn restores this handler and sends SIGTERM again: exit 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         Server(self.config).run(self.sockets)
 

@@ -74,7 +74,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
-from sqlalchemy.util import await_  # see FairPool
+from sqlalchemy.util import await_  # runs a coroutine from FairPool's sync methods
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -99,8 +99,8 @@ def parse_database_url(value: str) -> sa.URL:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
-            # Only the names of the options are checked, so the values are empty: libpq
-            # raises for a name that it does not know.
+            # Called only for its check: it raises for an option that libpq does not
+            # know.
             make_conninfo(**dict.fromkeys(url.query, ""))
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
@@ -121,7 +121,8 @@ def check_redis_url(value: str) -> str:
     """Raise ValueError if redis-py refuses the URL, or does not know its options."""
     try:
         pool: Any = Redis.from_url(value).connection_pool  # its methods have no types
-        pool.make_connection()  # which is not opened
+        # redis-py checks the options when it makes a connection. This opens none.
+        pool.make_connection()
     except Exception:  # noqa: BLE001 - ValueError, TypeError, RedisError
         raise ValueError("no Redis URL, or bad options") from None
     return value
@@ -142,9 +143,9 @@ def parse_origin(value: str) -> str:
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
-# Python's texts can hold lone surrogates, which are invalid Unicode: from "\\ud800" in
+# A Python str can hold lone surrogates, which are invalid Unicode: from "\ud800" in
 # JSON, or from a variable that is not UTF-8. Later, they would raise an exception: a
-# 500. pydantic refuses them, but only in a text with a max_length or a pattern.
+# 500. pydantic refuses them, but only in a str with a max_length or a pattern.
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -302,9 +303,9 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # When a worker starts, later than this, UvicornWorker gives uvicorn's loggers the
-    # handlers of gunicorn.error. If these loggers also propagated to the root logger,
-    # each line would be written twice.
+    # Give the servers' loggers our handler. (When a worker starts, UvicornWorker copies
+    # the handlers of gunicorn.error to uvicorn's loggers, so it needs ours, too.) They
+    # do not propagate, or the root logger would write each line again.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -595,16 +596,18 @@ class FairPool(AsyncAdaptedQueuePool):
 
     SQLAlchemy calls the methods in a greenlet, where `await_(x)` does what `await x`
     does in a coroutine. `_do_get` and `_do_return_conn` are private, but SQLAlchemy's
-    own pools override just these two (as of 2.1.9).
+    own pools override just these two (as of 2.1.9). With a slot, SQLAlchemy's `_do_get`
+    never waits: it returns an idle connection, or opens one.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        # Entries stay in this dictionary. SQLAlchemy uses them again, so there are
-        # never more than size().
+        # Every entry of the pool, with the timer of its last use. SQLAlchemy uses
+        # entries again, so there are never more than size().
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # On a new connection, SQLAlchemy sends statements of its own before "checkout".
+        # On a new connection, SQLAlchemy sends statements of its own before "checkout",
+        # so the timer must run from "connect".
         event.listen(self, "connect", lambda _, entry: self.start_timer(entry))
         event.listen(self, "checkout", lambda _, entry, __: self.start_timer(entry))
         event.listen(self, "checkin", lambda _, entry: self.stop_timer(entry))
@@ -644,7 +647,7 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def replace_connections(self) -> None:
         """Replace each connection before it is used again."""
-        for entry in self.timers:  # its keys are all entries
+        for entry in self.timers:
             entry.invalidate(soft=True)
 
 
@@ -732,14 +735,14 @@ class CheckedBackend:
                 await self.replace_connections()
             await self.check()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
-            self.start_outage(error)
+            self.handle_failure(error)
             return
         if not self.is_available:
             logger.info("%s is ready again", self.name)
         self.is_available = True
 
-    def start_outage(self, error: Exception) -> None:
-        """Log the outage, once. Check again in a second."""
+    def handle_failure(self, error: Exception) -> None:
+        """Begin an outage, or continue it. Log it once. Check again in a second."""
         if self.is_available:
             extra = {"reason": describe(error)}
             logger.warning("%s is not ready", self.name, extra=extra)
@@ -771,9 +774,9 @@ class Database(CheckedBackend):
         self.check_engine = self.create_engine(1)
         if self.is_sqlite:
             self.write_engine = self.create_engine(1)
-            # AUTOCOMMIT only stops the sqlite3 driver from sending its own BEGIN. This
-            # listener sends BEGIN IMMEDIATE; SQLAlchemy's commit() or rollback() ends
-            # the transaction as usual.
+            # This engine has transactions, though it is in AUTOCOMMIT, which only stops
+            # sqlite3 from sending its own BEGIN, too late: we send BEGIN IMMEDIATE, and
+            # SQLAlchemy's commit() sends COMMIT.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             self.write_engine = self.read_engine.execution_options(
@@ -843,10 +846,10 @@ class Database(CheckedBackend):
 
     async def create_tables(self) -> None:
         """Create missing tables. Any number of workers and hosts may do it at once."""
-        # At the start, use read_engine: its first connection is slow to open, and
-        # should be open before a request comes. After an outage, use check_engine,
-        # because requests may hold all connections of read_engine.
-        engine = self.check_engine if self.has_tables else self.read_engine
+        # At the start, this opens the first connection of read_engine, which is slow,
+        # before a request needs it. After an outage, requests may hold all of these.
+        is_start = not self.has_tables
+        engine = self.read_engine if is_start else self.check_engine
         async with engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         tables = set(Base.metadata.tables)
@@ -854,7 +857,7 @@ class Database(CheckedBackend):
         # After an outage, only an empty database gets tables. If a single one is gone,
         # somebody may have renamed it: in a new one, ids and old tokens would fit
         # again.
-        if found != tables and not (self.has_tables and found):
+        if found != tables and (is_start or not found):
             async with self.write_engine.begin() as connection:
                 if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
                     await connection.execute(TABLES_LOCK)
@@ -996,8 +999,9 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # Optional, but not null. The default is never used, because `change_item` reads
-    # only the fields that were sent. default_factory keeps it out of /docs.
+    # May be left out, but not be null. A field that may be left out needs a default;
+    # this one is never read (see change_item). As a factory, it does not appear in
+    # /docs.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -1121,11 +1125,11 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 OWNER: sa.BindParameter[int] = sa.bindparam("owner")
 AFTER: sa.BindParameter[int] = sa.bindparam("after")
-# Two forms of one condition: owner_id = OWNER AND id > AFTER. Each makes its database
-# use the index (owner_id, id). For the tuples, SQLite would read all items of the
-# owner, in 200 ms in place of 0.05 ms. For the plain form, PostgreSQL might choose the
-# primary key, and read the items of all owners. (The tuples include later owners: the
-# last condition removes them.)
+# Both find the owner's items with an id above AFTER, and both use the index (owner_id,
+# id). They differ because each database plans the other form badly: SQLite reads all
+# items of the owner for a comparison of tuples (200 ms, not 0.05 ms); PostgreSQL may
+# read all owners' items by the primary key for the plain form. (owner_id, id) > (OWNER,
+# AFTER) also holds for later owners: "<= OWNER" removes them.
 LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     "postgresql": ITEMS_QUERY.where(
@@ -1157,7 +1161,8 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
 async def update_user(db: AsyncSession, user: User, **changes: Any) -> bool:
     """Update a user, unless the password has been changed since `user` was read.
 
-    Returns whether it was updated. So of two password changes at once, one fails.
+    Returns whether it was updated. So of two password changes at once, one fails. (Not
+    token_version: a logout changes it, too, and must not make a change fail.)
     """
     condition = (User.id == user.id) & (User.password_hash == user.password_hash)
     query = sa.update(User).where(condition).values(changes).returning(User.id)
@@ -1500,7 +1505,7 @@ class RedisRateLimiter(CheckedBackend):
             try:
                 return await self.run_script(key, limit, seconds)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
-                self.start_outage(error)
+                self.handle_failure(error)
                 return None
 
     async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
@@ -1619,9 +1624,9 @@ DOCS_HEADERS = SECURITY_HEADERS | {
 def is_from_untrusted_proxy(forwarded_for: str, client_port: int) -> bool:
     """Return whether uvicorn has ignored X-Forwarded-For: it does not trust the peer.
 
-    uvicorn does not say so; the client's port shows it. If uvicorn has used the header,
-    the port is from the header, or 0. If it has ignored the header, the port is the
-    connection's own, which the header does not contain.
+    uvicorn replaces address and port of the client only if it trusts the peer. The new
+    port is the one in the header ("1.2.3.4:567"), or 0 if the header has none. So a
+    port that is neither 0 nor in the header is the peer's own.
     """
     if not forwarded_for or client_port == 0:
         return False
@@ -1652,9 +1657,9 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # The proxy has stripped ROOT_PATH from the path, but in ASGI `path` includes
-        # it, so add it again. FastAPI(root_path=…) does not: Location would be without
-        # it, and the router would cut it from a path such as /shop/shop.
+        # The path of ASGI must include root_path, but the proxy has removed it: add it
+        # again. FastAPI(root_path=…) only sets root_path. Then Location lacks it, and a
+        # request for /shop/shop, which arrives as /shop, loses its whole path.
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1838,8 +1843,8 @@ class LimitsAndErrorsMiddleware:
         # uvicorn has checked that this is a number.
         if int(headers.get("content-length", 0)) > self.max_body_bytes:
             raise HTTPException(413)
-        # Starlette would decode a form with any charset that the client names. Some of
-        # Python's codecs, such as punycode, are slow.
+        # Starlette would decode a multipart form (others are UTF-8) with any charset
+        # that the client names. Some of Python's codecs, such as punycode, are slow.
         content_type, options = parse_options_header(headers.get("content-type"))
         charset = options.get(b"charset", b"utf-8").lower()
         if content_type == b"multipart/form-data" and charset != b"utf-8":
@@ -1899,8 +1904,8 @@ health_router = APIRouter(
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=document_errors(413, 500, 504),
-    # operationId is the function's name. FastAPI's own setting does not reach these
-    # routes, because create_app passes them as `routes=`.
+    # operationId is the function's name. The same line in `create_app` reaches only
+    # what include_router adds; these routes are added by `routes=`.
     generate_unique_id_function=attrgetter("name"),
 )
 
