@@ -130,7 +130,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
     def run(self) -> None:
-        self.config.app = self.wsgi  # what gunicorn has loaded
+        self.config.app = self.wsgi  # gunicorn's name for the application
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
         self.config.timeout_notify = 1  # seconds, between calls of callback_notify

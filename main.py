@@ -215,7 +215,8 @@ def get_settings() -> Settings:
     try:
         return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
     except pydantic.ValidationError as error:
-        # Not str(error), which shows the values.
+        # "DEBUG: Input should be a valid boolean". Not str(error), which shows the
+        # value.
         faults = [": ".join([*map(str, e["loc"]), e["msg"]]) for e in error.errors()]
         # pydantic puts "Value error, " before the message of a ValueError.
         reason = "; ".join(faults).replace("Value error, ", "")
@@ -309,7 +310,7 @@ def setup_logging(settings: Settings) -> None:
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
-        server_logger.setLevel("NOTSET")
+        server_logger.setLevel("NOTSET")  # as the root logger
         server_logger.propagate = False
     # Without a handler, uvicorn writes no access log: RequestLoggingMiddleware does.
     access_logger = logging.getLogger("uvicorn.access")
@@ -365,7 +366,7 @@ class AppException(Exception):
 
     @property
     def error(self) -> str:
-        return ERROR_CODES[self.status_code]
+        return ERROR_CODES.get(self.status_code, f"http_{self.status_code}")
 
 
 class UnauthorizedException(AppException):
@@ -774,9 +775,10 @@ class Database(CheckedBackend):
         self.check_engine = self.create_engine(1)
         if self.is_sqlite:
             self.write_engine = self.create_engine(1)
-            # This engine has transactions, though it is in AUTOCOMMIT, which only stops
-            # sqlite3 from sending its own BEGIN, too late: we send BEGIN IMMEDIATE, and
-            # SQLAlchemy's commit() sends COMMIT.
+            # With AUTOCOMMIT, the sqlite3 driver never begins a transaction by itself.
+            # So when SQLAlchemy begins one, this listener sends BEGIN IMMEDIATE.
+            # SQLAlchemy calls the driver's commit() or rollback(), as always, which
+            # ends it.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             self.write_engine = self.read_engine.execution_options(
@@ -808,7 +810,7 @@ class Database(CheckedBackend):
             pool_timeout=seconds,
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,  # or every error would log them
-            enable_from_linting=False,  # CHECK_QUERY joins its tables on purpose
+            enable_from_linting=False,  # or SQLAlchemy warns of CHECK_QUERY's join
         )
         event.listen(engine.sync_engine, "handle_error", on_database_error)
         if self.is_sqlite:
@@ -1606,7 +1608,8 @@ SECURITY_HEADERS = {
 HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
 LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
 OTHER_HEADERS = ("Location", "Retry-After", "X-Request-ID", "X-Response-Time")
-# By default, a script of another origin may read few headers of a response.
+# By default, a script of another origin may read few headers of a response. A monitor
+# or a test in a browser may want to check any of these.
 EXPOSED_HEADERS = (*SECURITY_HEADERS, *HTTPS_HEADERS, *LIMIT_HEADERS, *OTHER_HEADERS)
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
 # Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline. With
