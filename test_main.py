@@ -686,7 +686,6 @@ USUAL_500 = "Something went wrong. Quote the request_id if you report it."
 
 class PaymentException(main.AppException):
     status_code = 402
-    message = "It is not free."
 
 
 FAILURES: dict[str, tuple[Exception, int, str]] = {
@@ -697,7 +696,7 @@ FAILURES: dict[str, tuple[Exception, int, str]] = {
     "taken": (main.UsernameTakenException(), 409, "This username is taken."),
     "rate-limited": (main.RateLimitedException(7), 429, "Too many requests; try"),
     "away": (main.ServiceUnavailableException("hunter2"), 503, "The service is not av"),
-    "own-class": (PaymentException(), 402, "It is not free."),
+    "own-class": (PaymentException(), 402, USUAL_500),
     "own-error": (HTTPException(403, headers={"X-Own": "yes"}), 403, "Forbidden"),
     "own-text": (HTTPException(403, "Not on Sundays."), 403, "Not on Sundays."),
     "own-outage": (HTTPException(503, "The printer burns."), 503, "The printer burns."),
