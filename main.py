@@ -2208,8 +2208,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 # `app` is built at its first use (PEP 562), so that importing this module reads no
 # settings. mypy sees the declaration only.
-app: FastAPI
-if not TYPE_CHECKING:
+if TYPE_CHECKING:
+    app: FastAPI
+else:
 
     def __getattr__(name: str) -> FastAPI:
         if name != "app":
