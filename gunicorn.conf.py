@@ -55,8 +55,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # use 127.0.0.1. An IPv4 client of an IPv6 socket has the prefix ::ffff: here.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
-        # Close a connection that sends nothing. (uvicorn has no timer before a
-        # response.)
+        # Close a connection that sends nothing. uvicorn has no timer until a response.
         timer = self.loop.call_later(HEADER_SECONDS, transport.close)
         self.timeout_keep_alive_task = timer
 

@@ -99,8 +99,7 @@ def parse_database_url(value: str) -> sa.URL:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
-            # Called only for its check: it raises for an option that libpq does not
-            # know.
+            # Called for its check: it raises for an option that libpq does not know.
             make_conninfo(**dict.fromkeys(url.query, ""))
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
@@ -215,8 +214,7 @@ def get_settings() -> Settings:
     try:
         return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
     except pydantic.ValidationError as error:
-        # "DEBUG: Input should be a valid boolean". Not str(error), which shows the
-        # value.
+        # Such as "DEBUG: Input should be a valid boolean". str(error) shows the value.
         faults = [": ".join([*map(str, e["loc"]), e["msg"]]) for e in error.errors()]
         # pydantic puts "Value error, " before the message of a ValueError.
         reason = "; ".join(faults).replace("Value error, ", "")
@@ -353,6 +351,10 @@ DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
+def error_code(status_code: int) -> str:
+    return ERROR_CODES.get(status_code, f"http_{status_code}")
+
+
 class AppException(Exception):
     """Base class of errors. A client gets the class's `message`.
 
@@ -366,7 +368,7 @@ class AppException(Exception):
 
     @property
     def error(self) -> str:
-        return ERROR_CODES.get(self.status_code, f"http_{self.status_code}")
+        return error_code(self.status_code)
 
 
 class UnauthorizedException(AppException):
@@ -476,7 +478,7 @@ def allowed_methods(request: Request) -> str:
 
 async def http_exception_handler(request: Request, exc: HTTPException) -> Response:
     """Turn an HTTPException into a response: the framework raises it, or your code."""
-    error = ERROR_CODES.get(exc.status_code, f"http_{exc.status_code}")
+    error = error_code(exc.status_code)
     message = str(exc.detail)
     headers = exc.headers
     if exc.status_code in {204, 304}:  # these have no body
@@ -578,8 +580,7 @@ def abort_connection(entry: ConnectionPoolEntry) -> None:
     connection = entry.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
         # Only a socket object can be shut down, and `with` closes its descriptor: so
-        # give it a duplicate of the driver's. shutdown() acts on the connection of
-        # both.
+        # give it a duplicate of the driver's. shutdown() acts on the connection itself.
         descriptor = os.dup(connection.fileno())
         with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
@@ -776,9 +777,8 @@ class Database(CheckedBackend):
         if self.is_sqlite:
             self.write_engine = self.create_engine(1)
             # With AUTOCOMMIT, the sqlite3 driver never begins a transaction by itself.
-            # So when SQLAlchemy begins one, this listener sends BEGIN IMMEDIATE.
-            # SQLAlchemy calls the driver's commit() or rollback(), as always, which
-            # ends it.
+            # So when SQLAlchemy begins one, this listener sends BEGIN IMMEDIATE. The
+            # driver's commit() or rollback(), which SQLAlchemy calls, then ends it.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             self.write_engine = self.read_engine.execution_options(
@@ -856,9 +856,8 @@ class Database(CheckedBackend):
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         tables = set(Base.metadata.tables)
         found = tables & set(names)
-        # After an outage, only an empty database gets tables. If a single one is gone,
-        # somebody may have renamed it: in a new one, ids and old tokens would fit
-        # again.
+        # After an outage, only an empty database gets tables. If one table is gone,
+        # somebody may have renamed it: old tokens would be valid for a new one's users.
         if found != tables and (is_start or not found):
             async with self.write_engine.begin() as connection:
                 if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
@@ -941,13 +940,12 @@ NewUsername = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$")
 # such as "one digit".
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), Normalized]
 # A login is not checked against the rules for new names and passwords: what breaks them
-# gets 401, like any wrong one. These bounds only limit the size; a longer text gets
-# 422.
+# gets 401, like any wrong one. These bounds limit the size; a longer text gets 422.
 LoginName = Annotated[str, Field(min_length=1, max_length=1024, pattern=NO_NUL), Lower]
 LoginPassword = Annotated[str, Field(min_length=1, max_length=1024), Normalized]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
 Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
-NextCursor = Annotated[int | None, Field(description="`after` for the next page")]
+NextCursor = Annotated[int | None, Field(description="Next `after`, null at the end")]
 
 
 class RequestBody(BaseModel, extra="forbid"):
@@ -1002,8 +1000,7 @@ class ItemIn(RequestBody):
 
 class ItemPatch(ItemIn):
     # May be left out, but not be null. A field that may be left out needs a default;
-    # this one is never read (see change_item). As a factory, it does not appear in
-    # /docs.
+    # this one is never read (see change_item), and as a factory it is not in /docs.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -1608,8 +1605,8 @@ SECURITY_HEADERS = {
 HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
 LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
 OTHER_HEADERS = ("Location", "Retry-After", "X-Request-ID", "X-Response-Time")
-# By default, a script of another origin may read few headers of a response. A monitor
-# or a test in a browser may want to check any of these.
+# By default, a script of another origin may read few headers of a response. With these,
+# it may read all that the service adds.
 EXPOSED_HEADERS = (*SECURITY_HEADERS, *HTTPS_HEADERS, *LIMIT_HEADERS, *OTHER_HEADERS)
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
 # Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline. With
@@ -1832,8 +1829,8 @@ class LimitsAndErrorsMiddleware:
 
         async def receive_limited() -> Message:
             nonlocal received_bytes
-            # Cheap enough to be repeated for each part of the body.
-            self.check_body_headers(Headers(scope=scope))
+            if received_bytes == 0:  # before the first part of the body
+                self.check_body_headers(Headers(scope=scope))
             message = await receive()
             received_bytes += len(message.get("body", b""))
             if received_bytes > self.max_body_bytes:

@@ -2235,9 +2235,7 @@ def make_older(url: str, project: str, seconds: float) -> None:
 
 
 @pytest.mark.usefixtures("patience")
-async def test_rate_limit_in_redis_is_the_same_as_in_memory(
-    redis_url: str,
-) -> None:
+async def test_rate_limit_in_redis_is_the_same_as_in_memory(redis_url: str) -> None:
     chance = random.Random(1)
     clock = Clock()
     model = Model(3)
@@ -2278,6 +2276,7 @@ async def test_rate_limit_of_many_requests_at_once_asks_a_silent_redis_seldom() 
     async with server, redis_limiter(url) as limiter:
         tries = [admitted(limiter, 1) for _ in range(10 * main.MAX_REDIS_CONNECTIONS)]
         assert sum(await asyncio.gather(*tries)) == 3
+        assert await admitted(limiter, 10) == 0
         assert main.MAX_REDIS_CONNECTIONS >= len(connections) > 0
 
 
