@@ -40,14 +40,15 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, with limits on headers. Uses internals of uvicorn 0.54.
+    """uvicorn's HTTP protocol. It limits headers in size and time, and ignores `Upgrade`.
 
-    The parser calls the on_ methods within feed_data. `cycle` is the current request,
-    with its response. `timeout_keep_alive_task` is the timer of an idle connection.
+    uvicorn (0.54) calls data_received for what comes from the network. The parser then
+    calls the methods on_headers_complete and on_message_complete, within feed_data.
     """
 
-    header_bytes = 0  # of the current headers, while they are incomplete
-    header_timer: TimerHandle | None = None  # fires if they stay incomplete
+    is_in_body = False  # else headers are being received, or nothing
+    header_bytes = 0  # received so far, while the headers are incomplete
+    header_timer: TimerHandle | None = None  # runs while they are incomplete
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -55,65 +56,68 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # use 127.0.0.1. An IPv4 client of an IPv6 socket has the prefix ::ffff: here.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
-        # Close a connection that sends nothing. uvicorn has no timer until a response.
+        # uvicorn starts this timer after each response. Start it before the first, too.
         timer = self.loop.call_later(HEADER_SECONDS, transport.close)
         self.timeout_keep_alive_task = timer
 
     def data_received(self, data: bytes) -> None:
-        if not (self.cycle and self.cycle.more_body):  # no body is being received
-            self.header_bytes += len(data.lstrip(b"\r\n"))  # may begin with empty lines
+        if not self.is_in_body:
+            # Old clients send an empty line after a request. It begins no headers.
+            self.header_bytes += len(data.lstrip(b"\r\n"))
         try:
-            self.parse(memoryview(data))
-        # CONNECT is refused, too: it still upgrades in restart_parser.
+            self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(400)
-        if self.header_bytes > MAX_HEADER_BYTES:  # on_headers_complete has not set 0
+        if self.header_bytes > MAX_HEADER_BYTES:  # 0, if the headers are complete now
             self.refuse(431)
+        # A client may send the next request before it has the response to this one.
         is_handling_request = self.cycle and not self.cycle.response_complete
         if self.header_bytes and not self.header_timer and not is_handling_request:
             self._unset_keepalive_if_required()  # the connection is not idle any more
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
-    def parse(self, data: memoryview) -> None:
-        """Feed the parser. Ignore `Upgrade`, as RFC 9110 § 7.8 allows."""
+    def parse(self, data: bytes) -> None:
+        """Feed the parser. Ignore `Upgrade`, as RFC 9110 § 7.8 allows.
+
+        At the end of headers with `Upgrade`, httptools stops: it would not read the
+        body. So feed the headers, without `Upgrade`, to a new parser, then the body.
+        """
         while data:
             try:
-                self.parser.feed_data(data)
-                return
+                return self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
-                # The parser has stopped after the headers. Go on with the body.
-                data = data[upgrade.args[0] :]
-            self.restart_parser()
-
-    def restart_parser(self) -> None:
-        """Feed the same headers, without `Upgrade`, to a new parser. It begins anew."""
-        version = self.parser.get_http_version().encode()
-        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
-        lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
-        self.parser = httptools.HttpRequestParser(self)
-        # The option that uvicorn sets: data after "Connection: close" is no error.
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
+                position = upgrade.args[0]  # where the parser has stopped in `data`
+            version = self.parser.get_http_version().encode()
+            lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+            lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            # As uvicorn: data after a request with "Connection: close" is no error.
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            # A CONNECT request raises HttpParserUpgrade here again. It is refused.
+            self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
+            data = data[position:]
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
-            return  # `parse` then restarts the parser
+            return  # this method is called again for the new parser, see `parse`
+        # Computed, because header_bytes can include the beginning of the body.
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
             raise httptools.HttpParserError  # stops the parser
+        self.is_in_body = True
         self.header_bytes = 0
         if self.header_timer:
             self.header_timer.cancel()
             self.header_timer = None
         self._unset_keepalive_if_required()
         super().on_headers_complete()
-        self.headers = []  # or uvicorn would append trailers to the request's own list
+        self.headers = []  # for trailers: they must not join the request's headers
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
             super().on_message_complete()
-            self.cycle.more_body = False  # uvicorn keeps True after an early response
+            self.is_in_body = False
 
     def refuse(self, status: int) -> None:
         """Answer, unless another refusal has been sent, and close the connection."""
@@ -153,8 +157,6 @@ def when_ready(server: Any) -> None:  # before the workers are forked
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # of open files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
-    if "*" in server.cfg.forwarded_allow_ips:
-        server.log.warning("FORWARDED_ALLOW_IPS=* lets clients lie: name your proxies")
     gc.freeze()  # else the garbage collector writes to memory that workers share
 
 

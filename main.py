@@ -65,7 +65,12 @@ from psycopg.conninfo import make_conninfo
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
-from pydantic_core import PydanticCustomError, PydanticSerializationError, to_json
+from pydantic_core import (
+    ErrorDetails,
+    PydanticCustomError,
+    PydanticSerializationError,
+    to_json,
+)
 from pydantic_settings import BaseSettings, NoDecode
 from python_multipart.multipart import parse_options_header
 from redis.asyncio import Redis
@@ -142,9 +147,9 @@ def parse_origin(value: str) -> str:
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
-# A Python str can hold lone surrogates, which are invalid Unicode: from "\ud800" in
-# JSON, or from a variable that is not UTF-8. Later, they would raise an exception: a
-# 500. pydantic refuses them, but only in a str with a max_length or a pattern.
+# A Python str can hold lone surrogates, which cannot be encoded as UTF-8. They come from
+# "\ud800" in JSON, or from a variable that is not UTF-8. pydantic refuses them, but only
+# in a str that has a max_length or a pattern.
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -206,6 +211,16 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
         return self
 
 
+def describe_fault(fault: ErrorDetails) -> str:
+    """Return a line such as "DEBUG: Input should be a valid boolean".
+
+    pydantic's own text for it contains the value, which may be secret.
+    """
+    names = [str(part) for part in fault["loc"]]  # empty for refuse_unsafe_values
+    # pydantic puts "Value error, " before the message of a ValueError.
+    return ": ".join([*names, fault["msg"].removeprefix("Value error, ")])
+
+
 @lru_cache
 def get_settings() -> Settings:
     """Read the settings once. Exits with a line that names each bad variable."""
@@ -214,10 +229,7 @@ def get_settings() -> Settings:
     try:
         return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
     except pydantic.ValidationError as error:
-        # Such as "DEBUG: Input should be a valid boolean". str(error) shows the value.
-        faults = [": ".join([*map(str, e["loc"]), e["msg"]]) for e in error.errors()]
-        # pydantic puts "Value error, " before the message of a ValueError.
-        reason = "; ".join(faults).replace("Value error, ", "")
+        reason = "; ".join(describe_fault(fault) for fault in error.errors())
     except (ValueError, OSError) as error:  # invalid JSON, or an unreadable file
         reason = f"{error} (in the environment, .env or /run/secrets)"
     raise SystemExit(f"bad settings: {reason}")
@@ -294,17 +306,17 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # A logger with a level of its own ignores the root's. Without this line, libraries
-    # would still log warnings if LOG_LEVEL is ERROR.
+    # The handler has the level, too, because the root logger's does not apply to loggers
+    # with a level of their own (LIBRARY_LEVELS): they would log warnings at ERROR, too.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # Give the servers' loggers our handler. (When a worker starts, UvicornWorker copies
-    # the handlers of gunicorn.error to uvicorn's loggers, so it needs ours, too.) They
-    # do not propagate, or the root logger would write each line again.
+    # The servers' loggers get the handler themselves: at a worker's start, UvicornWorker
+    # gives uvicorn's loggers the handlers of gunicorn.error. So they must not propagate,
+    # or the root logger would write each line again.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -469,8 +481,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # app.routes holds routes and, since FastAPI 0.165, included routers: both have
-        # matches(). FULL means that path and method match.
+        # FULL: path and method match. (Since FastAPI 0.165, app.routes also contains
+        # the routers that were included. They have the same method `matches`.)
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -515,7 +527,8 @@ async def unhandled_exception_handler(request: Request, exc: Exception) -> Respo
 # --- Models ---------------------------------------------------------------------------
 # The tables. `Database.create_tables` creates missing tables; it never changes one.
 
-# SQLite autoincrements only INTEGER primary keys; its INTEGER has 64 bits.
+# In SQLite, only a primary key of type INTEGER gets its numbers by itself; INTEGER has
+# 64 bits there.
 BigInt = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
@@ -525,16 +538,15 @@ def now() -> datetime:
 
 class Base(DeclarativeBase):
     type_annotation_map: ClassVar = {int: BigInt, datetime: sa.DateTime(timezone=True)}
-    # Without autoincrement, SQLite gives the id of a deleted user to the next new user,
-    # and the deleted user's tokens would be valid for that account.
-    # Any, because Item, which has an index, overrides it with a tuple.
-    __table_args__: Any = {"sqlite_autoincrement": True}  # noqa: RUF012
     id: Mapped[int] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
 class User(Base):
     __tablename__ = "users"
+    # Without autoincrement, SQLite gives the id of a deleted user to the next new user,
+    # and the deleted user's tokens would be valid for that account.
+    __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012
     username: Mapped[str] = mapped_column(sa.String(32), unique=True)
     password_hash: Mapped[str]
     # Each token carries this number. Incrementing it makes all earlier tokens invalid.
@@ -543,7 +555,10 @@ class User(Base):
 
 class Item(Base):
     __tablename__ = "items"
-    __table_args__ = (sa.Index("items_of_owner", "owner_id", "id"), Base.__table_args__)
+    __table_args__ = (
+        sa.Index("items_of_owner", "owner_id", "id"),
+        {"sqlite_autoincrement": True},
+    )
     owner_id: Mapped[int] = mapped_column(sa.ForeignKey(User.id, ondelete="CASCADE"))
     title: Mapped[str] = mapped_column(sa.String(200))
     description: Mapped[str | None] = mapped_column(sa.String(2000))
@@ -552,64 +567,64 @@ class Item(Base):
 
 
 # --- Database -------------------------------------------------------------------------
-# A request holds a connection only while it talks to the database. A worker has:
+# A request holds a connection only while it talks to the database. The parts:
 #
-#   read_engine   for requests that only read; in autocommit, without transactions
-#   write_engine  for requests that write, in transactions. On PostgreSQL it shares the
-#                 connections of read_engine; on SQLite, which has one writer at a time,
-#                 it has a single connection, for which the others wait
-#   check_engine  for health checks: one connection, so that they do not wait behind
-#                 requests
+#   FairPool          gives connections to requests first come, first served
+#   ReadOnlySession   the session of a route that only reads
+#   MonitoredBackend  knows whether the database, or Redis, is available
+#   Database          the three engines of a worker:
+#     read_engine       for requests that only read; in autocommit, without transactions
+#     write_engine      for requests that write, in transactions. On PostgreSQL it uses
+#                       the connections of read_engine. On SQLite, which has one writer
+#                       at a time, it has one connection, for which requests wait
+#     check_engine      one connection for health checks: they do not wait for requests
 
 CHECK_INTERVAL_SECONDS = 1  # after a failed check
 HEALTH_CHECK_SECONDS = 2  # the longest time until a health check is answered
 LIFESPAN_TIMEOUT_SECONDS = 1  # how long the start and the stop wait for a check
 # Held while a worker creates the tables, so that no other one does. 7411 is arbitrary.
 TABLES_LOCK = sa.select(sa.func.pg_advisory_xact_lock(7411))
-# Names all columns of all tables, and reads no row: it fails if one is missing. FOR
-# UPDATE fails on a read-only server. (SQLAlchemy omits it for SQLite.)
+# Selects all columns of all tables, but no row: it fails if a column is missing. FOR
+# UPDATE makes it fail on a read-only server. (SQLAlchemy omits that for SQLite.)
 CHECK_QUERY = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
 
 
 def abort_connection(entry: ConnectionPoolEntry) -> None:
     """Make the statement that runs on a PostgreSQL connection fail now.
 
-    Cancelling it would need the server, which may not answer. So shut down the socket:
-    the driver sees the end of the connection. SQLite has no server that could hang.
+    To cancel it, the server would have to answer, and it may be silent. So shut down
+    the socket: psycopg sees that the connection has ended. SQLite has no server.
     """
     connection = entry.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # Only a socket object can be shut down, and `with` closes its descriptor: so
-        # give it a duplicate of the driver's. shutdown() acts on the connection itself.
-        descriptor = os.dup(connection.fileno())
-        with suppress(OSError), socket.socket(fileno=descriptor) as duplicate:
-            duplicate.shutdown(socket.SHUT_RDWR)
-        entry.invalidate(soft=True)  # replaces it before it is used again
+        client_socket = socket.socket(fileno=connection.fileno())
+        with suppress(OSError):  # the server has closed the connection
+            client_socket.shutdown(socket.SHUT_RDWR)
+        client_socket.detach()  # closes nothing: the descriptor belongs to psycopg
+        entry.invalidate(soft=True)  # replaces the connection before its next use
 
 
 class FairPool(AsyncAdaptedQueuePool):
     """A pool that gives connections to requests in the order in which they came.
 
     SQLAlchemy's own pool lets newcomers overtake: under load, some requests wait until
-    they fail. Here a request first waits for one of `size()` (pool_size) slots: those
-    who wait for a semaphore get it first come, first served. A PostgreSQL connection
-    that is held for longer than `timeout()` (pool_timeout) is closed; otherwise,
-    requests to a silent server would hold the whole pool.
+    they fail. Here each request first waits at a semaphore, which is fair. The semaphore
+    has a slot for each connection, so the pool below it never has to wait.
 
-    SQLAlchemy calls the methods in a greenlet, where `await_(x)` does what `await x`
-    does in a coroutine. `_do_get` and `_do_return_conn` are private, but SQLAlchemy's
-    own pools override just these two (as of 2.1.9). With a slot, SQLAlchemy's `_do_get`
-    never waits: it returns an idle connection, or opens one.
+    A PostgreSQL connection that a request holds for longer than pool_timeout is closed.
+    Otherwise, requests to a silent server would hold all connections.
+
+    `_do_get` and `_do_return_conn` are private, but each pool class of SQLAlchemy (2.1.9)
+    overrides them. They are no coroutines: in them, `await_(x)` stands for `await x`.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        # Every entry of the pool, with the timer of its last use. SQLAlchemy uses
-        # entries again, so there are never more than size().
+        # An entry is the place of a connection in the pool. There are at most size().
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # On a new connection, SQLAlchemy sends statements of its own before "checkout",
-        # so the timer must run from "connect".
+        # Not only at "checkout": before it, SQLAlchemy sends statements of its own on a
+        # new connection.
         event.listen(self, "connect", lambda _, entry: self.start_timer(entry))
         event.listen(self, "checkout", lambda _, entry, __: self.start_timer(entry))
         event.listen(self, "checkin", lambda _, entry: self.stop_timer(entry))
@@ -631,7 +646,7 @@ class FairPool(AsyncAdaptedQueuePool):
             raise sa_exc.TimeoutError("no connection was free in time") from None
 
     def _do_get(self) -> ConnectionPoolEntry:
-        """Hand out a connection."""
+        """Take an idle connection out of the pool, or open one."""
         await_(self.wait_for_slot())
         try:
             return super()._do_get()
@@ -639,16 +654,15 @@ class FairPool(AsyncAdaptedQueuePool):
             self.slots.release()
             raise
 
-    # `record`, not `entry`: an override must keep the name of the parameter.
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        """Take a connection back."""
+        """Put a connection back into the pool."""
         try:
             super()._do_return_conn(record)
         finally:
             self.slots.release()
 
     def replace_connections(self) -> None:
-        """Replace each connection before it is used again."""
+        """Let the pool replace each connection before its next use."""
         for entry in self.timers:
             entry.invalidate(soft=True)
 
@@ -702,11 +716,11 @@ def refuse_write_statement(state: orm.ORMExecuteState) -> None:
         refuse_write()
 
 
-class CheckedBackend:
-    """The base class of `Database` and `RedisRateLimiter`.
+class MonitoredBackend:
+    """The base class of `Database` and `RedisRateLimiter`: is it available?
 
-    Knows whether the server is available. After a failure, checks it every second until
-    it is. While all is well, nothing runs in the background.
+    After a failure, the backend is checked every second until it is available again.
+    While all is well, nothing runs in the background.
     """
 
     name: str
@@ -717,11 +731,11 @@ class CheckedBackend:
         self.retry_timer: asyncio.TimerHandle | None = None
 
     async def check(self) -> None:
-        """Raise an exception unless the server can be used."""
+        """Raise an exception unless the backend can be used."""
         raise NotImplementedError
 
     async def replace_connections(self) -> None:
-        """Replace old connections before their next use: the server may have died."""
+        """Called before a check in an outage, because old connections may be dead."""
         raise NotImplementedError
 
     def start_check(self) -> asyncio.Task[None]:
@@ -762,7 +776,7 @@ class CheckedBackend:
             await asyncio.wait({self.check_task}, timeout=LIFESPAN_TIMEOUT_SECONDS)
 
 
-class Database(CheckedBackend):
+class Database(MonitoredBackend):
     """The engines of one worker. Made after the fork: no connection is shared."""
 
     name = "the database"
@@ -776,9 +790,8 @@ class Database(CheckedBackend):
         self.check_engine = self.create_engine(1)
         if self.is_sqlite:
             self.write_engine = self.create_engine(1)
-            # With AUTOCOMMIT, the sqlite3 driver never begins a transaction by itself.
-            # So when SQLAlchemy begins one, this listener sends BEGIN IMMEDIATE. The
-            # driver's commit() or rollback(), which SQLAlchemy calls, then ends it.
+            # In autocommit, sqlite3 sends no BEGIN. So this listener sends it when
+            # SQLAlchemy begins a transaction. commit() and rollback() end it as usual.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             self.write_engine = self.read_engine.execution_options(
@@ -796,8 +809,8 @@ class Database(CheckedBackend):
             options["connect_args"] = {"timeout": seconds}
         else:
             url = url.set(query={**self.postgresql_options(), **url.query})
-            # None: never prepare a statement. After an ALTER TABLE, PostgreSQL would
-            # refuse those that were prepared before it.
+            # None: psycopg prepares no statements. After an ALTER TABLE, PostgreSQL
+            # would refuse those that were prepared before it.
             options["connect_args"] = {"prepare_threshold": None}
             # To look for hstore, which is not used here, takes three round trips.
             options["use_native_hstore"] = False
@@ -810,7 +823,8 @@ class Database(CheckedBackend):
             pool_timeout=seconds,
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,  # or every error would log them
-            enable_from_linting=False,  # or SQLAlchemy warns of CHECK_QUERY's join
+            # CHECK_QUERY joins tables without a condition. SQLAlchemy would warn of it.
+            enable_from_linting=False,
         )
         event.listen(engine.sync_engine, "handle_error", on_database_error)
         if self.is_sqlite:
@@ -821,8 +835,8 @@ class Database(CheckedBackend):
         """Return options of libpq. Those in DATABASE_URL override them."""
         seconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS)
         milliseconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS * 1000)
-        # The server ends a statement shortly before FairPool would close the
-        # connection.
+        # The server ends a statement before FairPool closes the connection, which can
+        # then be used again.
         statement_timeout = f"-c statement_timeout={milliseconds * 9 // 10}"
         # The server ends the transaction of a lost worker, and frees its locks.
         idle_timeout = f"-c idle_in_transaction_session_timeout={milliseconds}"
@@ -846,37 +860,42 @@ class Database(CheckedBackend):
             return AsyncSession(self.write_engine, expire_on_commit=False)
         return AsyncSession(self.read_engine, sync_session_class=ReadOnlySession)
 
-    async def create_tables(self) -> None:
-        """Create missing tables. Any number of workers and hosts may do it at once."""
-        # At the start, this opens the first connection of read_engine, which is slow,
-        # before a request needs it. After an outage, requests may hold all of these.
-        is_start = not self.has_tables
-        engine = self.read_engine if is_start else self.check_engine
+    async def find_tables(self, engine: AsyncEngine) -> set[str]:
         async with engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
-        tables = set(Base.metadata.tables)
-        found = tables & set(names)
-        # After an outage, only an empty database gets tables. If one table is gone,
-        # somebody may have renamed it: old tokens would be valid for a new one's users.
-        if found != tables and (is_start or not found):
-            async with self.write_engine.begin() as connection:
-                if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
-                    await connection.execute(TABLES_LOCK)
-                await connection.run_sync(Base.metadata.create_all)
+        return set(names) & set(Base.metadata.tables)
+
+    async def create_tables(self) -> None:
+        """Create missing tables. Any number of workers and hosts may do it at once."""
+        async with self.write_engine.begin() as connection:
+            if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
+                await connection.execute(TABLES_LOCK)
+            await connection.run_sync(Base.metadata.create_all)
+
+    async def create_tables_if_missing(self) -> None:
+        if not self.has_tables:  # at the start
+            # With read_engine, so that its first connection, which takes longest, is
+            # open before a request needs it.
+            found = await self.find_tables(self.read_engine)
+            may_create = True
+        else:  # after an outage, in which requests can hold all connections of it
+            found = await self.find_tables(self.check_engine)
+            # If some tables are left, somebody has renamed or deleted the others. With
+            # a new table of users, old tokens would be valid for new users.
+            may_create = not found
+        if may_create and len(found) < len(Base.metadata.tables):
+            await self.create_tables()
         self.has_tables = True
 
     async def check(self) -> None:
         """Raise an exception unless the database can be used."""
-        # At the start, and after an outage, in which the tables may have gone.
         if not self.has_tables or not self.is_available:
-            await self.create_tables()
+            await self.create_tables_if_missing()
         async with self.check_engine.connect() as connection:
             await connection.execute(CHECK_QUERY)
 
     async def replace_connections(self) -> None:
-        # After a failover, the connections of requests may still lead to the former
-        # primary. (That of check_engine is gone, because CHECK_QUERY failed on it.
-        # SQLite has no failover.)
+        # After a failover, the connections of requests may lead to the former primary.
         pool: Any = self.read_engine.pool
         pool.replace_connections()
 
@@ -908,7 +927,8 @@ async def database_exception_handler(
     # sqlite3's OperationalError can mean wrong SQL, too, which is a bug.
     driver_error = getattr(exc, "orig", None)
     is_bug = getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR"
-    if is_bug or not (is_lost or is_outage):
+    can_retry = (is_lost or is_outage) and not is_bug
+    if not can_retry:
         raise exc  # LimitsAndErrorsMiddleware answers 500
     database: Database = request.app.state.database
     if database.is_available:
@@ -999,8 +1019,8 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # May be left out, but not be null. A field that may be left out needs a default;
-    # this one is never read (see change_item), and as a factory it is not in /docs.
+    # May be left out, but not be null. pydantic needs a default for that, which nothing
+    # reads: change_item takes only the fields that were sent. /docs shows no factory.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -1124,13 +1144,14 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 OWNER: sa.BindParameter[int] = sa.bindparam("owner")
 AFTER: sa.BindParameter[int] = sa.bindparam("after")
-# Both find the owner's items with an id above AFTER, and both use the index (owner_id,
-# id). They differ because each database plans the other form badly: SQLite reads all
-# items of the owner for a comparison of tuples (200 ms, not 0.05 ms); PostgreSQL may
-# read all owners' items by the primary key for the plain form. (owner_id, id) > (OWNER,
-# AFTER) also holds for later owners: "<= OWNER" removes them.
+# The owner's items with an id above AFTER, by the index (owner_id, id). Each database
+# needs a query of its own to use the index well; the last page then costs no more than
+# the first.
 LIST_ITEMS_QUERIES = {
+    # For PostgreSQL's query below, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
+    # For SQLite's query, PostgreSQL may read the items of all owners. (owner_id, id) >
+    # (OWNER, AFTER) is also true for later owners, so "<= OWNER" excludes them.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1160,8 +1181,9 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
 async def update_user(db: AsyncSession, user: User, **changes: Any) -> bool:
     """Update a user, unless the password has been changed since `user` was read.
 
-    Returns whether it was updated. So of two password changes at once, one fails. (Not
-    token_version: a logout changes it, too, and must not make a change fail.)
+    Returns whether the user was updated. This is optimistic locking: of two password
+    changes at once, one fails. It does not compare token_version, because a logout at
+    the same time, which changes that, must not make a password change fail.
     """
     condition = (User.id == user.id) & (User.password_hash == user.password_hash)
     query = sa.update(User).where(condition).values(changes).returning(User.id)
@@ -1335,7 +1357,7 @@ ROWS_IN_BUCKET = 16  # of the hash table in SlidingWindowRateLimiter
 SECOND_NS = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1
-# Per worker. When many are opened at once, they take longer than REDIS_TIMEOUT_SECONDS.
+# Per worker. More of them would take longer than a second to open on a busy machine.
 MAX_REDIS_CONNECTIONS = 8
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
 # ARGV[3] is random, because each member of a set must be different.
@@ -1465,7 +1487,7 @@ class SlidingWindowRateLimiter:
         return RateLimitResult(allowed, self.limit, remaining, reset_seconds)
 
 
-class RedisRateLimiter(CheckedBackend):
+class RedisRateLimiter(MonitoredBackend):
     """The same rule in Redis, for all processes and hosts together."""
 
     name = "Redis"
@@ -1479,17 +1501,18 @@ class RedisRateLimiter(CheckedBackend):
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
 
     async def check(self) -> None:
-        # Load the script so many times at once, only to open all connections now. If a
-        # burst of requests opened them, it would exceed REDIS_TIMEOUT_SECONDS.
-        async with asyncio.timeout(REDIS_CONNECT_SECONDS):
-            await asyncio.gather(
-                *(
-                    self.client.script_load(REDIS_SCRIPT)
-                    for _ in range(MAX_REDIS_CONNECTIONS)
-                )
-            )
+        await self.open_connections()
         # Fails if Redis is a read-only replica, or slower than a request may wait.
         await self.run_script("check", limit=1, seconds=1)
+
+    async def open_connections(self) -> None:
+        """Open all connections, before a burst of requests has to wait for that.
+
+        Commands that run at once need a connection each. Any command would do.
+        """
+        load_script = partial(self.client.script_load, REDIS_SCRIPT)
+        async with asyncio.timeout(REDIS_CONNECT_SECONDS):
+            await asyncio.gather(*(load_script() for _ in range(MAX_REDIS_CONNECTIONS)))
 
     async def replace_connections(self) -> None:
         await self.client.connection_pool.disconnect(inuse_connections=False)
@@ -1621,18 +1644,6 @@ DOCS_HEADERS = SECURITY_HEADERS | {
 }
 
 
-def is_from_untrusted_proxy(forwarded_for: str, client_port: int) -> bool:
-    """Return whether uvicorn has ignored X-Forwarded-For: it does not trust the peer.
-
-    uvicorn replaces address and port of the client only if it trusts the peer. The new
-    port is the one in the header ("1.2.3.4:567"), or 0 if the header has none. So a
-    port that is neither 0 nor in the header is the peer's own.
-    """
-    if not forwarded_for or client_port == 0:
-        return False
-    return f":{client_port}" not in forwarded_for
-
-
 @cache  # so that it runs once in each process
 def warn_of_untrusted_proxy() -> None:
     logger.warning(
@@ -1657,9 +1668,8 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # The path of ASGI must include root_path, but the proxy has removed it: add it
-        # again. FastAPI(root_path=…) only sets root_path. Then Location lacks it, and a
-        # request for /shop/shop, which arrives as /shop, loses its whole path.
+        # In ASGI, `path` includes root_path. The proxy has removed it, so add it again.
+        # FastAPI(root_path=…) does not do that.
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1692,11 +1702,14 @@ class RequestLoggingMiddleware:
         trace = TRACEPARENT_PATTERN.fullmatch(headers.get(b"traceparent", b""))
         if trace:
             state["trace_id"] = trace["id"].decode()
-        address, port = scope["client"] or ("unknown", 0)
+        address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
-        forwarded_for = headers.get(b"x-forwarded-for", b"").decode("latin-1")
-        if is_from_untrusted_proxy(forwarded_for, port):
-            warn_of_untrusted_proxy()
+        # If uvicorn trusts the peer, `address` is from X-Forwarded-For. Otherwise it is
+        # the peer's own, and uvicorn has ignored the header.
+        if b"x-forwarded-for" in headers:
+            forwarded_for = ",".join(Headers(scope=scope).getlist("x-forwarded-for"))
+            if address not in forwarded_for:
+                warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
         # There is no status if a middleware has failed: uvicorn then answers 500.
@@ -1802,9 +1815,9 @@ class LimitsAndErrorsMiddleware:
             async with timer:
                 return await self.app(scope, limited_receive, send)
         except asyncio.CancelledError:
-            # Only uvicorn cancels this task, when the time for a shutdown is over. (The
-            # timer's own cancellation arrives as TimeoutError, below.) It is not raised
-            # again, so that the client gets an answer.
+            # uvicorn cancels this task when the time for a shutdown is over. The error is
+            # not raised again, so that the client gets an answer. (`timer` cancels the
+            # task, too, but turns this error into a TimeoutError.)
             stopping = ServiceUnavailableException("the server is shutting down")
             response = await app_exception_handler(Request(scope), stopping)
         except Exception as error:  # noqa: BLE001 - none may get past this line
@@ -1904,8 +1917,8 @@ health_router = APIRouter(
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=document_errors(413, 500, 504),
-    # operationId is the function's name. The same line in `create_app` reaches only
-    # what include_router adds; these routes are added by `routes=`.
+    # The operation ids are the functions' names. (The same line in `create_app` is for
+    # routes that are added by include_router. These are added by `routes=`.)
     generate_unique_id_function=attrgetter("name"),
 )
 
