@@ -860,37 +860,35 @@ class Database(MonitoredBackend):
             return AsyncSession(self.write_engine, expire_on_commit=False)
         return AsyncSession(self.read_engine, sync_session_class=ReadOnlySession)
 
-    async def find_tables(self, engine: AsyncEngine) -> set[str]:
-        async with engine.connect() as connection:
+    async def create_missing_tables(self) -> None:
+        async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
-        return set(names) & set(Base.metadata.tables)
+        expected = set(Base.metadata.tables)
+        found = expected.intersection(names)
+        # After an outage, only an empty database gets tables. In any other, somebody has
+        # renamed or deleted those that are missing. If there were a new table of users,
+        # old tokens would be valid for new users.
+        may_create = not self.has_tables or not found
+        if may_create and found != expected:
+            await self.create_tables()
+        self.has_tables = True
 
     async def create_tables(self) -> None:
-        """Create missing tables. Any number of workers and hosts may do it at once."""
+        """Any number of workers and hosts may call this at once."""
         async with self.write_engine.begin() as connection:
             if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
                 await connection.execute(TABLES_LOCK)
             await connection.run_sync(Base.metadata.create_all)
 
-    async def create_tables_if_missing(self) -> None:
-        if not self.has_tables:  # at the start
-            # With read_engine, so that its first connection, which takes longest, is
-            # open before a request needs it.
-            found = await self.find_tables(self.read_engine)
-            may_create = True
-        else:  # after an outage, in which requests can hold all connections of it
-            found = await self.find_tables(self.check_engine)
-            # If some tables are left, somebody has renamed or deleted the others. With
-            # a new table of users, old tokens would be valid for new users.
-            may_create = not found
-        if may_create and len(found) < len(Base.metadata.tables):
-            await self.create_tables()
-        self.has_tables = True
-
     async def check(self) -> None:
         """Raise an exception unless the database can be used."""
-        if not self.has_tables or not self.is_available:
-            await self.create_tables_if_missing()
+        is_start = not self.has_tables
+        if is_start:
+            # Open a connection, which takes long, before the first request needs it.
+            async with self.read_engine.connect():
+                pass
+        if is_start or not self.is_available:
+            await self.create_missing_tables()
         async with self.check_engine.connect() as connection:
             await connection.execute(CHECK_QUERY)
 
