@@ -58,6 +58,7 @@ import sqlalchemy as sa
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, FastAPI, Form, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from fastapi.security import OAuth2PasswordBearer
 from jose import jwt
 from jose.utils import base64url_encode
@@ -71,7 +72,7 @@ from pydantic_core import (
     PydanticSerializationError,
     to_json,
 )
-from pydantic_settings import BaseSettings, NoDecode
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from python_multipart.multipart import parse_options_header
 from redis.asyncio import Redis
 from sqlalchemy import event, orm
@@ -104,7 +105,7 @@ def parse_database_url(value: str) -> sa.URL:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
-            # Called for its check: it raises for an option that libpq does not know.
+            # Only to check the options: it raises if libpq does not know one.
             make_conninfo(**dict.fromkeys(url.query, ""))
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
@@ -113,8 +114,8 @@ def parse_database_url(value: str) -> sa.URL:
         raise ValueError("has an @ that is not encoded as %40")
     if (url.port or 0) > 65535:
         raise ValueError("has a bad port")
-    # In memory, each connection would have a database of its own. SQLite's options are
-    # refused, because "?mode=memory" would make one, too.
+    # A database in memory belongs to one connection. Here, each request would see
+    # another one. SQLite's options are refused, because of "?mode=memory".
     is_in_memory = url.database in {None, "", ":memory:"}
     if url.get_backend_name() == "sqlite" and (is_in_memory or url.query):
         raise ValueError("should name a file, without options")
@@ -143,7 +144,7 @@ def parse_origin(value: str) -> str:
     return origin
 
 
-# sa.URL is a tuple. Without NoDecode, pydantic-settings would read it as JSON.
+# NoDecode: pydantic-settings reads tuples as JSON, and sa.URL is a tuple.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
@@ -156,7 +157,10 @@ RequestCount = Annotated[int, Field(ge=1, le=10_000)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
-class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="ignore"):
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_file=".env", env_ignore_empty=True, extra="ignore"
+    )
     PROJECT_NAME: ValidText = "Items"
     PROJECT_DESCRIPTION: ValidText = "Users and their items."
     VERSION: ValidText = "1.0.0"
@@ -165,7 +169,7 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     API_V1_PREFIX: str = Field(default="/api/v1", pattern=r"^(/[A-Za-z0-9._~-]+)+$")
     # The prefix that a reverse proxy strips from the path.
     ROOT_PATH: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
-    # The random default is for development; it is lost at a restart.
+    # The random default is for development only: see refuse_unsafe_values.
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
@@ -189,8 +193,8 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip values, because secret files often end with a newline.
 
-        A value that is then empty counts as not set. (env_ignore_empty takes white
-        space for a value.)
+        A value that is then empty counts as not set: env_ignore_empty does that only
+        for values without white space.
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         return {k: v for k, v in (values | texts).items() if v != ""}
@@ -199,7 +203,7 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
     def refuse_unsafe_values(self) -> "Settings":
         """Raise ValueError for values that are safe in development only.
 
-        The messages begin with the variable, because these errors have no `loc`.
+        The messages begin with the variable, because pydantic cannot know it here.
         """
         is_development = self.ENVIRONMENT == "development"
         if not is_development and "SECRET_KEY" not in self.model_fields_set:
@@ -211,14 +215,14 @@ class Settings(BaseSettings, env_file=".env", env_ignore_empty=True, extra="igno
         return self
 
 
-def describe_fault(fault: ErrorDetails) -> str:
+def describe_invalid_value(error: ErrorDetails) -> str:
     """Return a line such as "DEBUG: Input should be a valid boolean".
 
     pydantic's own text for it contains the value, which may be secret.
     """
-    names = [str(part) for part in fault["loc"]]  # empty for refuse_unsafe_values
+    names = [str(part) for part in error["loc"]]  # empty for refuse_unsafe_values
     # pydantic puts "Value error, " before the message of a ValueError.
-    return ": ".join([*names, fault["msg"].removeprefix("Value error, ")])
+    return ": ".join([*names, error["msg"].removeprefix("Value error, ")])
 
 
 @lru_cache
@@ -229,7 +233,7 @@ def get_settings() -> Settings:
     try:
         return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
     except pydantic.ValidationError as error:
-        reason = "; ".join(describe_fault(fault) for fault in error.errors())
+        reason = "; ".join(describe_invalid_value(e) for e in error.errors())
     except (ValueError, OSError) as error:  # invalid JSON, or an unreadable file
         reason = f"{error} (in the environment, .env or /run/secrets)"
     raise SystemExit(f"bad settings: {reason}")
@@ -241,8 +245,8 @@ def get_settings() -> Settings:
 
 logger = logging.getLogger(__name__)
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
-# The attributes of a record that do not come from `extra`. taskName is new in Python
-# 3.12, color_message is uvicorn's.
+# The attributes that each record has. All others come from `extra`. taskName is new in
+# Python 3.12, color_message is uvicorn's.
 STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "taskName", "color_message"}
 # The end of a traceback is kept, because it has the error. A line over 4 KiB (PIPE_BUF)
 # could be mixed with lines of other workers.
@@ -252,7 +256,7 @@ LIBRARY_LEVELS = {
     "aiosqlite": "WARNING",
     "asyncio": "WARNING",  # logs its selector
     "httpx": "WARNING",  # if you use it, as the tests do
-    f"{__name__}.FairPool": "WARNING",  # SQLAlchemy names a pool's logger so
+    f"{__name__}.FairPool": "WARNING",  # SQLAlchemy's logger for this class
     "sqlalchemy": "WARNING",
     # Their warnings repeat what the request's own line says.
     "psycopg": "ERROR",
@@ -292,10 +296,10 @@ class TextFormatter(JsonFormatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = self.fields(record)
         traceback = fields.pop("exception", "").splitlines()
-        words = [str(fields.pop(name)) for name in ("timestamp", "level", "message")]
-        words += [f"{name}={value}" for name, value in fields.items()]
+        parts = [str(fields.pop(name)) for name in ("timestamp", "level", "message")]
+        parts += [f"{name}={value}" for name, value in fields.items()]
         # ascii() escapes control characters, and adds quotes, which [1:-1] removes.
-        lines = [ascii(line)[1:-1] for line in (" ".join(words), *traceback)]
+        lines = [ascii(line)[1:-1] for line in (" ".join(parts), *traceback)]
         # "    | " marks the lines of a traceback: none of them can look like a record.
         return "\n    | ".join(lines)
 
@@ -306,8 +310,8 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # The handler has the level, too, because the root logger's does not apply to loggers
-    # with a level of their own (LIBRARY_LEVELS): they would log warnings at ERROR, too.
+    # A logger with a level of its own, as in LIBRARY_LEVELS, ignores the root logger's.
+    # If LOG_LEVEL is ERROR, the handler drops its warnings.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
@@ -320,7 +324,7 @@ def setup_logging(settings: Settings) -> None:
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
-        server_logger.setLevel("NOTSET")  # as the root logger
+        server_logger.setLevel("NOTSET")  # the root logger's level applies
         server_logger.propagate = False
     # Without a handler, uvicorn writes no access log: RequestLoggingMiddleware does.
     access_logger = logging.getLogger("uvicorn.access")
@@ -334,7 +338,7 @@ def setup_logging(settings: Settings) -> None:
     logging.raiseExceptions = False
 
 
-def describe(error: BaseException) -> str:
+def summarize_error(error: BaseException) -> str:
     """Return one line for a log: what the driver says, else the name of the class."""
     # SQLAlchemy keeps the driver's exception in `orig`.
     words = str(getattr(error, "orig", None) or error).split()
@@ -481,8 +485,7 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # FULL: path and method match. (Since FastAPI 0.165, app.routes also contains
-        # the routers that were included. They have the same method `matches`.)
+        # app.routes has routes and included routers. FULL: path and method match.
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -527,8 +530,7 @@ async def unhandled_exception_handler(request: Request, exc: Exception) -> Respo
 # --- Models ---------------------------------------------------------------------------
 # The tables. `Database.create_tables` creates missing tables; it never changes one.
 
-# In SQLite, only a primary key of type INTEGER gets its numbers by itself; INTEGER has
-# 64 bits there.
+# SQLite autoincrements only primary keys of type INTEGER. It has 64 bits there.
 BigInt = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
@@ -583,25 +585,26 @@ CHECK_INTERVAL_SECONDS = 1  # after a failed check
 HEALTH_CHECK_SECONDS = 2  # the longest time until a health check is answered
 LIFESPAN_TIMEOUT_SECONDS = 1  # how long the start and the stop wait for a check
 # Held while a worker creates the tables, so that no other one does. 7411 is arbitrary.
-TABLES_LOCK = sa.select(sa.func.pg_advisory_xact_lock(7411))
-# Selects all columns of all tables, but no row: it fails if a column is missing. FOR
-# UPDATE makes it fail on a read-only server. (SQLAlchemy omits that for SQLite.)
+LOCK_TABLES_QUERY = sa.select(sa.func.pg_advisory_xact_lock(7411))
+# Selects all columns of all tables, in a cross join, but no row. It fails if a column is
+# missing, and, because of FOR UPDATE, on a read-only server. (SQLite has no FOR UPDATE;
+# SQLAlchemy omits it there.)
 CHECK_QUERY = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
 
 
-def abort_connection(entry: ConnectionPoolEntry) -> None:
+def abort_connection(record: ConnectionPoolEntry) -> None:
     """Make the statement that runs on a PostgreSQL connection fail now.
 
     To cancel it, the server would have to answer, and it may be silent. So shut down
     the socket: psycopg sees that the connection has ended. SQLite has no server.
     """
-    connection = entry.driver_connection
+    connection = record.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
         client_socket = socket.socket(fileno=connection.fileno())
         with suppress(OSError):  # the server has closed the connection
             client_socket.shutdown(socket.SHUT_RDWR)
         client_socket.detach()  # closes nothing: the descriptor belongs to psycopg
-        entry.invalidate(soft=True)  # replaces the connection before its next use
+        record.invalidate(soft=True)  # replaces the connection before its next use
 
 
 class FairPool(AsyncAdaptedQueuePool):
@@ -615,28 +618,36 @@ class FairPool(AsyncAdaptedQueuePool):
     Otherwise, requests to a silent server would hold all connections.
 
     `_do_get` and `_do_return_conn` are private, but each pool class of SQLAlchemy (2.1.9)
-    overrides them. They are no coroutines: in them, `await_(x)` stands for `await x`.
+    overrides them. They are no coroutines, but SQLAlchemy calls them in a greenlet, in
+    which `await_(x)` does what `await x` does in a coroutine.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        # An entry is the place of a connection in the pool. There are at most size().
+        # A record holds one connection after the other. There are at most size().
+        self.records: set[ConnectionPoolEntry] = set()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # Not only at "checkout": before it, SQLAlchemy sends statements of its own on a
-        # new connection.
-        event.listen(self, "connect", lambda _, entry: self.start_timer(entry))
-        event.listen(self, "checkout", lambda _, entry, __: self.start_timer(entry))
-        event.listen(self, "checkin", lambda _, entry: self.stop_timer(entry))
+        # "connect" comes before "checkout". In between, SQLAlchemy asks a new server for
+        # its version and other properties, which needs a timer, too.
+        event.listen(self, "connect", self.on_connect)
+        event.listen(self, "checkout", lambda _, record, __: self.start_timer(record))
+        event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
 
-    def start_timer(self, entry: ConnectionPoolEntry) -> None:
-        self.stop_timer(entry)
+    def on_connect(self, _: object, record: ConnectionPoolEntry) -> None:
+        self.records.add(record)
+        self.start_timer(record)
+
+    def start_timer(self, record: ConnectionPoolEntry) -> None:
+        self.stop_timer(record)
+        pool_timeout = self.timeout()
         loop = asyncio.get_running_loop()
-        self.timers[entry] = loop.call_later(self.timeout(), abort_connection, entry)
+        self.timers[record] = loop.call_later(pool_timeout, abort_connection, record)
 
-    def stop_timer(self, entry: ConnectionPoolEntry) -> None:
-        if entry in self.timers:
-            self.timers[entry].cancel()
+    def stop_timer(self, record: ConnectionPoolEntry) -> None:
+        timer = self.timers.pop(record, None)
+        if timer is not None:
+            timer.cancel()
 
     async def wait_for_slot(self) -> None:
         try:
@@ -663,8 +674,8 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def replace_connections(self) -> None:
         """Let the pool replace each connection before its next use."""
-        for entry in self.timers:
-            entry.invalidate(soft=True)
+        for record in self.records:
+            record.invalidate(soft=True)
 
 
 def on_database_error(context: sa.engine.ExceptionContext) -> None:
@@ -684,7 +695,7 @@ def on_database_error(context: sa.engine.ExceptionContext) -> None:
         context.is_disconnect = True
 
 
-def prepare_sqlite_connection(connection: Any, entry: ConnectionPoolEntry) -> None:
+def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
     # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
     # mode is stored in the file, so the other worker has set it for both.
     with suppress(sqlite3.OperationalError):
@@ -760,13 +771,25 @@ class MonitoredBackend:
     def handle_failure(self, error: Exception) -> None:
         """Begin an outage, or continue it. Log it once. Check again in a second."""
         if self.is_available:
-            extra = {"reason": describe(error)}
+            extra = {"reason": summarize_error(error)}
             logger.warning("%s is not ready", self.name, extra=extra)
         self.is_available = False
         if self.retry_timer is not None:
             self.retry_timer.cancel()
         loop = asyncio.get_running_loop()
         self.retry_timer = loop.call_later(CHECK_INTERVAL_SECONDS, self.start_check)
+
+    async def is_ready(self) -> bool:
+        """Answer a health check, within HEALTH_CHECK_SECONDS.
+
+        A check that takes longer goes on, and the next caller shares it. In a known
+        outage, do not wait: there is a check every second.
+        """
+        if not self.is_available:
+            return False
+        task = self.start_check()
+        await asyncio.wait({task}, timeout=HEALTH_CHECK_SECONDS)
+        return task.done() and self.is_available
 
     async def stop_checks(self) -> None:
         if self.retry_timer is not None:
@@ -791,9 +814,11 @@ class Database(MonitoredBackend):
         if self.is_sqlite:
             self.write_engine = self.create_engine(1)
             # In autocommit, sqlite3 sends no BEGIN. So this listener sends it when
-            # SQLAlchemy begins a transaction. commit() and rollback() end it as usual.
+            # SQLAlchemy begins a transaction. sqlite3's commit() and rollback() end any
+            # transaction, also one that was begun by such a statement.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
+            # The same pool, but with transactions. READ COMMITTED is the usual level.
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
@@ -823,8 +848,7 @@ class Database(MonitoredBackend):
             pool_timeout=seconds,
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,  # or every error would log them
-            # CHECK_QUERY joins tables without a condition. SQLAlchemy would warn of it.
-            enable_from_linting=False,
+            enable_from_linting=False,  # or SQLAlchemy warns of CHECK_QUERY's cross join
         )
         event.listen(engine.sync_engine, "handle_error", on_database_error)
         if self.is_sqlite:
@@ -835,8 +859,8 @@ class Database(MonitoredBackend):
         """Return options of libpq. Those in DATABASE_URL override them."""
         seconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS)
         milliseconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS * 1000)
-        # The server ends a statement before FairPool closes the connection, which can
-        # then be used again.
+        # The server ends a slow statement shortly before FairPool would close its
+        # connection. So the connection survives.
         statement_timeout = f"-c statement_timeout={milliseconds * 9 // 10}"
         # The server ends the transaction of a lost worker, and frees its locks.
         idle_timeout = f"-c idle_in_transaction_session_timeout={milliseconds}"
@@ -877,7 +901,7 @@ class Database(MonitoredBackend):
         """Any number of workers and hosts may call this at once."""
         async with self.write_engine.begin() as connection:
             if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
-                await connection.execute(TABLES_LOCK)
+                await connection.execute(LOCK_TABLES_QUERY)
             await connection.run_sync(Base.metadata.create_all)
 
     async def check(self) -> None:
@@ -896,18 +920,6 @@ class Database(MonitoredBackend):
         # After a failover, the connections of requests may lead to the former primary.
         pool: Any = self.read_engine.pool
         pool.replace_connections()
-
-    async def is_ready(self) -> bool:
-        """Answer a health check, within HEALTH_CHECK_SECONDS.
-
-        A check that takes longer goes on, and the next caller shares it. In a known
-        outage, do not wait: there is a check every second.
-        """
-        if not self.is_available:
-            return False
-        task = self.start_check()
-        await asyncio.wait({task}, timeout=HEALTH_CHECK_SECONDS)
-        return task.done() and self.is_available
 
     async def close(self) -> None:
         await self.stop_checks()
@@ -931,7 +943,7 @@ async def database_exception_handler(
     database: Database = request.app.state.database
     if database.is_available:
         database.start_check()  # to find out whether only this request has failed
-    unavailable = ServiceUnavailableException(f"database: {describe(exc)}")
+    unavailable = ServiceUnavailableException(f"database: {summarize_error(exc)}")
     return await app_exception_handler(request, unavailable)
 
 
@@ -950,16 +962,20 @@ def to_utc(moment: datetime) -> datetime:
 
 
 UtcTime = Annotated[datetime, AfterValidator(to_utc)]
-Lower = AfterValidator(str.lower)
+Lowercase = AfterValidator(str.lower)
 # Keyboards differ in how they compose an accent (NIST SP 800-63B-4 § 3.1.1.2).
 Normalized = AfterValidator(partial(unicodedata.normalize, "NFC"))
-NewUsername = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$"), Lower]
+NewUsername = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$"), Lowercase
+]
 # NIST SP 800-63B-4: at least 15 characters where there is no second factor, and no rule
 # such as "one digit".
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), Normalized]
 # A login is not checked against the rules for new names and passwords: what breaks them
 # gets 401, like any wrong one. These bounds limit the size; a longer text gets 422.
-LoginName = Annotated[str, Field(min_length=1, max_length=1024, pattern=NO_NUL), Lower]
+LoginName = Annotated[
+    str, Field(min_length=1, max_length=1024, pattern=NO_NUL), Lowercase
+]
 LoginPassword = Annotated[str, Field(min_length=1, max_length=1024), Normalized]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
 Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
@@ -1017,8 +1033,9 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # May be left out, but not be null. pydantic needs a default for that, which nothing
-    # reads: change_item takes only the fields that were sent. /docs shows no factory.
+    # May be left out, but not be null. So it needs a default, which nothing reads:
+    # change_item takes only the fields that were sent. It comes from default_factory,
+    # because /docs would show a plain `default`.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -1092,11 +1109,8 @@ async def verify_password(password: str, known_hash: str) -> tuple[bool, str | N
 
 
 def signing_key(settings: Settings) -> dict[str, str]:
-    """Return a JSON Web Key.
-
-    python-jose also takes a string, but parses it if it happens to be JSON.
-    """
-    # surrogateescape restores the bytes of a key that is not UTF-8 (see ValidText).
+    """Return a JSON Web Key. (python-jose would parse a string that looks like JSON.)"""
+    # A SecretStr may hold a key that is not UTF-8. surrogateescape restores its bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1127,7 +1141,7 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
         if not 0 < user_id <= MAX_ID:
             raise ValueError
         return user_id, claims["version"]
-    except Exception:  # noqa: BLE001 - python-jose raises TypeError, RecursionError
+    except Exception:  # noqa: BLE001 - such as RecursionError for deeply nested JSON
         raise UnauthorizedException from None
 
 
@@ -1140,19 +1154,20 @@ Rows = Sequence[Any]
 FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 # `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-OWNER: sa.BindParameter[int] = sa.bindparam("owner")
-AFTER: sa.BindParameter[int] = sa.bindparam("after")
-# The owner's items with an id above AFTER, by the index (owner_id, id). Each database
-# needs a query of its own to use the index well; the last page then costs no more than
-# the first.
+owner_parameter: sa.BindParameter[int] = sa.bindparam("owner")
+after_parameter: sa.BindParameter[int] = sa.bindparam("after")
+# The owner's items with an id above `after`. Each database needs a query of its own to
+# use the index (owner_id, id) well: so the last page costs no more than the first.
 LIST_ITEMS_QUERIES = {
-    # For PostgreSQL's query below, SQLite would read all items of the owner.
-    "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # For SQLite's query, PostgreSQL may read the items of all owners. (owner_id, id) >
-    # (OWNER, AFTER) is also true for later owners, so "<= OWNER" excludes them.
+    # SQLite would read all items of the owner for the comparison of tuples below.
+    "sqlite": ITEMS_QUERY.where(
+        Item.owner_id == owner_parameter, Item.id > after_parameter
+    ),
+    # PostgreSQL may read the items of all owners for the conditions above. The tuple
+    # (owner_id, id) is also greater for each later owner, whom "<=" excludes.
     "postgresql": ITEMS_QUERY.where(
-        sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
-        Item.owner_id <= OWNER,
+        sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(owner_parameter, after_parameter),
+        Item.owner_id <= owner_parameter,
     ),
 }
 
@@ -1180,8 +1195,8 @@ async def update_user(db: AsyncSession, user: User, **changes: Any) -> bool:
     """Update a user, unless the password has been changed since `user` was read.
 
     Returns whether the user was updated. This is optimistic locking: of two password
-    changes at once, one fails. It does not compare token_version, because a logout at
-    the same time, which changes that, must not make a password change fail.
+    changes at once, one fails. It compares password_hash, not token_version, because a
+    logout at the same time must not make a password change fail.
     """
     condition = (User.id == user.id) & (User.password_hash == user.password_hash)
     query = sa.update(User).where(condition).values(changes).returning(User.id)
@@ -1247,7 +1262,7 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
 async def authenticate_user(db: AsyncSession, username: str, password: str) -> User:
     """Raises WrongCredentialsException, after the same time whatever is wrong."""
     user = await find_user_by_name(db, username)
-    await db.commit()  # gives the connection back
+    await db.commit()  # gives the connection back, before the slow verify_password
     known_hash = user.password_hash if user else DUMMY_HASH
     is_valid, new_hash = await verify_password(password, known_hash)
     if user is None or not is_valid:
@@ -1285,7 +1300,7 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
     new_hash = await hash_password(change.new_password)
     version = user.token_version + 1
     if not await update_user(db, user, password_hash=new_hash, token_version=version):
-        raise WrongPasswordException  # the password has been changed in the meantime
+        raise WrongPasswordException  # it was changed meanwhile: another one is current
     await db.commit()
 
 
@@ -1332,7 +1347,8 @@ async def read_items(db: AsyncSession, owner: User, after: int, limit: int) -> P
 async def change_item(
     db: AsyncSession, owner: User, item_id: int, patch: ItemPatch
 ) -> Item:
-    # Lock the row: if it were deleted before the UPDATE, SQLAlchemy would raise: a 500.
+    # Lock the row. If it were deleted before the UPDATE, SQLAlchemy would raise a
+    # StaleDataError, which is a 500.
     item = await read_item(db, owner, item_id, for_update=True)
     for name, value in patch.model_dump(exclude_unset=True).items():
         setattr(item, name, value)
@@ -1372,7 +1388,8 @@ if count < limit then
     count = count + 1
     allowed = 1
 end
-local oldest = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')[2] -- [1] is the member
+-- ZRANGE returns the first member and its score, which is the oldest time.
+local oldest = tonumber(redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')[2])
 local reset_seconds = math.ceil((oldest + window - now) / 1000000)
 return {allowed, limit, math.max(0, limit - count), reset_seconds} -- as RateLimitResult
 """
@@ -1486,7 +1503,7 @@ class SlidingWindowRateLimiter:
 
 
 class RedisRateLimiter(MonitoredBackend):
-    """The same rule in Redis, for all processes and hosts together."""
+    """The same sliding windows, stored in Redis for all processes and hosts together."""
 
     name = "Redis"
 
@@ -1506,11 +1523,13 @@ class RedisRateLimiter(MonitoredBackend):
     async def open_connections(self) -> None:
         """Open all connections, before a burst of requests has to wait for that.
 
-        Commands that run at once need a connection each. Any command would do.
+        Commands that run at once need a connection each. Which command does not matter.
         """
-        load_script = partial(self.client.script_load, REDIS_SCRIPT)
+        commands = [
+            self.client.script_load(REDIS_SCRIPT) for _ in range(MAX_REDIS_CONNECTIONS)
+        ]
         async with asyncio.timeout(REDIS_CONNECT_SECONDS):
-            await asyncio.gather(*(load_script() for _ in range(MAX_REDIS_CONNECTIONS)))
+            await asyncio.gather(*commands)
 
     async def replace_connections(self) -> None:
         await self.client.connection_pool.disconnect(inuse_connections=False)
@@ -1573,8 +1592,8 @@ class RateLimiter:
     async def enforce(self, name: str, scope: Scope) -> None:
         """Count a request of the client. Raises RateLimitedException.
 
-        `request.state` (see Middleware) has the client's address. It gets the result as
-        `rate_limit`, for the headers of the response.
+        RequestLoggingMiddleware has set `client` in `request.state`. This sets
+        `rate_limit` there, for the headers of the response.
         """
         state = scope["state"]
         result = await self.hit(name, state["client"])
@@ -1594,8 +1613,8 @@ class RateLimiter:
 
 
 # --- Middleware -----------------------------------------------------------------------
-# Pure ASGI, because BaseHTTPMiddleware is several times slower. What they know of a
-# request is in scope["state"], which is `request.state`: request_id, client, trace_id,
+# Pure ASGI, because BaseHTTPMiddleware is several times slower. Middleware and routes
+# share data in scope["state"], which is `request.state`: request_id, client, trace_id,
 # user_id, rate_limit, status_code, and for the log line `reason` and `exception`.
 
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -1625,10 +1644,13 @@ SECURITY_HEADERS = {
 # RFC 6797 § 7.2: over https only. Not for subdomains: they may be somebody else's.
 HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
 LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
-OTHER_HEADERS = ("Location", "Retry-After", "X-Request-ID", "X-Response-Time")
-# By default, a script of another origin may read few headers of a response. With these,
-# it may read all that the service adds.
-EXPOSED_HEADERS = (*SECURITY_HEADERS, *HTTPS_HEADERS, *LIMIT_HEADERS, *OTHER_HEADERS)
+# The headers of a response that a script of another origin may read.
+EXPOSED_HEADERS = (
+    *SECURITY_HEADERS,
+    *HTTPS_HEADERS,
+    *LIMIT_HEADERS,
+    *("Location", "Retry-After", "X-Request-ID", "X-Response-Time"),
+)
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
 # Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline. With
 # require-corp, browsers would block what the CDN sends.
@@ -1666,8 +1688,8 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # In ASGI, `path` includes root_path. The proxy has removed it, so add it again.
-        # FastAPI(root_path=…) does not do that.
+        # The proxy has removed ROOT_PATH, but in ASGI `path` includes it: so add it.
+        # (FastAPI's own argument root_path does not do that.)
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1814,12 +1836,11 @@ class LimitsAndErrorsMiddleware:
                 return await self.app(scope, limited_receive, send)
         except asyncio.CancelledError:
             # uvicorn cancels this task when the time for a shutdown is over. The error is
-            # not raised again, so that the client gets an answer. (`timer` cancels the
-            # task, too, but turns this error into a TimeoutError.)
+            # not raised again, so that the client gets an answer.
             stopping = ServiceUnavailableException("the server is shutting down")
             response = await app_exception_handler(Request(scope), stopping)
         except Exception as error:  # noqa: BLE001 - none may get past this line
-            # Not `except TimeoutError`, which the code of a route can raise, too.
+            # The timer raises TimeoutError, but so can the code of a route.
             if timer.expired():
                 late = HTTPException(504, "The request took too long.")
                 response = await http_exception_handler(Request(scope), late)
@@ -1840,7 +1861,7 @@ class LimitsAndErrorsMiddleware:
 
         async def receive_limited() -> Message:
             nonlocal received_bytes
-            if received_bytes == 0:  # before the first part of the body
+            if received_bytes == 0:  # this is the first part of the body
                 self.check_body_headers(Headers(scope=scope))
             message = await receive()
             received_bytes += len(message.get("body", b""))
@@ -1854,8 +1875,8 @@ class LimitsAndErrorsMiddleware:
         # uvicorn has checked that this is a number.
         if int(headers.get("content-length", 0)) > self.max_body_bytes:
             raise HTTPException(413)
-        # Starlette would decode a multipart form (others are UTF-8) with any charset
-        # that the client names. Some of Python's codecs, such as punycode, are slow.
+        # Starlette decodes a multipart form with the charset that the client names.
+        # Some of Python's codecs, such as punycode, are so slow that they block.
         content_type, options = parse_options_header(headers.get("content-type"))
         charset = options.get(b"charset", b"utf-8").lower()
         if content_type == b"multipart/form-data" and charset != b"utf-8":
@@ -1866,7 +1887,7 @@ class LimitsAndErrorsMiddleware:
 # What a route asks for, and what a test overrides. All are async: sync functions would
 # wait for one of FastAPI's 40 threads.
 
-# A placeholder for a URL that depends on settings: see `customize_openapi`.
+# The token's URL depends on settings. `customize_openapi` replaces this one in /docs.
 oauth2_scheme = OAuth2PasswordBearer("auth/token")
 BearerToken = Annotated[str, Depends(oauth2_scheme)]
 
@@ -1886,9 +1907,8 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
 async def get_current_user(request: Request, token: BearerToken) -> User:
     """Return the owner of the token. Raises UnauthorizedException."""
     user_id, version = decode_access_token(token, request.app.state.settings)
-    # This session gives its connection back before the route's session takes one, at
-    # its first statement. If requests held a connection while they wait for a second
-    # one, they could block each other.
+    # A session of its own, which gives its connection back here. The route's session
+    # takes one later. A request never holds two: then requests could wait for each other.
     async with request.app.state.database.session(writes=False) as session:
         user = await read_token_owner(session, user_id, version)
     request.state.user_id = user.id
@@ -1908,16 +1928,20 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 # --- Health routes --------------------------------------------------------------------
 # For orchestrators and monitors: no rate limit, and only the log says what is wrong.
-# Some monitors send HEAD, to which a GET route does not answer.
+# Some monitors send HEAD requests, which need a route of their own in FastAPI.
+
+
+def operation_id(route: APIRoute) -> str:
+    """Return the name of the function: generated clients name their methods so."""
+    return route.name
+
 
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=document_errors(413, 500, 504),
-    # The operation ids are the functions' names. (The same line in `create_app` is for
-    # routes that are added by include_router. These are added by `routes=`.)
-    generate_unique_id_function=attrgetter("name"),
+    generate_unique_id_function=operation_id,
 )
 
 
@@ -1938,9 +1962,7 @@ async def check_redis(redis: RedisRateLimiter | None) -> CheckResult | None:
     """Return None if no Redis is configured. If it is down, the service is degraded."""
     if redis is None:
         return None
-    # None means that Redis failed. What the limit allows does not matter here.
-    result = await redis.hit("health", limit=1, seconds=1)
-    return UNHEALTHY if result is None else HEALTHY
+    return HEALTHY if await redis.is_ready() else UNHEALTHY
 
 
 @health_router.get("/live")
@@ -1985,7 +2007,7 @@ After = Annotated[
     int, Query(ge=0, le=MAX_ID, description="`next` of the previous page")
 ]
 Limit = Annotated[int, Query(ge=1, le=100)]
-TokenForm = Annotated[LoginForm, Form()]
+LoginFormBody = Annotated[LoginForm, Form()]
 LOGIN_LIMITED = [Depends(rate_limit_dependency)]
 
 users_router = APIRouter(prefix="/users", tags=["users"])
@@ -2055,7 +2077,9 @@ async def get_user(user_id: IdPath, user: CurrentUser, db: ReadSession) -> UserO
 @auth_router.post(
     "/token", dependencies=LOGIN_LIMITED, responses=document_errors(400, 401, 422)
 )
-async def post_token(form: TokenForm, request: Request, db: WriteSession) -> TokenOut:
+async def post_token(
+    form: LoginFormBody, request: Request, db: WriteSession
+) -> TokenOut:
     """Log in. Send the token as `Authorization: Bearer`."""
     user = await authenticate_user(db, form.username, form.password)
     settings: Settings = request.app.state.settings
@@ -2174,8 +2198,10 @@ def customize_openapi(app: FastAPI) -> None:
     settings: Settings = app.state.settings
     token_url = f"{settings.ROOT_PATH}{settings.API_V1_PREFIX}/auth/token"
 
+    generate_document = app.openapi
+
     def openapi() -> dict[str, Any]:
-        document = FastAPI.openapi(app)  # not app.openapi, which is replaced below
+        document = generate_document()
         scheme = document["components"]["securitySchemes"][oauth2_scheme.scheme_name]
         scheme["flows"]["password"]["tokenUrl"] = token_url
         return document
@@ -2194,16 +2220,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description=settings.PROJECT_DESCRIPTION,
         version=settings.VERSION,
         openapi_url=f"{settings.API_V1_PREFIX}/openapi.json",
-        # /docs sends its requests there. (RequestLoggingMiddleware sets root_path.)
+        # The base URL of the requests that /docs sends.
         servers=[{"url": settings.ROOT_PATH or "/"}],
         redirect_slashes=False,  # its redirects would be made from the Host header
-        generate_unique_id_function=attrgetter("name"),
+        generate_unique_id_function=operation_id,
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router. Since FastAPI 0.165, a path is matched with the router and
-        # then with its routes, which makes a health check a fifth slower.
+        # Not include_router, which makes a health check a fifth slower: a path is matched
+        # with the router, then with its routes.
         routes=health_router.routes,
-        # FastAPI 0.165 has OpenTelemetry built in, which costs time. README has more.
+        # OpenTelemetry is built into FastAPI (since 0.165), and costs time. To use it,
+        # see "Operate" in README.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.settings = settings

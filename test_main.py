@@ -674,9 +674,12 @@ async def test_logging_with_debug_shows_no_secret(log: Log, database_url: str) -
 
 def test_description_of_an_error_is_one_line() -> None:
     error_of_driver = sa.exc.DBAPIError("SELECT 1", {}, OSError("away"))
-    assert main.describe(error_of_driver) == "away"
-    assert main.describe(TimeoutError()) == "TimeoutError"
-    assert main.describe(ValueError("no\nroute" + "x" * 500)) == "no route" + "x" * 492
+    assert main.summarize_error(error_of_driver) == "away"
+    assert main.summarize_error(TimeoutError()) == "TimeoutError"
+    assert (
+        main.summarize_error(ValueError("no\nroute" + "x" * 500))
+        == "no route" + "x" * 492
+    )
 
 
 # --- Errors ---------------------------------------------------------------------------
