@@ -40,15 +40,15 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol. It limits headers in size and time, and ignores `Upgrade`.
+    """uvicorn's HTTP protocol (of 0.54), with limits on headers, and without `Upgrade`.
 
-    uvicorn (0.54) calls data_received for what comes from the network. The parser then
-    calls the methods on_headers_complete and on_message_complete, within feed_data.
+    uvicorn calls data_received with what comes from the network. The parser then calls
+    on_headers_complete and on_message_complete, within feed_data.
     """
 
-    is_in_body = False  # else headers are being received, or nothing
-    header_bytes = 0  # received so far, while the headers are incomplete
-    header_timer: TimerHandle | None = None  # runs while they are incomplete
+    is_in_body = False  # True from the end of the headers to the end of the body
+    header_bytes = 0  # received so far; 0 again when the headers are complete
+    header_timer: TimerHandle | None = None  # runs while the headers are incomplete
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -56,23 +56,22 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # use 127.0.0.1. An IPv4 client of an IPv6 socket has the prefix ::ffff: here.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
-        # uvicorn starts this timer after each response. Start it before the first, too.
+        # uvicorn starts this timer of an idle connection only after a response.
         timer = self.loop.call_later(HEADER_SECONDS, transport.close)
         self.timeout_keep_alive_task = timer
 
     def data_received(self, data: bytes) -> None:
         if not self.is_in_body:
-            # Old clients send an empty line after a request. It begins no headers.
-            self.header_bytes += len(data.lstrip(b"\r\n"))
+            self.header_bytes += len(data.lstrip(b"\r\n"))  # may begin with empty lines
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(400)
-        if self.header_bytes > MAX_HEADER_BYTES:  # 0, if the headers are complete now
+        if self.header_bytes > MAX_HEADER_BYTES:
             self.refuse(431)
-        # A client may send the next request before it has the response to this one.
-        is_handling_request = self.cycle and not self.cycle.response_complete
-        if self.header_bytes and not self.header_timer and not is_handling_request:
+        # No timer while another request is answered: 408 would end up in its response.
+        is_answering = self.cycle and not self.cycle.response_complete
+        if self.header_bytes and not self.header_timer and not is_answering:
             self._unset_keepalive_if_required()  # the connection is not idle any more
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
@@ -91,16 +90,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
             lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
             self.parser = httptools.HttpRequestParser(self)
-            # As uvicorn: data after a request with "Connection: close" is no error.
+            # uvicorn does this, too: data after "Connection: close" is no error.
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-            # A CONNECT request raises HttpParserUpgrade here again. It is refused.
+            # This raises again for a CONNECT request, which data_received refuses.
             self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
             data = data[position:]
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # this method is called again for the new parser, see `parse`
-        # Computed, because header_bytes can include the beginning of the body.
+        # Headers that came at once. (header_bytes would include a part of the body.)
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
@@ -112,7 +111,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = None
         self._unset_keepalive_if_required()
         super().on_headers_complete()
-        self.headers = []  # for trailers: they must not join the request's headers
+        self.headers = []  # httptools adds trailers here: not to the request's headers
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
@@ -127,7 +126,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)
             self.transport.close()
 
-    def shutdown(self) -> None:  # later, because a request may be on its way
+    def shutdown(self) -> None:  # 0.5 s later, for a request that is on its way
         self.loop.call_later(0.5, super().shutdown)
 
 
@@ -139,9 +138,9 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # seconds, between calls of callback_notify
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # SIGQUIT (gunicorn's Ctrl+C) is SIGTERM here. super().run() would ignore it.
+        # UvicornWorker ignores SIGQUIT, which gunicorn sends at Ctrl+C. Use SIGTERM.
         signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # At its end, uvicorn restores this handler and sends SIGTERM again: exit 0.
+        # uvicorn handles SIGTERM, and at its end sends it to this handler, which exits.
         signal.signal(signal.SIGTERM, self.handle_quit)
         Server(self.config).run(self.sockets)
 
@@ -152,7 +151,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # gunicorn was told "main:create_app()"
+    if not logging.getLogger().handlers:  # the application is "main:create_app()"
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # of open files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -174,7 +173,7 @@ errorlog = None  # gunicorn adds no log handler: main.setup_logging has added on
 preload_app = True  # invalid settings stop the start; workers share rate limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
-timeout = graceful_timeout + 30  # longer: a worker that stops sends no heartbeat
+timeout = graceful_timeout + 30  # a worker sends no heartbeat while it shuts down
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers: 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
 control_socket_disable = True  # of gunicorn 25: it needs a writable home directory

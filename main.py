@@ -148,9 +148,9 @@ def parse_origin(value: str) -> str:
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
-# A Python str can hold lone surrogates, which cannot be encoded as UTF-8. They come from
-# "\ud800" in JSON, or from a variable that is not UTF-8. pydantic refuses them, but only
-# in a str that has a max_length or a pattern.
+# A Python str can hold lone surrogates, which cannot be encoded as UTF-8. They come
+# from "\ud800" in JSON, or from a variable that is not UTF-8. pydantic refuses them,
+# but only in a str that has a max_length or a pattern.
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -318,9 +318,9 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # The servers' loggers get the handler themselves: at a worker's start, UvicornWorker
-    # gives uvicorn's loggers the handlers of gunicorn.error. So they must not propagate,
-    # or the root logger would write each line again.
+    # The servers' loggers get the handler themselves: at a worker's start,
+    # UvicornWorker gives uvicorn's loggers the handlers of gunicorn.error. So they must
+    # not propagate, or the root logger would write each line again.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -586,9 +586,9 @@ HEALTH_CHECK_SECONDS = 2  # the longest time until a health check is answered
 LIFESPAN_TIMEOUT_SECONDS = 1  # how long the start and the stop wait for a check
 # Held while a worker creates the tables, so that no other one does. 7411 is arbitrary.
 LOCK_TABLES_QUERY = sa.select(sa.func.pg_advisory_xact_lock(7411))
-# Selects all columns of all tables, in a cross join, but no row. It fails if a column is
-# missing, and, because of FOR UPDATE, on a read-only server. (SQLite has no FOR UPDATE;
-# SQLAlchemy omits it there.)
+# Selects all columns of all tables, in a cross join, but no row. It fails if a column
+# is missing, and, because of FOR UPDATE, on a read-only server. (SQLite has no FOR
+# UPDATE; SQLAlchemy omits it there.)
 CHECK_QUERY = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
 
 
@@ -611,15 +611,15 @@ class FairPool(AsyncAdaptedQueuePool):
     """A pool that gives connections to requests in the order in which they came.
 
     SQLAlchemy's own pool lets newcomers overtake: under load, some requests wait until
-    they fail. Here each request first waits at a semaphore, which is fair. The semaphore
-    has a slot for each connection, so the pool below it never has to wait.
+    they fail. Here each request first waits at a semaphore, which is fair. It has one
+    slot for each connection, so SQLAlchemy's pool never has to wait.
 
     A PostgreSQL connection that a request holds for longer than pool_timeout is closed.
     Otherwise, requests to a silent server would hold all connections.
 
-    `_do_get` and `_do_return_conn` are private, but each pool class of SQLAlchemy (2.1.9)
-    overrides them. They are no coroutines, but SQLAlchemy calls them in a greenlet, in
-    which `await_(x)` does what `await x` does in a coroutine.
+    `_do_get` and `_do_return_conn` are private, but all pools of SQLAlchemy override
+    them (as of 2.1.9). They are no coroutines, but are called in a greenlet, in which
+    `await_(x)` does what `await x` does in a coroutine.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -628,8 +628,8 @@ class FairPool(AsyncAdaptedQueuePool):
         # A record holds one connection after the other. There are at most size().
         self.records: set[ConnectionPoolEntry] = set()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # "connect" comes before "checkout". In between, SQLAlchemy asks a new server for
-        # its version and other properties, which needs a timer, too.
+        # "connect" comes before "checkout". In between, SQLAlchemy asks a new server
+        # for its version and other properties, which needs a timer, too.
         event.listen(self, "connect", self.on_connect)
         event.listen(self, "checkout", lambda _, record, __: self.start_timer(record))
         event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
@@ -848,7 +848,7 @@ class Database(MonitoredBackend):
             pool_timeout=seconds,
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,  # or every error would log them
-            enable_from_linting=False,  # or SQLAlchemy warns of CHECK_QUERY's cross join
+            enable_from_linting=False,  # or it warns of CHECK_QUERY's cross join
         )
         event.listen(engine.sync_engine, "handle_error", on_database_error)
         if self.is_sqlite:
@@ -889,9 +889,9 @@ class Database(MonitoredBackend):
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         expected = set(Base.metadata.tables)
         found = expected.intersection(names)
-        # After an outage, only an empty database gets tables. In any other, somebody has
-        # renamed or deleted those that are missing. If there were a new table of users,
-        # old tokens would be valid for new users.
+        # After an outage, only an empty database gets tables. In any other, somebody
+        # has renamed or deleted those that are missing. If there were a new table of
+        # users, old tokens would be valid for new users.
         may_create = not self.has_tables or not found
         if may_create and found != expected:
             await self.create_tables()
@@ -1109,7 +1109,7 @@ async def verify_password(password: str, known_hash: str) -> tuple[bool, str | N
 
 
 def signing_key(settings: Settings) -> dict[str, str]:
-    """Return a JSON Web Key. (python-jose would parse a string that looks like JSON.)"""
+    """Return a JSON Web Key. (python-jose would parse a text that looks like JSON.)"""
     # A SecretStr may hold a key that is not UTF-8. surrogateescape restores its bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
@@ -1503,7 +1503,7 @@ class SlidingWindowRateLimiter:
 
 
 class RedisRateLimiter(MonitoredBackend):
-    """The same sliding windows, stored in Redis for all processes and hosts together."""
+    """The same sliding windows, in Redis, for all processes and hosts together."""
 
     name = "Redis"
 
@@ -1835,8 +1835,8 @@ class LimitsAndErrorsMiddleware:
             async with timer:
                 return await self.app(scope, limited_receive, send)
         except asyncio.CancelledError:
-            # uvicorn cancels this task when the time for a shutdown is over. The error is
-            # not raised again, so that the client gets an answer.
+            # uvicorn cancels this task when the time for a shutdown is over. The error
+            # is not raised again, so that the client gets an answer.
             stopping = ServiceUnavailableException("the server is shutting down")
             response = await app_exception_handler(Request(scope), stopping)
         except Exception as error:  # noqa: BLE001 - none may get past this line
@@ -1908,7 +1908,8 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
     """Return the owner of the token. Raises UnauthorizedException."""
     user_id, version = decode_access_token(token, request.app.state.settings)
     # A session of its own, which gives its connection back here. The route's session
-    # takes one later. A request never holds two: then requests could wait for each other.
+    # takes one later. A request never holds two: then requests could wait for each
+    # other.
     async with request.app.state.database.session(writes=False) as session:
         user = await read_token_owner(session, user_id, version)
     request.state.user_id = user.id
@@ -2226,8 +2227,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=operation_id,
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router, which makes a health check a fifth slower: a path is matched
-        # with the router, then with its routes.
+        # Not include_router, which makes a health check a fifth slower: a path is
+        # matched with the router, then with its routes.
         routes=health_router.routes,
         # OpenTelemetry is built into FastAPI (since 0.165), and costs time. To use it,
         # see "Operate" in README.
