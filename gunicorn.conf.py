@@ -56,7 +56,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # use 127.0.0.1. An IPv4 client of an IPv6 socket has the prefix ::ffff: here.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
-        # uvicorn starts this timer of an idle connection only after a response.
+        # uvicorn closes an idle connection only after a response. Do it before, too.
         timer = self.loop.call_later(HEADER_SECONDS, transport.close)
         self.timeout_keep_alive_task = timer
 
@@ -92,14 +92,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.parser = httptools.HttpRequestParser(self)
             # uvicorn does this, too: data after "Connection: close" is no error.
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-            # This raises again for a CONNECT request, which data_received refuses.
+            # For a CONNECT request, this raises the same error again: it gets 400.
             self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
             data = data[position:]
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # this method is called again for the new parser, see `parse`
-        # Headers that came at once. (header_bytes would include a part of the body.)
+        # Not header_bytes: if the body has come with the headers, that is too large.
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
@@ -111,7 +111,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = None
         self._unset_keepalive_if_required()
         super().on_headers_complete()
-        self.headers = []  # httptools adds trailers here: not to the request's headers
+        self.headers = []  # else trailers would be added to the request's own list
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
@@ -151,7 +151,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # the application is "main:create_app()"
+    if not logging.getLogger().handlers:  # with "main:create_app()", nobody did this
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # of open files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit

@@ -193,8 +193,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip values, because secret files often end with a newline.
 
-        A value that is then empty counts as not set: env_ignore_empty does that only
-        for values without white space.
+        A value that is then empty counts as not set. (env_ignore_empty drops only those
+        that are empty before.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         return {k: v for k, v in (values | texts).items() if v != ""}
@@ -245,9 +245,9 @@ def get_settings() -> Settings:
 
 logger = logging.getLogger(__name__)
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
-# The attributes that each record has. All others come from `extra`. taskName is new in
-# Python 3.12, color_message is uvicorn's.
-STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "taskName", "color_message"}
+# The attributes that each record has. All others come from `extra`. uvicorn adds
+# color_message, a copy of the message for terminals.
+STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "color_message"}
 # The end of a traceback is kept, because it has the error. A line over 4 KiB (PIPE_BUF)
 # could be mixed with lines of other workers.
 MAX_TRACEBACK_CHARACTERS = 3000
@@ -256,7 +256,7 @@ LIBRARY_LEVELS = {
     "aiosqlite": "WARNING",
     "asyncio": "WARNING",  # logs its selector
     "httpx": "WARNING",  # if you use it, as the tests do
-    f"{__name__}.FairPool": "WARNING",  # SQLAlchemy's logger for this class
+    f"{__name__}.FairPool": "WARNING",  # SQLAlchemy names a logger after the class
     "sqlalchemy": "WARNING",
     # Their warnings repeat what the request's own line says.
     "psycopg": "ERROR",
@@ -310,17 +310,17 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # A logger with a level of its own, as in LIBRARY_LEVELS, ignores the root logger's.
-    # If LOG_LEVEL is ERROR, the handler drops its warnings.
+    # The loggers of LIBRARY_LEVELS have a level of their own, so they ignore that of
+    # the root logger. If LOG_LEVEL is ERROR, the handler drops their warnings.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # The servers' loggers get the handler themselves: at a worker's start,
-    # UvicornWorker gives uvicorn's loggers the handlers of gunicorn.error. So they must
-    # not propagate, or the root logger would write each line again.
+    # The servers' loggers write to the handler themselves. They cannot leave that to
+    # the root logger: when a worker starts, UvicornWorker gives uvicorn's loggers the
+    # handlers of gunicorn.error. To propagate, too, would write each line twice.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -485,7 +485,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # app.routes has routes and included routers. FULL: path and method match.
+        # Since FastAPI 0.165, an included router is an entry of app.routes, with a
+        # method `matches` of its own. FULL: path and method match.
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -625,7 +626,7 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        # A record holds one connection after the other. There are at most size().
+        # A record is a place in the pool. If its connection is closed, it gets another.
         self.records: set[ConnectionPoolEntry] = set()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # "connect" comes before "checkout". In between, SQLAlchemy asks a new server
@@ -728,7 +729,7 @@ def refuse_write_statement(state: orm.ORMExecuteState) -> None:
 
 
 class MonitoredBackend:
-    """The base class of `Database` and `RedisRateLimiter`: is it available?
+    """The base class of `Database` and `RedisRateLimiter`. Knows if it is available.
 
     After a failure, the backend is checked every second until it is available again.
     While all is well, nothing runs in the background.
@@ -814,8 +815,8 @@ class Database(MonitoredBackend):
         if self.is_sqlite:
             self.write_engine = self.create_engine(1)
             # In autocommit, sqlite3 sends no BEGIN. So this listener sends it when
-            # SQLAlchemy begins a transaction. sqlite3's commit() and rollback() end any
-            # transaction, also one that was begun by such a statement.
+            # SQLAlchemy begins a transaction. SQLAlchemy ends it by commit() or
+            # rollback() of sqlite3, which work in autocommit, too.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             # The same pool, but with transactions. READ COMMITTED is the usual level.
@@ -889,9 +890,9 @@ class Database(MonitoredBackend):
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         expected = set(Base.metadata.tables)
         found = expected.intersection(names)
-        # After an outage, only an empty database gets tables. In any other, somebody
-        # has renamed or deleted those that are missing. If there were a new table of
-        # users, old tokens would be valid for new users.
+        # After an outage, tables are created only in an empty database, which must be a
+        # new one. If only some are missing, somebody is about to rename or replace
+        # them.
         may_create = not self.has_tables or not found
         if may_create and found != expected:
             await self.create_tables()
@@ -918,6 +919,7 @@ class Database(MonitoredBackend):
 
     async def replace_connections(self) -> None:
         # After a failover, the connections of requests may lead to the former primary.
+        # (That of check_engine has failed already, and is replaced.)
         pool: Any = self.read_engine.pool
         pool.replace_connections()
 
@@ -1110,7 +1112,8 @@ async def verify_password(password: str, known_hash: str) -> tuple[bool, str | N
 
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return a JSON Web Key. (python-jose would parse a text that looks like JSON.)"""
-    # A SecretStr may hold a key that is not UTF-8. surrogateescape restores its bytes.
+    # pydantic lets a SecretStr pass that is not UTF-8. surrogateescape restores its
+    # bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1159,12 +1162,13 @@ after_parameter: sa.BindParameter[int] = sa.bindparam("after")
 # The owner's items with an id above `after`. Each database needs a query of its own to
 # use the index (owner_id, id) well: so the last page costs no more than the first.
 LIST_ITEMS_QUERIES = {
-    # SQLite would read all items of the owner for the comparison of tuples below.
+    # owner_id = :owner AND id > :after. (PostgreSQL may use the index of `id` for
+    # this.)
     "sqlite": ITEMS_QUERY.where(
         Item.owner_id == owner_parameter, Item.id > after_parameter
     ),
-    # PostgreSQL may read the items of all owners for the conditions above. The tuple
-    # (owner_id, id) is also greater for each later owner, whom "<=" excludes.
+    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner, which excludes the later
+    # owners. (SQLite would read all items of the owner for this.)
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(owner_parameter, after_parameter),
         Item.owner_id <= owner_parameter,
@@ -1227,10 +1231,16 @@ async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
 
 
 # --- Services -------------------------------------------------------------------------
-# Business logic: register_ and create_ call add_ of the repositories, read_ calls find_
-# or list_, discard_ calls remove_. A service that writes commits at its end. A session
-# takes a connection at its first statement and gives it back at commit() or rollback().
-# No service holds one while a password is hashed, which takes 30 ms.
+# Business logic. The verbs here, and those of the repositories that they call:
+#
+#   register_user, create_item    add_
+#   read_user, read_items         find_, list_
+#   change_item, change_password  find_, update_
+#   discard_user, discard_item    remove_
+#
+# A service that writes commits at its end. A session takes a connection at its first
+# statement and gives it back at commit() or rollback(). No service holds one while a
+# password is hashed, which takes 30 ms.
 
 Page = dict[str, Any]
 
@@ -1438,8 +1448,8 @@ class SlidingWindowRateLimiter:
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
-        # Defined here, because its size depends on `limit`. `times` is a ring buffer of
-        # `count` times: times[oldest], times[oldest + 1] and so on, modulo `limit`.
+        # One client. Defined here, because the size depends on `limit`. `times` is a
+        # ring buffer with `count` times, of which times[oldest] is the first.
         class Row(ctypes.Structure):
             _fields_ = (
                 ("client_hash", ctypes.c_int64),
@@ -1523,7 +1533,8 @@ class RedisRateLimiter(MonitoredBackend):
     async def open_connections(self) -> None:
         """Open all connections, before a burst of requests has to wait for that.
 
-        Commands that run at once need a connection each. Which command does not matter.
+        redis-py opens a connection for each command that runs at the same time. Which
+        command it is does not matter.
         """
         commands = [
             self.client.script_load(REDIS_SCRIPT) for _ in range(MAX_REDIS_CONNECTIONS)
@@ -1649,7 +1660,10 @@ EXPOSED_HEADERS = (
     *SECURITY_HEADERS,
     *HTTPS_HEADERS,
     *LIMIT_HEADERS,
-    *("Location", "Retry-After", "X-Request-ID", "X-Response-Time"),
+    "Location",
+    "Retry-After",
+    "X-Request-ID",
+    "X-Response-Time",
 )
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
 # Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline. With
@@ -1724,8 +1738,7 @@ class RequestLoggingMiddleware:
             state["trace_id"] = trace["id"].decode()
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
-        # If uvicorn trusts the peer, `address` is from X-Forwarded-For. Otherwise it is
-        # the peer's own, and uvicorn has ignored the header.
+        # If uvicorn trusted the peer, `address` would be one of those in the header.
         if b"x-forwarded-for" in headers:
             forwarded_for = ",".join(Headers(scope=scope).getlist("x-forwarded-for"))
             if address not in forwarded_for:
@@ -1933,7 +1946,7 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 
 def operation_id(route: APIRoute) -> str:
-    """Return the name of the function: generated clients name their methods so."""
+    """Return the function's name as operationId. Generated clients use it, too."""
     return route.name
 
 
@@ -2227,8 +2240,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=operation_id,
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router, which makes a health check a fifth slower: a path is
-        # matched with the router, then with its routes.
+        # Not include_router: FastAPI would match the router first, then its routes,
+        # which makes a health check a fifth slower.
         routes=health_router.routes,
         # OpenTelemetry is built into FastAPI (since 0.165), and costs time. To use it,
         # see "Operate" in README.
