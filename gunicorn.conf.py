@@ -46,7 +46,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     on_headers_complete and on_message_complete, within feed_data.
     """
 
-    is_in_body = False  # True from the end of the headers to the end of the body
+    is_in_body = False  # True between the end of the headers and the end of the body
     header_bytes = 0  # received so far; 0 again when the headers are complete
     header_timer: TimerHandle | None = None  # runs while the headers are incomplete
 
@@ -169,12 +169,12 @@ for address in bind:  # gunicorn's own message would not name the variable
         raise SystemExit(f"bad settings: BIND: {address} has no port from 0 to 65535")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 worker_class = ServiceWorker  # with limits on headers, and a graceful stop
-errorlog = None  # gunicorn adds no log handler: main.setup_logging has added one
+errorlog = None  # gunicorn's errors go to the handler of main.setup_logging
 preload_app = True  # invalid settings stop the start; workers share rate limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
 timeout = graceful_timeout + 30  # a worker sends no heartbeat while it shuts down
-keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers: 60 s
+keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # load balancers have 60 s or so
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
 control_socket_disable = True  # of gunicorn 25: it needs a writable home directory
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # for heartbeats

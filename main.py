@@ -80,7 +80,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
-from sqlalchemy.util import await_  # runs a coroutine from FairPool's sync methods
+from sqlalchemy.util import await_  # see FairPool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -109,7 +109,7 @@ def parse_database_url(value: str) -> sa.URL:
             make_conninfo(**dict.fromkeys(url.query, ""))
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
-    # "user:pass@word@host" would put "word" into the host, which is logged.
+    # In "user:pass@word@host", "word" would belong to the host, which is logged.
     if "@" in (url.host or ""):
         raise ValueError("has an @ that is not encoded as %40")
     if (url.port or 0) > 65535:
@@ -126,7 +126,7 @@ def check_redis_url(value: str) -> str:
     """Raise ValueError if redis-py refuses the URL, or does not know its options."""
     try:
         pool: Any = Redis.from_url(value).connection_pool  # its methods have no types
-        # redis-py checks the options when it makes a connection. This opens none.
+        # A new connection object checks its options. It does not connect.
         pool.make_connection()
     except Exception:  # noqa: BLE001 - ValueError, TypeError, RedisError
         raise ValueError("no Redis URL, or bad options") from None
@@ -196,8 +196,11 @@ class Settings(BaseSettings):
         A value that is then empty counts as not set. (env_ignore_empty drops only those
         that are empty before.)
         """
-        texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
-        return {k: v for k, v in (values | texts).items() if v != ""}
+        stripped = {
+            name: value.strip() if isinstance(value, str) else value
+            for name, value in values.items()
+        }
+        return {name: value for name, value in stripped.items() if value != ""}
 
     @pydantic.model_validator(mode="after")
     def refuse_unsafe_values(self) -> "Settings":
@@ -248,8 +251,8 @@ request_id_context: ContextVar[str | None] = ContextVar("request_id", default=No
 # The attributes that each record has. All others come from `extra`. uvicorn adds
 # color_message, a copy of the message for terminals.
 STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "color_message"}
-# The end of a traceback is kept, because it has the error. A line over 4 KiB (PIPE_BUF)
-# could be mixed with lines of other workers.
+# The end of a traceback is kept, because it has the error. Linux writes a line of up to
+# 4 KiB (PIPE_BUF) to a pipe in one piece. A longer one could be mixed with others.
 MAX_TRACEBACK_CHARACTERS = 3000
 LIBRARY_LEVELS = {
     # Most of them log each statement or URL, some with parameters.
@@ -380,7 +383,7 @@ class AppException(Exception):
 
     status_code = 500
     message = "Something went wrong. Quote the request_id if you report it."
-    headers: Mapping[str, str] | None = None  # besides DEFAULT_HEADERS
+    headers: Mapping[str, str] | None = None  # they go before DEFAULT_HEADERS
 
     @property
     def error(self) -> str:
@@ -497,7 +500,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     error = error_code(exc.status_code)
     message = str(exc.detail)
     headers = exc.headers
-    if exc.status_code in {204, 304}:  # these have no body
+    if exc.status_code in {204, 304}:  # no errors, and without a body
         return Response(None, exc.status_code, headers)
     if exc.status_code == 405:
         headers = {"Allow": allowed_methods(request)}
@@ -673,7 +676,7 @@ class FairPool(AsyncAdaptedQueuePool):
         finally:
             self.slots.release()
 
-    def replace_connections(self) -> None:
+    def invalidate_all(self) -> None:
         """Let the pool replace each connection before its next use."""
         for record in self.records:
             record.invalidate(soft=True)
@@ -692,7 +695,7 @@ def on_database_error(context: sa.engine.ExceptionContext) -> None:
     is_read_only = isinstance(original, psycopg.errors.ReadOnlySqlTransaction)
     sqlite_error = getattr(original, "sqlite_errorname", "")
     if is_read_only or sqlite_error.startswith("SQLITE_READONLY"):
-        # SQLAlchemy then replaces this connection and all others of the pool.
+        # SQLAlchemy then replaces all connections of the pool.
         context.is_disconnect = True
 
 
@@ -921,7 +924,7 @@ class Database(MonitoredBackend):
         # After a failover, the connections of requests may lead to the former primary.
         # (That of check_engine has failed already, and is replaced.)
         pool: Any = self.read_engine.pool
-        pool.replace_connections()
+        pool.invalidate_all()
 
     async def close(self) -> None:
         await self.stop_checks()
@@ -1152,10 +1155,11 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
 # SQL only. Functions return rows or None. They contain no business rules, and do not
 # commit.
 
-Rows = Sequence[Any]
+Rows = Sequence[Any]  # of objects such as User, or of plain rows
 # The queries of the busiest routes are built once, because that takes 0.2 ms.
 FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
-# `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects.
+# `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects. The order is
+# that of the index.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 owner_parameter: sa.BindParameter[int] = sa.bindparam("owner")
 after_parameter: sa.BindParameter[int] = sa.bindparam("after")
@@ -1250,8 +1254,8 @@ def make_page(name: str, rows: Rows, limit: int) -> Page:
 
     Callers ask for `limit + 1`: the additional row shows that there is a next page.
     """
-    last_id = rows[limit - 1].id if len(rows) > limit else None
-    return {name: rows[:limit], "next": last_id}
+    has_next = len(rows) > limit
+    return {name: rows[:limit], "next": rows[limit - 1].id if has_next else None}
 
 
 async def register_user(db: AsyncSession, user_in: UserIn) -> User:
@@ -1277,7 +1281,7 @@ async def authenticate_user(db: AsyncSession, username: str, password: str) -> U
     is_valid, new_hash = await verify_password(password, known_hash)
     if user is None or not is_valid:
         raise WrongCredentialsException
-    if new_hash:
+    if new_hash:  # the known one was made with older parameters
         await update_user(db, user, password_hash=new_hash)
         await db.commit()
     return user
@@ -1409,7 +1413,8 @@ return {allowed, limit, math.max(0, limit - count), reset_seconds} -- as RateLim
 def open_lock_file() -> IO[bytes]:
     """Return the file whose lock protects the shared memory: one for all limits.
 
-    The workers inherit it. If a process is killed, the kernel releases its lock.
+    The workers inherit it. If a process is killed, the kernel releases its lock. (A
+    multiprocessing.Lock would be locked for ever.)
     """
     return tempfile.TemporaryFile()
 
@@ -1490,7 +1495,7 @@ class SlidingWindowRateLimiter:
                 return row
         row = min(rows, key=attrgetter("last_seen_ns"))
         row.client_hash = client_hash
-        row.count = 0  # and `oldest` stays: an empty ring buffer may begin anywhere
+        row.count = 0  # `oldest` may stay: an empty ring buffer may begin anywhere
         return row
 
     def record_request(self, row: ctypes.Structure) -> RateLimitResult:
@@ -1810,6 +1815,7 @@ class RateLimitMiddleware:
 
         async def send_with_rate_limit(message: Message) -> None:
             if message["type"] == "http.response.start":
+                # Read now, because a route may have applied the login limit, too.
                 result: RateLimitResult = scope["state"]["rate_limit"]
                 message["headers"] = [
                     *message["headers"],
@@ -1859,8 +1865,8 @@ class LimitsAndErrorsMiddleware:
                 response = await http_exception_handler(Request(scope), late)
             else:
                 response = await unhandled_exception_handler(Request(scope), error)
-        # If a response has started (status_code is set), it is too late for another
-        # one: uvicorn closes the connection.
+        # If a response has started (RequestLoggingMiddleware has set status_code), it
+        # is too late for another one: uvicorn closes the connection.
         if "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
