@@ -13,7 +13,6 @@ from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
-from uvicorn.server import Server
 from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 
 import main
@@ -132,17 +131,18 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
     def run(self) -> None:
-        self.config.app = self.wsgi  # gunicorn's name for the application
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
         self.config.timeout_notify = 1  # seconds, between calls of callback_notify
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # UvicornWorker ignores SIGQUIT, which gunicorn sends at Ctrl+C. Use SIGTERM.
-        signal.signal(signal.SIGQUIT, lambda *_: signal.raise_signal(signal.SIGTERM))
-        # uvicorn handles SIGTERM, and at its end sends it to this handler, which exits.
+        # At the end of a shutdown, uvicorn calls the handler that was set before. This
+        # one ends the worker with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
-        Server(self.config).run(self.sockets)
+        super().run()
+
+    def handle_exit(self, *_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)  # at SIGQUIT (gunicorn at Ctrl+C)
 
     async def callback_notify(self) -> None:
         await super().callback_notify()
