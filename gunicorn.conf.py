@@ -18,7 +18,7 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 import main
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
-HEADER_SECONDS = 10  # within which the headers must be complete
+HEADER_SECONDS = 10  # until they are complete, from the connection or their first byte
 
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
@@ -47,7 +47,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     is_in_body = False  # True between the end of the headers and the end of the body
     header_bytes = 0  # received so far; 0 again when the headers are complete
-    header_timer: TimerHandle | None = None  # runs while the headers are incomplete
+    header_timer: TimerHandle | None = None  # runs while headers are incomplete
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -55,9 +55,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # use 127.0.0.1. An IPv4 client of an IPv6 socket has the prefix ::ffff: here.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
-        # uvicorn closes an idle connection only after a response. Do it before, too.
-        timer = self.loop.call_later(HEADER_SECONDS, transport.close)
-        self.timeout_keep_alive_task = timer
+        self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
     def data_received(self, data: bytes) -> None:
         if not self.is_in_body:
@@ -77,23 +75,25 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def parse(self, data: bytes) -> None:
         """Feed the parser. Ignore `Upgrade`, as RFC 9110 § 7.8 allows.
 
-        At the end of headers with `Upgrade`, httptools stops: it would not read the
-        body. So feed the headers, without `Upgrade`, to a new parser, then the body.
+        httptools stops after headers with `Upgrade`, and would not read the body. So
+        give the headers without it to a new parser, then the rest of `data`.
         """
         while data:
             try:
                 return self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
-                position = upgrade.args[0]  # where the parser has stopped in `data`
-            version = self.parser.get_http_version().encode()
-            lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
-            lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
-            self.parser = httptools.HttpRequestParser(self)
-            # uvicorn does this, too: data after "Connection: close" is no error.
-            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-            # For a CONNECT request, this raises the same error again: it gets 400.
-            self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
-            data = data[position:]
+                data = data[upgrade.args[0] :]  # from where the parser has stopped
+            self.restart_parser()
+
+    def restart_parser(self) -> None:
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        # uvicorn does this, too: data after "Connection: close" is no error.
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        # For a CONNECT request, this raises HttpParserUpgrade again: it gets 400.
+        self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -136,13 +136,12 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # seconds, between calls of callback_notify
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # At the end of a shutdown, uvicorn calls the handler that was set before. This
-        # one ends the worker with status 0.
+        # uvicorn calls this handler at the end of its shutdown. It exits with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
     def handle_exit(self, *_: object) -> None:
-        signal.raise_signal(signal.SIGTERM)  # at SIGQUIT (gunicorn at Ctrl+C)
+        signal.raise_signal(signal.SIGTERM)  # this was SIGQUIT: gunicorn got Ctrl+C
 
     async def callback_notify(self) -> None:
         await super().callback_notify()

@@ -3261,7 +3261,7 @@ async def test_request_body_does_not_count_as_head(connection: Connection) -> No
 @cases(
     "segments, seconds, statuses",
     {
-        "nothing sent": ([], 10, []),
+        "nothing sent": ([], 10, [408]),
         "head begun": ([GET[:9]], 10, [408]),
         "second head begun": ([GET, GET[:9]], 10, [200, 408]),
         "head begun behind another": ([GET + GET[:9], GET[9:20]], 10, [200, 408]),
