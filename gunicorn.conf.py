@@ -18,7 +18,8 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 import main
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
-HEADER_SECONDS = 10  # until they are complete, from the connection or their first byte
+# Time for the headers: from the start of a connection, or later from their first byte.
+HEADER_SECONDS = 10
 
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
@@ -66,17 +67,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:
             self.refuse(431)
-        # No timer while another request is answered: 408 would end up in its response.
+        # No timer while another request is answered: 408 would get into its response.
         is_answering = self.cycle and not self.cycle.response_complete
         if self.header_bytes and not self.header_timer and not is_answering:
-            self._unset_keepalive_if_required()  # the connection is not idle any more
+            self._unset_keepalive_if_required()  # the timer of an idle connection
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
     def parse(self, data: bytes) -> None:
         """Feed the parser. Ignore `Upgrade`, as RFC 9110 § 7.8 allows.
 
-        httptools stops after headers with `Upgrade`, and would not read the body. So
-        give the headers without it to a new parser, then the rest of `data`.
+        httptools cannot go on after `Upgrade`. So make a new parser, feed it the same
+        headers without `Upgrade`, then the rest of `data`.
         """
         while data:
             try:
@@ -98,7 +99,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # this method is called again for the new parser, see `parse`
-        # Not header_bytes: if the body has come with the headers, that is too large.
+        # header_bytes also counts the part of the body that came with the headers.
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
@@ -110,7 +111,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = None
         self._unset_keepalive_if_required()
         super().on_headers_complete()
-        self.headers = []  # else trailers would be added to the request's own list
+        self.headers = []  # the request has the old list: trailers do not get into it
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
@@ -133,15 +134,15 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
     def run(self) -> None:
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
-        self.config.timeout_notify = 1  # seconds, between calls of callback_notify
+        self.config.timeout_notify = 1  # call callback_notify each second
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn calls this handler at the end of its shutdown. It exits with status 0.
+        # After its shutdown, uvicorn raises SIGTERM again, for this: it exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:
-        signal.raise_signal(signal.SIGTERM)  # this was SIGQUIT: gunicorn got Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # gunicorn sends SIGQUIT at Ctrl+C
+        signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:
         await super().callback_notify()

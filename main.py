@@ -109,7 +109,8 @@ def parse_database_url(value: str) -> sa.URL:
             make_conninfo(**dict.fromkeys(url.query, ""))
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
-    # In "user:pass@word@host", "word" would belong to the host, which is logged.
+    # In "user:pass@word@host", "word" would belong to the host, which drivers put into
+    # their messages, and so into the log.
     if "@" in (url.host or ""):
         raise ValueError("has an @ that is not encoded as %40")
     if (url.port or 0) > 65535:
@@ -193,8 +194,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip values, because secret files often end with a newline.
 
-        A value that is then empty counts as not set. (env_ignore_empty drops only those
-        that are empty before.)
+        A value that is then empty counts as not set. (env_ignore_empty lets the next
+        source, such as .env, fill in an empty variable. It does not see white space.)
         """
         stripped = {
             name: value.strip() if isinstance(value, str) else value
@@ -321,9 +322,9 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # The servers' loggers write to the handler themselves. They cannot leave that to
-    # the root logger: when a worker starts, UvicornWorker gives uvicorn's loggers the
-    # handlers of gunicorn.error. To propagate, too, would write each line twice.
+    # When a worker starts, UvicornWorker copies the handlers of gunicorn.error to
+    # uvicorn's loggers. So gunicorn.error needs our handler itself, and these loggers
+    # must not propagate, or each line would be written twice.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -383,7 +384,7 @@ class AppException(Exception):
 
     status_code = 500
     message = "Something went wrong. Quote the request_id if you report it."
-    headers: Mapping[str, str] | None = None  # they go before DEFAULT_HEADERS
+    headers: Mapping[str, str] | None = None  # they override DEFAULT_HEADERS
 
     @property
     def error(self) -> str:
@@ -488,8 +489,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # Since FastAPI 0.165, an included router is an entry of app.routes, with a
-        # method `matches` of its own. FULL: path and method match.
+        # Not route.methods: since FastAPI 0.165, an entry of app.routes can be a whole
+        # router. FULL means that path and method match.
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -629,7 +630,8 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        # A record is a place in the pool. If its connection is closed, it gets another.
+        # A record is a place in the pool. If its connection is closed, it gets another
+        # one. So there are at most size() records.
         self.records: set[ConnectionPoolEntry] = set()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # "connect" comes before "checkout". In between, SQLAlchemy asks a new server
@@ -817,9 +819,9 @@ class Database(MonitoredBackend):
         self.check_engine = self.create_engine(1)
         if self.is_sqlite:
             self.write_engine = self.create_engine(1)
-            # In autocommit, sqlite3 sends no BEGIN. So this listener sends it when
-            # SQLAlchemy begins a transaction. SQLAlchemy ends it by commit() or
-            # rollback() of sqlite3, which work in autocommit, too.
+            # Here, AUTOCOMMIT means sqlite3's isolation_level=None: sqlite3 sends no
+            # BEGIN of its own. This listener sends it when SQLAlchemy begins a
+            # transaction. sqlite3's commit() and rollback() still end the transaction.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             # The same pool, but with transactions. READ COMMITTED is the usual level.
@@ -893,11 +895,11 @@ class Database(MonitoredBackend):
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         expected = set(Base.metadata.tables)
         found = expected.intersection(names)
-        # After an outage, tables are created only in an empty database, which must be a
-        # new one. If only some are missing, somebody is about to rename or replace
-        # them.
-        may_create = not self.has_tables or not found
-        if may_create and found != expected:
+        # At the start, create what is missing. After an outage, only if the database is
+        # empty, so a new one. If some tables exist, a migration may be running.
+        is_start = not self.has_tables
+        is_empty = not found
+        if found != expected and (is_start or is_empty):
             await self.create_tables()
         self.has_tables = True
 
@@ -1114,7 +1116,11 @@ async def verify_password(password: str, known_hash: str) -> tuple[bool, str | N
 
 
 def signing_key(settings: Settings) -> dict[str, str]:
-    """Return a JSON Web Key. (python-jose would parse a text that looks like JSON.)"""
+    """Return the secret as a JSON Web Key.
+
+    If it were passed as text, python-jose would take a secret that looks like JSON for
+    a key object.
+    """
     # pydantic lets a SecretStr pass that is not UTF-8. surrogateescape restores its
     # bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
@@ -1166,13 +1172,13 @@ after_parameter: sa.BindParameter[int] = sa.bindparam("after")
 # The owner's items with an id above `after`. Each database needs a query of its own to
 # use the index (owner_id, id) well: so the last page costs no more than the first.
 LIST_ITEMS_QUERIES = {
-    # owner_id = :owner AND id > :after. (PostgreSQL may use the index of `id` for
-    # this.)
+    # owner_id = :owner AND id > :after. For this, PostgreSQL may use the index of `id`,
+    # and so read the items of all owners.
     "sqlite": ITEMS_QUERY.where(
         Item.owner_id == owner_parameter, Item.id > after_parameter
     ),
     # (owner_id, id) > (:owner, :after) AND owner_id <= :owner, which excludes the later
-    # owners. (SQLite would read all items of the owner for this.)
+    # owners. For this, SQLite would read all items of the owner.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(owner_parameter, after_parameter),
         Item.owner_id <= owner_parameter,
@@ -1239,7 +1245,8 @@ async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
 #
 #   register_user, create_item    add_
 #   read_user, read_items         find_, list_
-#   change_item, change_password  find_, update_
+#   change_password               update_
+#   change_item                   find_, then sets the attributes
 #   discard_user, discard_item    remove_
 #
 # A service that writes commits at its end. A session takes a connection at its first
@@ -1314,7 +1321,7 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
     new_hash = await hash_password(change.new_password)
     version = user.token_version + 1
     if not await update_user(db, user, password_hash=new_hash, token_version=version):
-        raise WrongPasswordException  # it was changed meanwhile: another one is current
+        raise WrongPasswordException  # another request has changed the password
     await db.commit()
 
 
@@ -1382,7 +1389,7 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 
 SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 ROWS_IN_BUCKET = 16  # of the hash table in SlidingWindowRateLimiter
-SECOND_NS = 10**9
+NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1
 # Per worker. More of them would take longer than a second to open on a busy machine.
@@ -1500,7 +1507,7 @@ class SlidingWindowRateLimiter:
 
     def record_request(self, row: ctypes.Structure) -> RateLimitResult:
         times = row.times
-        window_ns = self.seconds * SECOND_NS
+        window_ns = self.seconds * NANOSECONDS_PER_SECOND
         now_ns = self.clock_ns()
         row.last_seen_ns = now_ns
         while row.count and times[row.oldest] <= now_ns - window_ns:
@@ -1512,7 +1519,7 @@ class SlidingWindowRateLimiter:
             row.count += 1
         # The window is not empty here: it has this request, or it is full.
         reset_ns = times[row.oldest] + window_ns - now_ns
-        reset_seconds = math.ceil(reset_ns / SECOND_NS)
+        reset_seconds = math.ceil(reset_ns / NANOSECONDS_PER_SECOND)
         remaining = self.limit - row.count
         return RateLimitResult(allowed, self.limit, remaining, reset_seconds)
 
@@ -1538,8 +1545,8 @@ class RedisRateLimiter(MonitoredBackend):
     async def open_connections(self) -> None:
         """Open all connections, before a burst of requests has to wait for that.
 
-        redis-py opens a connection for each command that runs at the same time. Which
-        command it is does not matter.
+        redis-py opens a connection for each command that runs at the same time. So run
+        as many harmless commands at once.
         """
         commands = [
             self.client.script_load(REDIS_SCRIPT) for _ in range(MAX_REDIS_CONNECTIONS)
@@ -1660,7 +1667,7 @@ SECURITY_HEADERS = {
 # RFC 6797 § 7.2: over https only. Not for subdomains: they may be somebody else's.
 HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
 LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
-# The headers of a response that a script of another origin may read.
+# All headers that the service adds. With CORS, scripts of other origins may read them.
 EXPOSED_HEADERS = (
     *SECURITY_HEADERS,
     *HTTPS_HEADERS,
@@ -1707,8 +1714,8 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # The proxy has removed ROOT_PATH, but in ASGI `path` includes it: so add it.
-        # (FastAPI's own argument root_path does not do that.)
+        # The proxy strips ROOT_PATH. ASGI wants `path` to contain root_path, so put it
+        # back. (FastAPI's own argument root_path does not do that.)
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1743,7 +1750,8 @@ class RequestLoggingMiddleware:
             state["trace_id"] = trace["id"].decode()
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
-        # If uvicorn trusted the peer, `address` would be one of those in the header.
+        # If uvicorn trusts the peer, it takes the client's address from this header. If
+        # the address is not in the header, uvicorn does not trust the peer.
         if b"x-forwarded-for" in headers:
             forwarded_for = ",".join(Headers(scope=scope).getlist("x-forwarded-for"))
             if address not in forwarded_for:
@@ -1792,7 +1800,7 @@ class SecurityHeadersMiddleware:
 
 
 class OriginCORSMiddleware(CORSMiddleware):
-    """Starlette's CORSMiddleware, without the 8 µs that it takes without an Origin."""
+    """Starlette's CORSMiddleware, skipped if there is no Origin header: saves 8 µs."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if b"origin" in dict(scope.get("headers", ())):
@@ -1952,7 +1960,7 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 
 def operation_id(route: APIRoute) -> str:
-    """Return the function's name as operationId. Generated clients use it, too."""
+    """Return the function's name as operationId. Also used in `create_app`."""
     return route.name
 
 
@@ -2102,6 +2110,7 @@ async def post_token(
     form: LoginFormBody, request: Request, db: WriteSession
 ) -> TokenOut:
     """Log in. Send the token as `Authorization: Bearer`."""
+    # A WriteSession, because an outdated hash of a password is replaced.
     user = await authenticate_user(db, form.username, form.password)
     settings: Settings = request.app.state.settings
     token = create_access_token(user, settings)
@@ -2248,7 +2257,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
         # Not include_router: FastAPI would match the router first, then its routes,
-        # which makes a health check a fifth slower.
+        # which makes a health check a fifth slower. The routes have the router's
+        # prefix.
         routes=health_router.routes,
         # OpenTelemetry is built into FastAPI (since 0.165), and costs time. To use it,
         # see "Operate" in README.
