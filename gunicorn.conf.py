@@ -60,12 +60,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if not self.is_in_body:
-            self.header_bytes += len(data.lstrip(b"\r\n"))  # may begin with empty lines
+            self.header_bytes += len(data.lstrip(b"\r\n"))  # empty lines do not count
         try:
             self.parse(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # CONNECT
             self.refuse(400)
-        if self.header_bytes > MAX_HEADER_BYTES:
+        if self.header_bytes > MAX_HEADER_BYTES:  # and they are still incomplete
             self.refuse(431)
         # No timer while another request is answered: 408 would get into its response.
         is_answering = self.cycle and not self.cycle.response_complete
@@ -93,13 +93,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         # uvicorn does this, too: data after "Connection: close" is no error.
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        # For a CONNECT request, this raises HttpParserUpgrade again: it gets 400.
         self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # this method is called again for the new parser, see `parse`
-        # header_bytes also counts the part of the body that came with the headers.
+        # Not header_bytes, which also counts what came of the body with the headers.
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
@@ -126,7 +125,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)
             self.transport.close()
 
-    def shutdown(self) -> None:  # 0.5 s later, for a request that is on its way
+    def shutdown(self) -> None:  # later: a proxy may just have sent a request
         self.loop.call_later(0.5, super().shutdown)
 
 
@@ -137,11 +136,12 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # call callback_notify each second
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # After its shutdown, uvicorn raises SIGTERM again, for this: it exits with 0.
+        # uvicorn handles SIGTERM. After its shutdown, it raises SIGTERM again, for the
+        # handler that was set before: handle_quit exits with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # gunicorn sends SIGQUIT at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, gunicorn's Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:
@@ -151,7 +151,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # with "main:create_app()", nobody did this
+    if not logging.getLogger().handlers:  # `app` does it, "main:create_app()" does not
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # of open files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit

@@ -105,7 +105,7 @@ def parse_database_url(value: str) -> sa.URL:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
-            # Only to check the options: it raises if libpq does not know one.
+            # Only to check the options: it raises if libpq does not know a name.
             make_conninfo(**dict.fromkeys(url.query, ""))
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
@@ -253,7 +253,8 @@ request_id_context: ContextVar[str | None] = ContextVar("request_id", default=No
 # color_message, a copy of the message for terminals.
 STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "color_message"}
 # The end of a traceback is kept, because it has the error. Linux writes a line of up to
-# 4 KiB (PIPE_BUF) to a pipe in one piece. A longer one could be mixed with others.
+# 4 KiB (PIPE_BUF) to a pipe in one piece; a longer one could be mixed with others. 3000
+# leaves room for the other fields.
 MAX_TRACEBACK_CHARACTERS = 3000
 LIBRARY_LEVELS = {
     # Most of them log each statement or URL, some with parameters.
@@ -395,7 +396,8 @@ class UnauthorizedException(AppException):
     # The same error for every fault of a token, so that a forger learns nothing.
     status_code = 401
     message = "The access token is not valid."
-    headers: Mapping[str, str] | None = {  # RFC 6750 § 3.1
+    # RFC 6750 § 3.1. (Annotated, because linters refuse a mutable class attribute.)
+    headers: Mapping[str, str] | None = {
         "WWW-Authenticate": 'Bearer error="invalid_token"'
     }
 
@@ -472,7 +474,8 @@ def error_response(
     headers = {**DEFAULT_HEADERS.get(status_code, {}), **(headers or {})}
     # Not JSONResponse, which cannot encode invalid Unicode: a client can send that in
     # the name of an unknown field, which `details` repeats.
-    return Response(json.dumps(body), status_code, headers, "application/json")
+    content = json.dumps(body, separators=(",", ":"))
+    return Response(content, status_code, headers, "application/json")
 
 
 async def app_exception_handler(request: Request, exc: AppException) -> Response:
@@ -501,7 +504,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     error = error_code(exc.status_code)
     message = str(exc.detail)
     headers = exc.headers
-    if exc.status_code in {204, 304}:  # no errors, and without a body
+    if exc.status_code in {204, 304}:  # no errors; they have no body
         return Response(None, exc.status_code, headers)
     if exc.status_code == 405:
         headers = {"Allow": allowed_methods(request)}
@@ -586,7 +589,7 @@ class Item(Base):
 #                       at a time, it has one connection, for which requests wait
 #     check_engine      one connection for health checks: they do not wait for requests
 
-CHECK_INTERVAL_SECONDS = 1  # after a failed check
+CHECK_INTERVAL_SECONDS = 1  # from a failed check to the next one
 HEALTH_CHECK_SECONDS = 2  # the longest time until a health check is answered
 LIFESPAN_TIMEOUT_SECONDS = 1  # how long the start and the stop wait for a check
 # Held while a worker creates the tables, so that no other one does. 7411 is arbitrary.
@@ -609,7 +612,7 @@ def abort_connection(record: ConnectionPoolEntry) -> None:
         with suppress(OSError):  # the server has closed the connection
             client_socket.shutdown(socket.SHUT_RDWR)
         client_socket.detach()  # closes nothing: the descriptor belongs to psycopg
-        record.invalidate(soft=True)  # replaces the connection before its next use
+        record.invalidate(soft=True)  # the pool must not use the connection again
 
 
 class FairPool(AsyncAdaptedQueuePool):
@@ -630,12 +633,12 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        # A record is a place in the pool. If its connection is closed, it gets another
-        # one. So there are at most size() records.
+        # SQLAlchemy keeps a record when its connection is replaced. So there are at
+        # most size() records.
         self.records: set[ConnectionPoolEntry] = set()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # "connect" comes before "checkout". In between, SQLAlchemy asks a new server
-        # for its version and other properties, which needs a timer, too.
+        # The timer runs from "connect": the first statements on a new connection, by
+        # which SQLAlchemy asks for the server's version, come before "checkout".
         event.listen(self, "connect", self.on_connect)
         event.listen(self, "checkout", lambda _, record, __: self.start_timer(record))
         event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
@@ -692,8 +695,8 @@ def on_database_error(context: sa.engine.ExceptionContext) -> None:
     for error in (original, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
-    # After a failover, the former primary refuses writes. If SQLite may not write the
-    # file, it opens it read-only, and that connection stays read-only for ever.
+    # After a failover, the former primary refuses writes. Without permission to write,
+    # SQLite opens a file read-only, and the connection remains so for ever.
     is_read_only = isinstance(original, psycopg.errors.ReadOnlySqlTransaction)
     sqlite_error = getattr(original, "sqlite_errorname", "")
     if is_read_only or sqlite_error.startswith("SQLITE_READONLY"):
@@ -819,16 +822,16 @@ class Database(MonitoredBackend):
         self.check_engine = self.create_engine(1)
         if self.is_sqlite:
             self.write_engine = self.create_engine(1)
-            # Here, AUTOCOMMIT means sqlite3's isolation_level=None: sqlite3 sends no
-            # BEGIN of its own. This listener sends it when SQLAlchemy begins a
-            # transaction. sqlite3's commit() and rollback() still end the transaction.
+            # This engine has transactions: when SQLAlchemy begins one, the listener
+            # sends BEGIN, and sqlite3's commit() or rollback() ends it. AUTOCOMMIT only
+            # keeps sqlite3 from sending a BEGIN of its own.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             # The same pool, but with transactions. READ COMMITTED is the usual level.
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
-        self.has_tables = False
+        self.is_started = False  # until the tables have been found or created once
 
     def create_engine(self, pool_size: int) -> AsyncEngine:
         """Return an engine in autocommit: the driver begins no transactions."""
@@ -850,7 +853,7 @@ class Database(MonitoredBackend):
             **options,
             poolclass=FairPool,
             pool_size=pool_size,
-            max_overflow=0,  # the pool would close and open overflow all the time
+            max_overflow=0,  # pool_size includes it: all connections stay open
             pool_timeout=seconds,
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,  # or every error would log them
@@ -883,7 +886,7 @@ class Database(MonitoredBackend):
 
         Raises ServiceUnavailableException until the tables have been found or created.
         """
-        if not self.has_tables:
+        if not self.is_started:
             raise ServiceUnavailableException("the database is not reachable")
         if writes:
             # expire_on_commit=False, because routes read the objects after the commit.
@@ -897,11 +900,10 @@ class Database(MonitoredBackend):
         found = expected.intersection(names)
         # At the start, create what is missing. After an outage, only if the database is
         # empty, so a new one. If some tables exist, a migration may be running.
-        is_start = not self.has_tables
         is_empty = not found
-        if found != expected and (is_start or is_empty):
+        if found != expected and (is_empty or not self.is_started):
             await self.create_tables()
-        self.has_tables = True
+        self.is_started = True
 
     async def create_tables(self) -> None:
         """Any number of workers and hosts may call this at once."""
@@ -912,19 +914,18 @@ class Database(MonitoredBackend):
 
     async def check(self) -> None:
         """Raise an exception unless the database can be used."""
-        is_start = not self.has_tables
-        if is_start:
+        if not self.is_started:
             # Open a connection, which takes long, before the first request needs it.
             async with self.read_engine.connect():
                 pass
-        if is_start or not self.is_available:
+        if not self.is_started or not self.is_available:
             await self.create_missing_tables()
         async with self.check_engine.connect() as connection:
             await connection.execute(CHECK_QUERY)
 
     async def replace_connections(self) -> None:
         # After a failover, the connections of requests may lead to the former primary.
-        # (That of check_engine has failed already, and is replaced.)
+        # (That of check_engine has failed, and is replaced. SQLite has no failover.)
         pool: Any = self.read_engine.pool
         pool.invalidate_all()
 
@@ -1121,8 +1122,7 @@ def signing_key(settings: Settings) -> dict[str, str]:
     If it were passed as text, python-jose would take a secret that looks like JSON for
     a key object.
     """
-    # pydantic lets a SecretStr pass that is not UTF-8. surrogateescape restores its
-    # bytes.
+    # A key need not be UTF-8. surrogateescape restores its bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1169,16 +1169,15 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 owner_parameter: sa.BindParameter[int] = sa.bindparam("owner")
 after_parameter: sa.BindParameter[int] = sa.bindparam("after")
-# The owner's items with an id above `after`. Each database needs a query of its own to
-# use the index (owner_id, id) well: so the last page costs no more than the first.
+# The owner's items with an id above `after`, by the index (owner_id, id), so that the
+# last page costs no more than the first. SQLite does that for `owner_id = ? AND id >
+# ?`. PostgreSQL may read that by the primary key, through the items of all owners. So
+# it gets `(owner_id, id) > (?, ?)`, which fits only this index; "<=" excludes the later
+# owners.
 LIST_ITEMS_QUERIES = {
-    # owner_id = :owner AND id > :after. For this, PostgreSQL may use the index of `id`,
-    # and so read the items of all owners.
     "sqlite": ITEMS_QUERY.where(
         Item.owner_id == owner_parameter, Item.id > after_parameter
     ),
-    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner, which excludes the later
-    # owners. For this, SQLite would read all items of the owner.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(owner_parameter, after_parameter),
         Item.owner_id <= owner_parameter,
@@ -1418,7 +1417,8 @@ return {allowed, limit, math.max(0, limit - count), reset_seconds} -- as RateLim
 
 @cache
 def open_lock_file() -> IO[bytes]:
-    """Return the file whose lock protects the shared memory: one for all limits.
+    """Return the file whose lock protects the shared memory of all limits.
+
 
     The workers inherit it. If a process is killed, the kernel releases its lock. (A
     multiprocessing.Lock would be locked for ever.)
@@ -1445,9 +1445,11 @@ def client_key(address: str) -> str:
         # Texts that are no address share one limit. Otherwise, a client could send a
         # new one with each request.
         return "unknown"
-    if isinstance(ip, ipaddress.IPv6Address):
-        return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
-    return str(ip)
+    if isinstance(ip, ipaddress.IPv4Address):
+        return str(ip)
+    if ip.ipv4_mapped:
+        return str(ip.ipv4_mapped)
+    return str(ipaddress.ip_network((ip, 64), strict=False))
 
 
 class SlidingWindowRateLimiter:
@@ -1652,6 +1654,7 @@ TRACEPARENT_PATTERN = re.compile(
 )
 MAX_PATH_CHARACTERS = 500  # keeps a log line under 4 KiB, as Logging explains
 CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+# MDN's HTTP Observatory rates this set A+.
 SECURITY_HEADERS = {
     "Content-Security-Policy": CSP,
     "X-Content-Type-Options": "nosniff",
@@ -1667,7 +1670,8 @@ SECURITY_HEADERS = {
 # RFC 6797 § 7.2: over https only. Not for subdomains: they may be somebody else's.
 HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
 LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
-# All headers that the service adds. With CORS, scripts of other origins may read them.
+# With CORS, scripts of other origins may read all headers that the service adds: none
+# is secret.
 EXPOSED_HEADERS = (
     *SECURITY_HEADERS,
     *HTTPS_HEADERS,
@@ -1750,8 +1754,8 @@ class RequestLoggingMiddleware:
             state["trace_id"] = trace["id"].decode()
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
-        # If uvicorn trusts the peer, it takes the client's address from this header. If
-        # the address is not in the header, uvicorn does not trust the peer.
+        # The address of a trusted peer's client comes from this header. So if it is not
+        # in there, uvicorn did not trust the peer.
         if b"x-forwarded-for" in headers:
             forwarded_for = ",".join(Headers(scope=scope).getlist("x-forwarded-for"))
             if address not in forwarded_for:
@@ -1863,11 +1867,12 @@ class LimitsAndErrorsMiddleware:
                 return await self.app(scope, limited_receive, send)
         except asyncio.CancelledError:
             # uvicorn cancels this task when the time for a shutdown is over. The error
-            # is not raised again, so that the client gets an answer.
+            # is not raised again, so that the client gets an answer. (When the timer
+            # cancels the task, it raises TimeoutError instead.)
             stopping = ServiceUnavailableException("the server is shutting down")
             response = await app_exception_handler(Request(scope), stopping)
         except Exception as error:  # noqa: BLE001 - none may get past this line
-            # The timer raises TimeoutError, but so can the code of a route.
+            # Not `except TimeoutError`: the code of a route can raise that, too.
             if timer.expired():
                 late = HTTPException(504, "The request took too long.")
                 response = await http_exception_handler(Request(scope), late)
@@ -1932,11 +1937,13 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
 
 
 async def get_current_user(request: Request, token: BearerToken) -> User:
-    """Return the owner of the token. Raises UnauthorizedException."""
+    """Return the owner of the token. Raises UnauthorizedException.
+
+    The user's session is closed: what a route sets on the user is not stored.
+    """
     user_id, version = decode_access_token(token, request.app.state.settings)
-    # A session of its own, which gives its connection back here. The route's session
-    # takes one later. A request never holds two: then requests could wait for each
-    # other.
+    # A session of its own, which gives its connection back before the route's session
+    # takes one. If a request held two, requests could wait for each other for ever.
     async with request.app.state.database.session(writes=False) as session:
         user = await read_token_owner(session, user_id, version)
     request.state.user_id = user.id
@@ -1960,7 +1967,7 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 
 def operation_id(route: APIRoute) -> str:
-    """Return the function's name as operationId. Also used in `create_app`."""
+    """Return the function's name as operationId, here and in `create_app`."""
     return route.name
 
 
