@@ -18,8 +18,7 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 import main
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
-# Time for the headers: from the start of a connection, or later from their first byte.
-HEADER_SECONDS = 10
+HEADER_SECONDS = 10  # from the connection, or from the first byte of later headers
 
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
@@ -63,7 +62,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_bytes += len(data.lstrip(b"\r\n"))  # empty lines do not count
         try:
             self.parse(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # CONNECT
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:  # and they are still incomplete
             self.refuse(431)
@@ -74,7 +73,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
     def parse(self, data: bytes) -> None:
-        """Feed the parser. Ignore `Upgrade`, as RFC 9110 § 7.8 allows.
+        """Feed the parser. Ignore `Upgrade` (RFC 9110 § 7.8), but raise for CONNECT.
 
         httptools cannot go on after `Upgrade`. So make a new parser, feed it the same
         headers without `Upgrade`, then the rest of `data`.
@@ -125,7 +124,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)
             self.transport.close()
 
-    def shutdown(self) -> None:  # later: a proxy may just have sent a request
+    def shutdown(self) -> None:  # 0.5 s later, as requests may be on their way
         self.loop.call_later(0.5, super().shutdown)
 
 
@@ -136,12 +135,13 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # call callback_notify each second
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn handles SIGTERM. After its shutdown, it raises SIGTERM again, for the
-        # handler that was set before: handle_quit exits with status 0.
+        # At SIGTERM, uvicorn finishes the requests. Then it raises SIGTERM again, for
+        # this handler, which exits with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, gunicorn's Ctrl+C
+    def handle_exit(self, *_: object) -> None:
+        """Called at SIGQUIT, which gunicorn sends at Ctrl+C. Do as at SIGTERM."""
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:
@@ -151,7 +151,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # `app` does it, "main:create_app()" does not
+    if not logging.getLogger().handlers:  # gunicorn was started for main:create_app()
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # of open files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit

@@ -396,7 +396,7 @@ class UnauthorizedException(AppException):
     # The same error for every fault of a token, so that a forger learns nothing.
     status_code = 401
     message = "The access token is not valid."
-    # RFC 6750 § 3.1. (Annotated, because linters refuse a mutable class attribute.)
+    # RFC 6750 § 3.1. (The type is repeated, because linters refuse a plain dict here.)
     headers: Mapping[str, str] | None = {
         "WWW-Authenticate": 'Bearer error="invalid_token"'
     }
@@ -538,7 +538,7 @@ async def unhandled_exception_handler(request: Request, exc: Exception) -> Respo
 # --- Models ---------------------------------------------------------------------------
 # The tables. `Database.create_tables` creates missing tables; it never changes one.
 
-# SQLite autoincrements only primary keys of type INTEGER. It has 64 bits there.
+# SQLite autoincrements only primary keys of type INTEGER, which has 64 bits in SQLite.
 BigInt = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
@@ -713,8 +713,13 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 
 
 def begin_immediate(connection: sa.Connection) -> None:
-    # Take SQLite's write lock at the start, and wait for it. A transaction that reads
-    # first and takes the lock later fails at once if another has written in between.
+    """Begin a transaction of SQLite's write_engine.
+
+    In autocommit, sqlite3 sends no BEGIN of its own. SQLAlchemy calls this instead, and
+    ends the transaction by commit() or rollback() as usual. IMMEDIATE takes the write
+    lock now, and waits for it: a transaction that reads first and takes the lock later
+    fails at once if another one has written in between.
+    """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
@@ -822,9 +827,6 @@ class Database(MonitoredBackend):
         self.check_engine = self.create_engine(1)
         if self.is_sqlite:
             self.write_engine = self.create_engine(1)
-            # This engine has transactions: when SQLAlchemy begins one, the listener
-            # sends BEGIN, and sqlite3's commit() or rollback() ends it. AUTOCOMMIT only
-            # keeps sqlite3 from sending a BEGIN of its own.
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
             # The same pool, but with transactions. READ COMMITTED is the usual level.
@@ -898,8 +900,8 @@ class Database(MonitoredBackend):
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         expected = set(Base.metadata.tables)
         found = expected.intersection(names)
-        # At the start, create what is missing. After an outage, only if the database is
-        # empty, so a new one. If some tables exist, a migration may be running.
+        # At the start, create what is missing. After an outage, create tables only in
+        # an empty database: if some tables exist, a migration may be running.
         is_empty = not found
         if found != expected and (is_empty or not self.is_started):
             await self.create_tables()
@@ -945,8 +947,8 @@ async def database_exception_handler(
     # sqlite3's OperationalError can mean wrong SQL, too, which is a bug.
     driver_error = getattr(exc, "orig", None)
     is_bug = getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR"
-    can_retry = (is_lost or is_outage) and not is_bug
-    if not can_retry:
+    is_unavailable = (is_lost or is_outage) and not is_bug
+    if not is_unavailable:
         raise exc  # LimitsAndErrorsMiddleware answers 500
     database: Database = request.app.state.database
     if database.is_available:
@@ -1169,15 +1171,16 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 owner_parameter: sa.BindParameter[int] = sa.bindparam("owner")
 after_parameter: sa.BindParameter[int] = sa.bindparam("after")
-# The owner's items with an id above `after`, by the index (owner_id, id), so that the
-# last page costs no more than the first. SQLite does that for `owner_id = ? AND id >
-# ?`. PostgreSQL may read that by the primary key, through the items of all owners. So
-# it gets `(owner_id, id) > (?, ?)`, which fits only this index; "<=" excludes the later
-# owners.
+# The owner's items with an id above `after`. Both queries read the index (owner_id, id)
+# from that place on, so the last page costs no more than the first. Each form is slow
+# on the other database.
 LIST_ITEMS_QUERIES = {
+    # owner_id = :owner AND id > :after
     "sqlite": ITEMS_QUERY.where(
         Item.owner_id == owner_parameter, Item.id > after_parameter
     ),
+    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner, because the tuple is
+    # also greater for later owners
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(owner_parameter, after_parameter),
         Item.owner_id <= owner_parameter,
@@ -1419,7 +1422,6 @@ return {allowed, limit, math.max(0, limit - count), reset_seconds} -- as RateLim
 def open_lock_file() -> IO[bytes]:
     """Return the file whose lock protects the shared memory of all limits.
 
-
     The workers inherit it. If a process is killed, the kernel releases its lock. (A
     multiprocessing.Lock would be locked for ever.)
     """
@@ -1541,7 +1543,8 @@ class RedisRateLimiter(MonitoredBackend):
 
     async def check(self) -> None:
         await self.open_connections()
-        # Fails if Redis is a read-only replica, or slower than a request may wait.
+        # Only to see if it works: a read-only replica refuses it, a slow Redis is too
+        # late.
         await self.run_script("check", limit=1, seconds=1)
 
     async def open_connections(self) -> None:
@@ -1602,7 +1605,7 @@ class RateLimiter:
         if settings.REDIS_URL:
             self.redis = RedisRateLimiter(settings.REDIS_URL, settings.PROJECT_NAME)
 
-    async def hit(self, name: str, address: str) -> RateLimitResult:
+    async def count_request(self, name: str, address: str) -> RateLimitResult:
         """Count a request, if the limit of this name allows it."""
         memory_limiter = self.memory_limiters[name]
         key = f"{name}:{client_key(address)}"
@@ -1621,7 +1624,7 @@ class RateLimiter:
         `rate_limit` there, for the headers of the response.
         """
         state = scope["state"]
-        result = await self.hit(name, state["client"])
+        result = await self.count_request(name, state["client"])
         previous: RateLimitResult | None = state.get("rate_limit")
         # A login counts in both limits. The headers show the one that refused it, else
         # the one with fewer requests left.
@@ -1670,8 +1673,7 @@ SECURITY_HEADERS = {
 # RFC 6797 § 7.2: over https only. Not for subdomains: they may be somebody else's.
 HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
 LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
-# With CORS, scripts of other origins may read all headers that the service adds: none
-# is secret.
+# With CORS, scripts of other origins may read all headers that the service adds.
 EXPOSED_HEADERS = (
     *SECURITY_HEADERS,
     *HTTPS_HEADERS,

@@ -2021,7 +2021,7 @@ BUDGETS = ("api", "login")
 
 
 async def admitted(rate_limiter: main.RateLimiter, tries: int) -> int:
-    results = [await rate_limiter.hit("api", ADDRESS) for _ in range(tries)]
+    results = [await rate_limiter.count_request("api", ADDRESS) for _ in range(tries)]
     return sum(result.allowed for result in results)
 
 
@@ -2073,7 +2073,9 @@ async def test_rate_limit_is_exact_for_thousands_of_clients() -> None:
     rate_limiter = main.RateLimiter(make_settings(RATE_LIMIT_REQUESTS=1))
     addresses = [f"192.0.{n >> 8}.{n & 255}" for n in range(5000)]
     for expected in (True, False):
-        checks = [await rate_limiter.hit("api", address) for address in addresses]
+        checks = [
+            await rate_limiter.count_request("api", address) for address in addresses
+        ]
         assert [check.allowed for check in checks] == [expected] * 5000
 
 
@@ -2223,7 +2225,7 @@ async def test_rate_limit_is_shared_through_redis(redis_url: str) -> None:
         redis_limiter(redis_url, project, limit=30) as one,
         redis_limiter(redis_url, project, limit=30) as other,
     ):
-        tries = [limiter.hit("api", ADDRESS) for limiter in (one, other) * 50]
+        tries = [limiter.count_request("api", ADDRESS) for limiter in (one, other) * 50]
         results = await asyncio.gather(*tries)
     remaining = [result.remaining for result in results if result.allowed]
     assert sorted(remaining) == list(range(30))
@@ -2248,7 +2250,7 @@ async def test_rate_limit_in_redis_is_the_same_as_in_memory(redis_url: str) -> N
             seconds = chance.choice([0, 5, 20, 60])
             clock.forward(seconds)
             make_older(redis_url, project, seconds)
-            result = await limiter.hit("api", ADDRESS)
+            result = await limiter.count_request("api", ADDRESS)
             expected = model.check(clock.now_ns)
             assert result[:3] == expected[:3]
             assert -3 <= result.reset_seconds - expected.reset_seconds <= 0
@@ -2259,7 +2261,7 @@ async def test_rate_limit_keys_in_redis_bear_a_name_and_expire(redis_url: str) -
     project = next(FREE_PROJECTS)
     async with redis_limiter(redis_url, project) as limiter:
         for budget in BUDGETS:
-            await limiter.hit(budget, ADDRESS)
+            await limiter.count_request(budget, ADDRESS)
     with Redis.from_url(redis_url) as redis:
         lifetimes = [redis.pttl(key) for key in redis.keys(f"{project}:*")]
     assert len(lifetimes) == len(BUDGETS)
@@ -2358,7 +2360,7 @@ async def test_rate_limit_is_kept_in_memory_while_redis_is_away(
         await let_others_run()
         skip_time(1)
         await eventually(lambda: limiter.redis.is_available, "Redis")
-        await limiter.hit("api", "192.0.2.2")
+        await limiter.count_request("api", "192.0.2.2")
         assert own_redis.client.keys("*:192.0.2.2")
     assert caplog.messages == ["Redis is not ready", "Redis is ready again"]
 
