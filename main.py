@@ -1540,12 +1540,16 @@ class RedisRateLimiter(MonitoredBackend):
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
+        self.is_started = False  # until the connections have been opened
 
     async def check(self) -> None:
-        await self.open_connections()
+        if not self.is_started or not self.is_available:
+            await self.open_connections()
+            self.is_started = True
         # Only to see if it works: a read-only replica refuses it, a slow Redis is too
         # late.
-        await self.run_script("check", limit=1, seconds=1)
+        async with self.slots:
+            await self.run_script("check", limit=1, seconds=1)
 
     async def open_connections(self) -> None:
         """Open all connections, before a burst of requests has to wait for that.
@@ -1758,7 +1762,7 @@ class RequestLoggingMiddleware:
         state["client"] = address[:64]  # a proxy may send any text
         # The address of a trusted peer's client comes from this header. So if it is not
         # in there, uvicorn did not trust the peer.
-        if b"x-forwarded-for" in headers:
+        if headers.get(b"x-forwarded-for"):
             forwarded_for = ",".join(Headers(scope=scope).getlist("x-forwarded-for"))
             if address not in forwarded_for:
                 warn_of_untrusted_proxy()

@@ -2969,10 +2969,16 @@ async def test_lifespan_leaves_no_task_and_no_connection() -> None:
     assert asyncio.all_tasks() == tasks
 
 
-async def test_lifespan_opens_and_closes_connections_to_redis(redis_url: str) -> None:
+async def test_lifespan_opens_and_closes_connections_to_redis(
+    redis_url: str,
+) -> None:
     name = f"test-{secrets.token_hex(8)}"
     redis = Redis.from_url(redis_url)
-    async with serve(REDIS_URL=f"{redis_url}?client_name={name}"):
+    async with serve(REDIS_URL=f"{redis_url}?client_name={name}") as client:
+        assert str(redis.client_list()).count(name) == main.MAX_REDIS_CONNECTIONS
+        limiter = client.app.state.rate_limiter
+        hits = [limiter.count_request("api", ADDRESS) for _ in range(48)]
+        await asyncio.gather(*hits, limiter.redis.is_ready())
         assert str(redis.client_list()).count(name) == main.MAX_REDIS_CONNECTIONS
     until(lambda: name not in str(redis.client_list()), "the connections' end")
     redis.close()
