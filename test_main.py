@@ -2969,9 +2969,7 @@ async def test_lifespan_leaves_no_task_and_no_connection() -> None:
     assert asyncio.all_tasks() == tasks
 
 
-async def test_lifespan_opens_and_closes_connections_to_redis(
-    redis_url: str,
-) -> None:
+async def test_lifespan_opens_and_closes_connections_to_redis(redis_url: str) -> None:
     name = f"test-{secrets.token_hex(8)}"
     redis = Redis.from_url(redis_url)
     async with serve(REDIS_URL=f"{redis_url}?client_name={name}") as client:
