@@ -73,10 +73,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
     def parse(self, data: bytes) -> None:
-        """Feed the parser. Ignore `Upgrade` (RFC 9110 § 7.8), but raise for CONNECT.
+        """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
         httptools cannot go on after `Upgrade`. So make a new parser, feed it the same
-        headers without `Upgrade`, then the rest of `data`.
+        headers without it, then the rest of `data`. (For CONNECT, it raises again.)
         """
         while data:
             try:
@@ -96,7 +96,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
-            return  # this method is called again for the new parser, see `parse`
+            return  # `parse` makes a new parser, which calls this again
         # Not header_bytes, which also counts what came of the body with the headers.
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
@@ -109,7 +109,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = None
         self._unset_keepalive_if_required()
         super().on_headers_complete()
-        self.headers = []  # the request has the old list: trailers do not get into it
+        self.headers = []  # a new list, or trailers would get into the request's
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():

@@ -105,7 +105,7 @@ def parse_database_url(value: str) -> sa.URL:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
-            # Only to check the options: it raises if libpq does not know a name.
+            # Checks the names of the options, so their values may be empty.
             make_conninfo(**dict.fromkeys(url.query, ""))
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
@@ -181,7 +181,7 @@ class Settings(BaseSettings):
     DATABASE_TIMEOUT_SECONDS: Seconds = 5
     CORS_ORIGINS: list[Origin] = []
     RATE_LIMIT_REQUESTS: RequestCount = 100
-    # The limiter counts nanoseconds in 64 bits.
+    # The limiter counts nanoseconds in 64 bits: 10**9 seconds are 10**18.
     RATE_LIMIT_WINDOW_SECONDS: int = Field(default=60, gt=0, le=10**9)
     RATE_LIMIT_LOGIN_REQUESTS: RequestCount = 10
     REDIS_URL: RedisUrl | None = None
@@ -396,7 +396,7 @@ class UnauthorizedException(AppException):
     # The same error for every fault of a token, so that a forger learns nothing.
     status_code = 401
     message = "The access token is not valid."
-    # RFC 6750 § 3.1. (The type is repeated, because linters refuse a plain dict here.)
+    # RFC 6750 § 3.1. (The type is repeated because of ruff's rule RUF012.)
     headers: Mapping[str, str] | None = {
         "WWW-Authenticate": 'Bearer error="invalid_token"'
     }
@@ -464,7 +464,10 @@ def error_response(
     headers: Mapping[str, str] | None = None,
     details: list[dict[str, str]] | None = None,
 ) -> Response:
-    """Write an error in the format of `ErrorResponse`."""
+    """Write an error in the format of `ErrorResponse`.
+
+    `error` is `error_code(status_code)`, unless an AppException has one of its own.
+    """
     body = {
         "error": error,
         "message": message,
@@ -902,8 +905,8 @@ class Database(MonitoredBackend):
         found = expected.intersection(names)
         # At the start, create what is missing. After an outage, create tables only in
         # an empty database: if some tables exist, a migration may be running.
-        is_empty = not found
-        if found != expected and (is_empty or not self.is_started):
+        may_create = not found or not self.is_started
+        if may_create and found != expected:
             await self.create_tables()
         self.is_started = True
 
@@ -927,7 +930,8 @@ class Database(MonitoredBackend):
 
     async def replace_connections(self) -> None:
         # After a failover, the connections of requests may lead to the former primary.
-        # (That of check_engine has failed, and is replaced. SQLite has no failover.)
+        # (check_engine has replaced its own, on which the last check has failed. SQLite
+        # has no failover.)
         pool: Any = self.read_engine.pool
         pool.invalidate_all()
 
@@ -989,7 +993,9 @@ LoginName = Annotated[
 LoginPassword = Annotated[str, Field(min_length=1, max_length=1024), Normalized]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
 Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
-NextCursor = Annotated[int | None, Field(description="Next `after`, null at the end")]
+NextCursor = Annotated[
+    int | None, Field(description="The next `after`; null at the end")
+]
 
 
 class RequestBody(BaseModel, extra="forbid"):
@@ -1124,7 +1130,7 @@ def signing_key(settings: Settings) -> dict[str, str]:
     If it were passed as text, python-jose would take a secret that looks like JSON for
     a key object.
     """
-    # A key need not be UTF-8. surrogateescape restores its bytes.
+    # Python reads bytes that are not UTF-8 as surrogates. This turns them back.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1179,8 +1185,8 @@ LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(
         Item.owner_id == owner_parameter, Item.id > after_parameter
     ),
-    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner, because the tuple is
-    # also greater for later owners
+    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner. Without the second
+    # condition, the items of later owners would follow.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(owner_parameter, after_parameter),
         Item.owner_id <= owner_parameter,
@@ -1321,7 +1327,8 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
     if not is_valid:
         raise WrongPasswordException
     new_hash = await hash_password(change.new_password)
-    version = user.token_version + 1
+    # In SQL, because a logout may have incremented the version since `user` was read.
+    version = User.token_version + 1
     if not await update_user(db, user, password_hash=new_hash, token_version=version):
         raise WrongPasswordException  # another request has changed the password
     await db.commit()
@@ -1329,7 +1336,7 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
 
 async def revoke_tokens(db: AsyncSession, user: User) -> None:
     # If the password was changed meanwhile, the tokens are invalid already.
-    await update_user(db, user, token_version=user.token_version + 1)
+    await update_user(db, user, token_version=User.token_version + 1)
     await db.commit()
 
 
@@ -1546,8 +1553,7 @@ class RedisRateLimiter(MonitoredBackend):
         if not self.is_started or not self.is_available:
             await self.open_connections()
             self.is_started = True
-        # Only to see if it works: a read-only replica refuses it, a slow Redis is too
-        # late.
+        # Fails if Redis is a read-only replica, or answers too slowly.
         async with self.slots:
             await self.run_script("check", limit=1, seconds=1)
 
@@ -1760,8 +1766,8 @@ class RequestLoggingMiddleware:
             state["trace_id"] = trace["id"].decode()
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
-        # The address of a trusted peer's client comes from this header. So if it is not
-        # in there, uvicorn did not trust the peer.
+        # If uvicorn trusts the peer, it takes the client's address from this header. An
+        # address that is not in the header means that it did not.
         if headers.get(b"x-forwarded-for"):
             forwarded_for = ",".join(Headers(scope=scope).getlist("x-forwarded-for"))
             if address not in forwarded_for:
