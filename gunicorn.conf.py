@@ -69,7 +69,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # No timer while another request is answered: 408 would get into its response.
         is_answering = self.cycle and not self.cycle.response_complete
         if self.header_bytes and not self.header_timer and not is_answering:
-            self._unset_keepalive_if_required()  # the timer of an idle connection
+            self._unset_keepalive_if_required()  # stops the timer of idle connections
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
     def parse(self, data: bytes) -> None:
@@ -109,7 +109,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = None
         self._unset_keepalive_if_required()
         super().on_headers_complete()
-        self.headers = []  # a new list, or trailers would get into the request's
+        self.headers = []  # for trailers. The request keeps the old list.
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
@@ -141,7 +141,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         super().run()
 
     def handle_exit(self, *_: object) -> None:
-        """Called at SIGQUIT, which gunicorn sends at Ctrl+C. Do as at SIGTERM."""
+        """UvicornWorker calls this at SIGQUIT, which gunicorn sends at Ctrl+C."""
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

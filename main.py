@@ -466,7 +466,7 @@ def error_response(
 ) -> Response:
     """Write an error in the format of `ErrorResponse`.
 
-    `error` is `error_code(status_code)`, unless an AppException has one of its own.
+    `error` is `error_code(status_code)`, unless an AppException overrides its `error`.
     """
     body = {
         "error": error,
@@ -690,21 +690,24 @@ class FairPool(AsyncAdaptedQueuePool):
             record.invalidate(soft=True)
 
 
-def on_database_error(context: sa.engine.ExceptionContext) -> None:
-    """Cut values out of messages. Drop all connections to a read-only server."""
-    original = context.original_exception
-    # From its second line on, PostgreSQL's message shows the whole row, with the
-    # password's hash.
-    for error in (original, context.sqlalchemy_exception):
+def cut_message(context: sa.engine.ExceptionContext) -> None:
+    """Keep the first line of a message. Others can show a row with its password hash."""
+    for error in (context.original_exception, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
-    # After a failover, the former primary refuses writes. Without permission to write,
-    # SQLite opens a file read-only, and the connection remains so for ever.
-    is_read_only = isinstance(original, psycopg.errors.ReadOnlySqlTransaction)
-    sqlite_error = getattr(original, "sqlite_errorname", "")
+
+
+def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
+    """Replace all connections of the pool if one turns out to be read-only.
+
+    After a failover, the former primary refuses writes. SQLite opens a file read-only
+    if it may not write to it, and that connection stays read-only.
+    """
+    error = context.original_exception
+    sqlite_error = getattr(error, "sqlite_errorname", "")
+    is_read_only = isinstance(error, psycopg.errors.ReadOnlySqlTransaction)
     if is_read_only or sqlite_error.startswith("SQLITE_READONLY"):
-        # SQLAlchemy then replaces all connections of the pool.
-        context.is_disconnect = True
+        context.is_disconnect = True  # so SQLAlchemy replaces the connections
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
@@ -718,10 +721,10 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def begin_immediate(connection: sa.Connection) -> None:
     """Begin a transaction of SQLite's write_engine.
 
-    In autocommit, sqlite3 sends no BEGIN of its own. SQLAlchemy calls this instead, and
-    ends the transaction by commit() or rollback() as usual. IMMEDIATE takes the write
-    lock now, and waits for it: a transaction that reads first and takes the lock later
-    fails at once if another one has written in between.
+    AUTOCOMMIT only means that sqlite3 sends no BEGIN. SQLAlchemy still has
+    transactions: it calls this when one begins, and commit() or rollback() when it
+    ends. IMMEDIATE takes the write lock now, and waits for it: a transaction that reads
+    first and takes the lock later fails at once if another has written in between.
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
@@ -745,7 +748,8 @@ def refuse_write_statement(state: orm.ORMExecuteState) -> None:
 
 
 class MonitoredBackend:
-    """The base class of `Database` and `RedisRateLimiter`. Knows if it is available.
+    """Watches whether a backend is available. Base of `Database`, `RedisRateLimiter`.
+
 
     After a failure, the backend is checked every second until it is available again.
     While all is well, nothing runs in the background.
@@ -836,7 +840,7 @@ class Database(MonitoredBackend):
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
-        self.is_started = False  # until the tables have been found or created once
+        self.is_initialized = False  # until the tables have been found or created once
 
     def create_engine(self, pool_size: int) -> AsyncEngine:
         """Return an engine in autocommit: the driver begins no transactions."""
@@ -864,7 +868,8 @@ class Database(MonitoredBackend):
             hide_parameters=True,  # or every error would log them
             enable_from_linting=False,  # or it warns of CHECK_QUERY's cross join
         )
-        event.listen(engine.sync_engine, "handle_error", on_database_error)
+        event.listen(engine.sync_engine, "handle_error", cut_message)
+        event.listen(engine.sync_engine, "handle_error", drop_read_only_connections)
         if self.is_sqlite:
             event.listen(engine.sync_engine, "connect", prepare_sqlite_connection)
         return engine
@@ -891,7 +896,7 @@ class Database(MonitoredBackend):
 
         Raises ServiceUnavailableException until the tables have been found or created.
         """
-        if not self.is_started:
+        if not self.is_initialized:
             raise ServiceUnavailableException("the database is not reachable")
         if writes:
             # expire_on_commit=False, because routes read the objects after the commit.
@@ -905,10 +910,10 @@ class Database(MonitoredBackend):
         found = expected.intersection(names)
         # At the start, create what is missing. After an outage, create tables only in
         # an empty database: if some tables exist, a migration may be running.
-        may_create = not found or not self.is_started
+        may_create = not found or not self.is_initialized
         if may_create and found != expected:
             await self.create_tables()
-        self.is_started = True
+        self.is_initialized = True
 
     async def create_tables(self) -> None:
         """Any number of workers and hosts may call this at once."""
@@ -919,11 +924,11 @@ class Database(MonitoredBackend):
 
     async def check(self) -> None:
         """Raise an exception unless the database can be used."""
-        if not self.is_started:
+        if not self.is_initialized:
             # Open a connection, which takes long, before the first request needs it.
             async with self.read_engine.connect():
                 pass
-        if not self.is_started or not self.is_available:
+        if not self.is_initialized or not self.is_available:
             await self.create_missing_tables()
         async with self.check_engine.connect() as connection:
             await connection.execute(CHECK_QUERY)
@@ -1049,9 +1054,9 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # May be left out, but not be null. So it needs a default, which nothing reads:
-    # change_item takes only the fields that were sent. It comes from default_factory,
-    # because /docs would show a plain `default`.
+    # `title` may be left out, but not be null. So it needs a default, which nothing
+    # reads: change_item takes only the fields that were sent. It comes from
+    # default_factory, because /docs would show a plain `default`.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -1178,8 +1183,8 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 owner_parameter: sa.BindParameter[int] = sa.bindparam("owner")
 after_parameter: sa.BindParameter[int] = sa.bindparam("after")
 # The owner's items with an id above `after`. Both queries read the index (owner_id, id)
-# from that place on, so the last page costs no more than the first. Each form is slow
-# on the other database.
+# from that place on, so the last page costs no more than the first. For the other form,
+# SQLite would not use the whole index, and PostgreSQL may choose the primary key.
 LIST_ITEMS_QUERIES = {
     # owner_id = :owner AND id > :after
     "sqlite": ITEMS_QUERY.where(
@@ -1213,7 +1218,7 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
     return (await db.scalars(query)).all()
 
 
-async def update_user(db: AsyncSession, user: User, **changes: Any) -> bool:
+async def update_unchanged_user(db: AsyncSession, user: User, **changes: Any) -> bool:
     """Update a user, unless the password has been changed since `user` was read.
 
     Returns whether the user was updated. This is optimistic locking: of two password
@@ -1297,7 +1302,7 @@ async def authenticate_user(db: AsyncSession, username: str, password: str) -> U
     if user is None or not is_valid:
         raise WrongCredentialsException
     if new_hash:  # the known one was made with older parameters
-        await update_user(db, user, password_hash=new_hash)
+        await update_unchanged_user(db, user, password_hash=new_hash)
         await db.commit()
     return user
 
@@ -1329,14 +1334,16 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
     new_hash = await hash_password(change.new_password)
     # In SQL, because a logout may have incremented the version since `user` was read.
     version = User.token_version + 1
-    if not await update_user(db, user, password_hash=new_hash, token_version=version):
+    if not await update_unchanged_user(
+        db, user, password_hash=new_hash, token_version=version
+    ):
         raise WrongPasswordException  # another request has changed the password
     await db.commit()
 
 
 async def revoke_tokens(db: AsyncSession, user: User) -> None:
     # If the password was changed meanwhile, the tokens are invalid already.
-    await update_user(db, user, token_version=User.token_version + 1)
+    await update_unchanged_user(db, user, token_version=User.token_version + 1)
     await db.commit()
 
 
@@ -1401,7 +1408,7 @@ ROWS_IN_BUCKET = 16  # of the hash table in SlidingWindowRateLimiter
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1
-# Per worker. More of them would take longer than a second to open on a busy machine.
+# Per worker. On a busy machine, more could take longer than REDIS_CONNECT_SECONDS.
 MAX_REDIS_CONNECTIONS = 8
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
 # ARGV[3] is random, because each member of a set must be different.
@@ -1547,12 +1554,12 @@ class RedisRateLimiter(MonitoredBackend):
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
-        self.is_started = False  # until the connections have been opened
+        self.is_initialized = False  # until the connections have been opened
 
     async def check(self) -> None:
-        if not self.is_started or not self.is_available:
+        if not self.is_initialized or not self.is_available:
             await self.open_connections()
-            self.is_started = True
+            self.is_initialized = True
         # Fails if Redis is a read-only replica, or answers too slowly.
         async with self.slots:
             await self.run_script("check", limit=1, seconds=1)
@@ -1560,8 +1567,8 @@ class RedisRateLimiter(MonitoredBackend):
     async def open_connections(self) -> None:
         """Open all connections, before a burst of requests has to wait for that.
 
-        redis-py opens a connection for each command that runs at the same time. So run
-        as many harmless commands at once.
+        redis-py has no call for that, but opens a connection for each command that runs
+        at the same time. So run as many harmless commands at once.
         """
         commands = [
             self.client.script_load(REDIS_SCRIPT) for _ in range(MAX_REDIS_CONNECTIONS)
@@ -1766,8 +1773,8 @@ class RequestLoggingMiddleware:
             state["trace_id"] = trace["id"].decode()
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
-        # If uvicorn trusts the peer, it takes the client's address from this header. An
-        # address that is not in the header means that it did not.
+        # If uvicorn trusts the peer, it takes the client's address from this header. So
+        # if the address is not in the header, uvicorn did not trust the peer.
         if headers.get(b"x-forwarded-for"):
             forwarded_for = ",".join(Headers(scope=scope).getlist("x-forwarded-for"))
             if address not in forwarded_for:
@@ -1979,7 +1986,7 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 
 def operation_id(route: APIRoute) -> str:
-    """Return the function's name as operationId, here and in `create_app`."""
+    """Return the function's name: generated clients get readable names."""
     return route.name
 
 
