@@ -691,7 +691,7 @@ class FairPool(AsyncAdaptedQueuePool):
 
 
 def cut_message(context: sa.engine.ExceptionContext) -> None:
-    """Keep the first line of a message. Others can show a row with its password hash."""
+    """Keep the first line of a message: others can show a row and its password hash."""
     for error in (context.original_exception, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
