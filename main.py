@@ -1230,6 +1230,11 @@ async def update_unchanged_user(db: AsyncSession, user: User, **changes: Any) ->
     return await db.scalar(query) is not None
 
 
+async def update_token_version(db: AsyncSession, user_id: int) -> None:
+    query = sa.update(User).where(User.id == user_id)
+    await db.execute(query.values(token_version=User.token_version + 1))
+
+
 async def remove_user(db: AsyncSession, user_id: int) -> None:
     """Delete a user. ON DELETE CASCADE of the foreign key deletes the user's items."""
     await db.execute(sa.delete(User).where(User.id == user_id))
@@ -1286,9 +1291,11 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await add_row(db, user)
     except sa_exc.IntegrityError:
         await db.rollback()
-        if await find_user_by_name(db, user_in.username) is None:
-            raise  # another constraint was violated, which is a bug
-        raise UsernameTakenException from None
+        if await find_user_by_name(db, user_in.username):
+            raise UsernameTakenException from None
+        # The user of this name has just been deleted. Or another constraint was
+        # violated, which is a bug: then this raises IntegrityError again.
+        await add_row(db, user)
     await db.commit()
     return user
 
@@ -1342,8 +1349,7 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
 
 
 async def revoke_tokens(db: AsyncSession, user: User) -> None:
-    # If the password was changed meanwhile, the tokens are invalid already.
-    await update_unchanged_user(db, user, token_version=User.token_version + 1)
+    await update_token_version(db, user.id)
     await db.commit()
 
 
@@ -1425,8 +1431,10 @@ if count < limit then
     count = count + 1
     allowed = 1
 end
--- ZRANGE returns the first member and its score, which is the oldest time.
-local oldest = tonumber(redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')[2])
+-- ZRANGE returns a member and its score, which is the time. Usually, this is the oldest.
+-- If the limit was lowered, a retry has to wait until a later one leaves the window.
+local index = math.max(0, count - limit)
+local oldest = tonumber(redis.call('ZRANGE', key, index, index, 'WITHSCORES')[2])
 local reset_seconds = math.ceil((oldest + window - now) / 1000000)
 return {allowed, limit, math.max(0, limit - count), reset_seconds} -- as RateLimitResult
 """
@@ -1672,6 +1680,7 @@ TRACEPARENT_PATTERN = re.compile(
     """,
     re.VERBOSE,
 )
+MAX_CONTENT_TYPE_BYTES = 1000  # Python's parsers need 0.1 s for some of 60,000
 MAX_PATH_CHARACTERS = 500  # keeps a log line under 4 KiB, as Logging explains
 CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 # MDN's HTTP Observatory rates this set A+.
@@ -1864,11 +1873,19 @@ class RateLimitMiddleware:
         await self.app(scope, receive, send_with_rate_limit)
 
 
+def has_long_content_type(scope: Scope) -> bool:
+    # Not checked in limit_body, because Starlette parses it before it reads a form.
+    return any(
+        name == b"content-type" and len(value) > MAX_CONTENT_TYPE_BYTES
+        for name, value in scope["headers"]
+    )
+
+
 class LimitsAndErrorsMiddleware:
     """The innermost middleware.
 
-    It answers 413 if the body is too large, 504 if the request takes too long, 500 for
-    an unhandled exception, and 503 at the shutdown.
+    It answers 400 if the Content-Type is too long, 413 if the body is too large, 504 if
+    the request takes too long, 500 for an unhandled exception, and 503 at the shutdown.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -1879,6 +1896,10 @@ class LimitsAndErrorsMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if has_long_content_type(scope):
+            error = HTTPException(400, "The Content-Type is too long.")
+            response = await http_exception_handler(Request(scope), error)
+            return await response(scope, receive, send)
         limited_receive = self.limit_body(scope, receive)
         timer = asyncio.timeout(self.timeout_seconds)
         try:
@@ -2037,7 +2058,7 @@ async def readiness_probe(request: Request, response: Response) -> ProbeStatus:
 @health_router.get(
     "", responses={503: {"model": HealthStatus}}, response_model_exclude_none=True
 )
-@health_router.head("", include_in_schema=False)
+@health_router.head("", include_in_schema=False, response_model_exclude_none=True)
 async def health_check(request: Request, response: Response) -> HealthStatus:
     """How are the service and the servers that it depends on?"""
     database, redis = await asyncio.gather(

@@ -77,6 +77,7 @@ from pwdlib.hashers.argon2 import Argon2Hasher
 from redis import Redis
 from redis.exceptions import RedisError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.util import await_
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.server import ServerState
@@ -1468,9 +1469,11 @@ async def test_hostile_form_is_400_or_422(options: Any, guest: Client) -> None:
     assert error_of(response)["error"] in {"bad_request", "validation_error"}
 
 
-async def test_multipart_is_decoded_as_utf_8_alone(guest: Client) -> None:
+async def test_multipart_content_type_is_utf_8_and_short(guest: Client) -> None:
     fields = {"username": (None, "ada"), "password": (None, "wrong")}
-    for charset, status in (("UTF-8", 401), ('"utf-8"', 401), ("latin-1", 400)):
+    longest = "utf-8; x=" + "x" * 1000
+    statuses = {"UTF-8": 401, '"utf-8"': 401, "latin-1": 400, longest: 400}
+    for charset, status in statuses.items():
         request = guest.build_request("POST", "/auth/token", files=fields)
         kind = request.headers.pop("Content-Type") + f"; charset={charset}"
         both = [("Content-Type", kind), ("Content-Type", "text/plain")]
@@ -1834,14 +1837,28 @@ async def test_pagination_last_page_has_no_next(db: AsyncSession) -> None:
 EVE = main.UserIn(username="eve", password=PASSWORD)
 
 
+async def test_registration_of_a_name_that_becomes_free(
+    database: main.Database,
+) -> None:
+    await add_user(database, EVE.username)
+
+    async def delete_user() -> None:
+        async with database.read_engine.connect() as connection:
+            await connection.execute(sa.delete(main.User))
+
+    async with database.session(writes=True) as db:
+        event = sa.event.listens_for(db.sync_session, "after_rollback", once=True)
+        event(lambda _: await_(delete_user()))
+        assert await main.register_user(db, EVE)
+
+
 async def test_registration_race_has_one_winner(database: main.Database) -> None:
     async def register() -> main.User:
         async with database.session(writes=True) as db:
             return await main.register_user(db, EVE)
 
     race = await asyncio.gather(register(), register(), return_exceptions=True)
-    kinds = {type(outcome) for outcome in race}
-    assert kinds == {main.User, main.UsernameTakenException}
+    assert {type(end) for end in race} == {main.User, main.UsernameTakenException}
     async with database.session(writes=True) as db:
         assert await main.authenticate_user(db, "eve", PASSWORD)
 
@@ -1893,8 +1910,7 @@ async def test_hashing_holds_no_connection(call: Call) -> None:
 async def test_password_change_race_has_one_winner(database: main.Database) -> None:
     user = await add_user(database)
     async with database.session(writes=True) as db:
-        for _ in range(2):  # `user` still has version 0
-            await main.revoke_tokens(db, user)
+        await main.revoke_tokens(db, user)  # `user` still has version 0
 
     async def change() -> None:
         async with database.session(writes=True) as db:
@@ -1903,18 +1919,13 @@ async def test_password_change_race_has_one_winner(database: main.Database) -> N
     race = await asyncio.gather(change(), change(), return_exceptions=True)
     assert {type(end) for end in race} == {type(None), main.WrongPasswordException}
     async with database.session(writes=False) as db:
-        changed = await main.read_token_owner(db, 1, 3)
+        changed = await main.read_token_owner(db, 1, 2)
     assert main.PASSWORD_HASHER.verify(PASSWORD[::-1], changed.password_hash)
 
 
-async def test_password_change_needs_the_current_password(db: AsyncSession) -> None:
-    change = PASSWORD_CHANGE.model_copy(update={"current_password": "wrong"})
-    with pytest.raises(main.WrongPasswordException):
-        await main.change_password(db, await main.read_user(db, 1), change)
-
-
 async def test_logout_makes_older_tokens_invalid(db: AsyncSession) -> None:
-    await main.revoke_tokens(db, await main.read_user(db, 1))
+    # As if a login had renewed the hash since the user was read.
+    await main.revoke_tokens(db, main.User(id=1, password_hash="old"))
     await db.rollback()
     assert await main.read_token_owner(db, 1, 1)
     assert await main.read_token_owner(db, 2, 0)
@@ -1934,15 +1945,10 @@ async def test_user_is_deleted_with_items_and_tokens(db: AsyncSession) -> None:
         await add_item(db, 1, "too late")
 
 
-PATCHES = [
-    {"title": "a", "description": "b"},
-    {"title": "a"},
-    {"description": None},
-    {},
-]
+EDITS = [{"title": "a", "description": "b"}, {"title": "a"}, {"description": None}, {}]
 
 
-@pytest.mark.parametrize("patch", PATCHES, ids=str)
+@pytest.mark.parametrize("patch", EDITS, ids=str)
 async def test_patch_changes_only_fields_sent(patch: Any, db: AsyncSession) -> None:
     bob = main.User(id=2)
     before = main.ItemOut.model_validate(await main.read_item(db, bob, 2)).model_dump()
@@ -2501,10 +2507,7 @@ async def test_log_has_one_line_for_each_kind_of_response(answer: Answer) -> Non
     assert shown_ms <= line["duration_ms"] < 1000 * PATIENCE_SECONDS
 
 
-REASONS = {
-    503: "The printer burns.",
-    504: "The request took too long.",
-}
+REASONS = {503: "The printer burns.", 504: "The request took too long."}
 
 
 async def test_log_level_and_reason_follow_from_the_status(answer: Answer) -> None:
@@ -3353,11 +3356,6 @@ async def test_ambiguous_request_is_400(
 ) -> None:
     await connection.send(head.replace(b"1.1\r\n", b"1.1\r\n" + upgrade) + GET)
     assert (connection.statuses(), connection.is_open) == ([400], False)
-
-
-async def test_refusal_has_a_date(connection: Connection) -> None:
-    await connection.send(POST + CHUNKED, b"no size\r\n")
-    assert b" 400 Bad Request\r\ndate: today\r\n" in connection.received
 
 
 async def test_trailer_is_no_header(connection: Connection) -> None:
