@@ -1431,7 +1431,7 @@ if count < limit then
     count = count + 1
     allowed = 1
 end
--- ZRANGE returns a member and its score, which is the time. Usually, this is the oldest.
+-- ZRANGE returns a member and its score, which is the time: usually, the oldest.
 -- If the limit was lowered, a retry has to wait until a later one leaves the window.
 local index = math.max(0, count - limit)
 local oldest = tonumber(redis.call('ZRANGE', key, index, index, 'WITHSCORES')[2])
@@ -1873,19 +1873,11 @@ class RateLimitMiddleware:
         await self.app(scope, receive, send_with_rate_limit)
 
 
-def has_long_content_type(scope: Scope) -> bool:
-    # Not checked in limit_body, because Starlette parses it before it reads a form.
-    return any(
-        name == b"content-type" and len(value) > MAX_CONTENT_TYPE_BYTES
-        for name, value in scope["headers"]
-    )
-
-
 class LimitsAndErrorsMiddleware:
     """The innermost middleware.
 
-    It answers 400 if the Content-Type is too long, 413 if the body is too large, 504 if
-    the request takes too long, 500 for an unhandled exception, and 503 at the shutdown.
+    It answers 413 if the body is too large, 504 if the request takes too long, 500 for
+    an unhandled exception, and 503 at the shutdown.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -1896,10 +1888,12 @@ class LimitsAndErrorsMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        if has_long_content_type(scope):
-            error = HTTPException(400, "The Content-Type is too long.")
-            response = await http_exception_handler(Request(scope), error)
-            return await response(scope, receive, send)
+        # A longer Content-Type is ignored, which makes most bodies a 422.
+        scope["headers"] = [
+            (name, value)
+            for name, value in scope["headers"]
+            if name != b"content-type" or len(value) <= MAX_CONTENT_TYPE_BYTES
+        ]
         limited_receive = self.limit_body(scope, receive)
         timer = asyncio.timeout(self.timeout_seconds)
         try:
