@@ -748,8 +748,7 @@ def refuse_write_statement(state: orm.ORMExecuteState) -> None:
 
 
 class MonitoredBackend:
-    """Watches whether a backend is available. Base of `Database`, `RedisRateLimiter`.
-
+    """The base class of `Database` and `RedisRateLimiter`: watches their availability.
 
     After a failure, the backend is checked every second until it is available again.
     While all is well, nothing runs in the background.
@@ -2001,7 +2000,7 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 
 def operation_id(route: APIRoute) -> str:
-    """Return the function's name: generated clients get readable names."""
+    """Return the function's name, which generated clients use. For all routes."""
     return route.name
 
 
