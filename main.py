@@ -636,8 +636,8 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        # SQLAlchemy keeps a record when its connection is replaced. So there are at
-        # most size() records.
+        # For invalidate_all. A record outlives its connection and is used again, so
+        # there are at most size() of them.
         self.records: set[ConnectionPoolEntry] = set()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # The timer runs from "connect": the first statements on a new connection, by
@@ -1899,9 +1899,9 @@ class LimitsAndErrorsMiddleware:
             async with timer:
                 return await self.app(scope, limited_receive, send)
         except asyncio.CancelledError:
-            # uvicorn cancels this task when the time for a shutdown is over. The error
-            # is not raised again, so that the client gets an answer. (When the timer
-            # cancels the task, it raises TimeoutError instead.)
+            # Two things cancel this task: the timer, which turns the error into a
+            # TimeoutError (below), and uvicorn, when the time for a shutdown is over.
+            # Then the error is not raised again, so that the client gets an answer.
             stopping = ServiceUnavailableException("the server is shutting down")
             response = await app_exception_handler(Request(scope), stopping)
         except Exception as error:  # noqa: BLE001 - none may get past this line
