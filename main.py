@@ -758,6 +758,7 @@ class MonitoredBackend:
 
     def __init__(self) -> None:
         self.is_available = True  # False during an outage
+        self.is_initialized = False  # until `prepare` has succeeded once
         self.check_task: asyncio.Task[None] | None = None
         self.retry_timer: asyncio.TimerHandle | None = None
 
@@ -765,8 +766,8 @@ class MonitoredBackend:
         """Raise an exception unless the backend can be used."""
         raise NotImplementedError
 
-    async def replace_connections(self) -> None:
-        """Called before a check in an outage, because old connections may be dead."""
+    async def prepare(self) -> None:
+        """Called before the first check, and before each check in an outage."""
         raise NotImplementedError
 
     def start_check(self) -> asyncio.Task[None]:
@@ -778,8 +779,9 @@ class MonitoredBackend:
 
     async def run_check(self) -> None:
         try:
-            if not self.is_available:
-                await self.replace_connections()
+            if not self.is_initialized or not self.is_available:
+                await self.prepare()
+                self.is_initialized = True
             await self.check()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
             self.handle_failure(error)
@@ -839,7 +841,6 @@ class Database(MonitoredBackend):
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
-        self.is_initialized = False  # until the tables have been found or created once
 
     def create_engine(self, pool_size: int) -> AsyncEngine:
         """Return an engine in autocommit: the driver begins no transactions."""
@@ -912,7 +913,6 @@ class Database(MonitoredBackend):
         may_create = not found or not self.is_initialized
         if may_create and found != expected:
             await self.create_tables()
-        self.is_initialized = True
 
     async def create_tables(self) -> None:
         """Any number of workers and hosts may call this at once."""
@@ -921,23 +921,22 @@ class Database(MonitoredBackend):
                 await connection.execute(LOCK_TABLES_QUERY)
             await connection.run_sync(Base.metadata.create_all)
 
-    async def check(self) -> None:
-        """Raise an exception unless the database can be used."""
-        if not self.is_initialized:
-            # Open a connection, which takes long, before the first request needs it.
-            async with self.read_engine.connect():
-                pass
-        if not self.is_initialized or not self.is_available:
-            await self.create_missing_tables()
-        async with self.check_engine.connect() as connection:
-            await connection.execute(CHECK_QUERY)
-
-    async def replace_connections(self) -> None:
+    async def prepare(self) -> None:
         # After a failover, the connections of requests may lead to the former primary.
         # (check_engine has replaced its own, on which the last check has failed. SQLite
         # has no failover.)
         pool: Any = self.read_engine.pool
         pool.invalidate_all()
+        if not self.is_initialized:
+            # Open a connection, which takes long, before the first request needs it.
+            async with self.read_engine.connect():
+                pass
+        await self.create_missing_tables()
+
+    async def check(self) -> None:
+        """Raise an exception unless the database can be used."""
+        async with self.check_engine.connect() as connection:
+            await connection.execute(CHECK_QUERY)
 
     async def close(self) -> None:
         await self.stop_checks()
@@ -1561,30 +1560,25 @@ class RedisRateLimiter(MonitoredBackend):
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
-        self.is_initialized = False  # until the connections have been opened
 
     async def check(self) -> None:
-        if not self.is_initialized or not self.is_available:
-            await self.open_connections()
-            self.is_initialized = True
         # Fails if Redis is a read-only replica, or answers too slowly.
         async with self.slots:
             await self.run_script("check", limit=1, seconds=1)
 
-    async def open_connections(self) -> None:
+    async def prepare(self) -> None:
         """Open all connections, before a burst of requests has to wait for that.
 
         redis-py has no call for that, but opens a connection for each command that runs
         at the same time. So run as many harmless commands at once.
         """
+        # Old connections may be dead.
+        await self.client.connection_pool.disconnect(inuse_connections=False)
         commands = [
             self.client.script_load(REDIS_SCRIPT) for _ in range(MAX_REDIS_CONNECTIONS)
         ]
         async with asyncio.timeout(REDIS_CONNECT_SECONDS):
             await asyncio.gather(*commands)
-
-    async def replace_connections(self) -> None:
-        await self.client.connection_pool.disconnect(inuse_connections=False)
 
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""

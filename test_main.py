@@ -677,10 +677,8 @@ def test_description_of_an_error_is_one_line() -> None:
     error_of_driver = sa.exc.DBAPIError("SELECT 1", {}, OSError("away"))
     assert main.summarize_error(error_of_driver) == "away"
     assert main.summarize_error(TimeoutError()) == "TimeoutError"
-    assert (
-        main.summarize_error(ValueError("no\nroute" + "x" * 500))
-        == "no route" + "x" * 492
-    )
+    long = ValueError("no\nroute" + "x" * 500)
+    assert main.summarize_error(long) == "no route" + "x" * 492
 
 
 # --- Errors ---------------------------------------------------------------------------
@@ -859,6 +857,8 @@ class DatabaseOfTest(main.Database):
 
     is_away = True
     checks = 0
+
+    async def prepare(self) -> None: ...
 
     async def check(self) -> None:
         self.checks += 1
@@ -1837,9 +1837,7 @@ async def test_pagination_last_page_has_no_next(db: AsyncSession) -> None:
 EVE = main.UserIn(username="eve", password=PASSWORD)
 
 
-async def test_registration_of_a_name_that_becomes_free(
-    database: main.Database,
-) -> None:
+async def test_registration_of_a_name_that_is_freed(database: main.Database) -> None:
     await add_user(database, EVE.username)
 
     async def delete_user() -> None:
@@ -1923,9 +1921,14 @@ async def test_password_change_race_has_one_winner(database: main.Database) -> N
     assert main.PASSWORD_HASHER.verify(PASSWORD[::-1], changed.password_hash)
 
 
+async def test_password_change_needs_the_current_password(db: AsyncSession) -> None:
+    change = PASSWORD_CHANGE.model_copy(update={"current_password": "wrong"})
+    with pytest.raises(main.WrongPasswordException):
+        await main.change_password(db, await main.read_user(db, 1), change)
+
+
 async def test_logout_makes_older_tokens_invalid(db: AsyncSession) -> None:
-    # As if a login had renewed the hash since the user was read.
-    await main.revoke_tokens(db, main.User(id=1, password_hash="old"))
+    await main.revoke_tokens(db, main.User(id=1, password_hash="before its renewal"))
     await db.rollback()
     assert await main.read_token_owner(db, 1, 1)
     assert await main.read_token_owner(db, 2, 0)
@@ -2081,9 +2084,7 @@ async def test_rate_limit_is_exact_for_thousands_of_clients() -> None:
     rate_limiter = main.RateLimiter(make_settings(RATE_LIMIT_REQUESTS=1))
     addresses = [f"192.0.{n >> 8}.{n & 255}" for n in range(5000)]
     for expected in (True, False):
-        checks = [
-            await rate_limiter.count_request("api", address) for address in addresses
-        ]
+        checks = [await rate_limiter.count_request("api", a) for a in addresses]
         assert [check.allowed for check in checks] == [expected] * 5000
 
 
@@ -3356,6 +3357,7 @@ async def test_ambiguous_request_is_400(
 ) -> None:
     await connection.send(head.replace(b"1.1\r\n", b"1.1\r\n" + upgrade) + GET)
     assert (connection.statuses(), connection.is_open) == ([400], False)
+    assert b" 400 Bad Request\r\ndate: today\r\n" in connection.received
 
 
 async def test_trailer_is_no_header(connection: Connection) -> None:
