@@ -1773,13 +1773,14 @@ class RequestLoggingMiddleware:
         trace = TRACEPARENT_PATTERN.fullmatch(headers.get(b"traceparent", b""))
         if trace:
             state["trace_id"] = trace["id"].decode()
-        address, _ = scope["client"] or ("unknown", 0)
+        address, port = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
-        # If uvicorn trusts the peer, it takes the client's address from this header. So
-        # if the address is not in the header, uvicorn did not trust the peer.
+        # If uvicorn trusts the peer, it takes the client's address and port (0 if there
+        # is none) from this header. Otherwise, both are the peer's own.
         if headers.get(b"x-forwarded-for"):
             forwarded_for = ",".join(Headers(scope=scope).getlist("x-forwarded-for"))
-            if address not in forwarded_for:
+            has_port = port == 0 or f":{port}" in forwarded_for
+            if not has_port or address not in forwarded_for:
                 warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:

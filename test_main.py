@@ -2585,11 +2585,11 @@ async def test_log_line_has_the_id_of_a_valid_trace(guest: Client, log: Log) -> 
     assert [line.get("trace_id") for line in log.lines()] == [*TRACES.values()]
 
 
-@cases("address, count", {"untrusted": ("10.0.0.1", 1), "trusted": ("203.0.113.9", 0)})
-async def test_forwarded_for_warns_once(address: str, count: int, log: Log) -> None:
+@pytest.mark.parametrize("port, count", [(5, 1), (0, 0), (80, 0)])
+async def test_forwarded_for_warns_once(port: int, count: int, log: Log) -> None:
     main.warn_of_untrusted_proxy.cache_clear()
     log.start(LOG_LEVEL="WARNING")
-    client = (address, 5)  # uvicorn takes it from the header if it trusts the peer
+    client = ("203.0.113.9", port)  # as uvicorn takes it from a trusted peer, but for 5
     headers = [(b"x-forwarded-for", v) for v in (b"203.0.113.9:80", b"10.0.0.2")]
     for _ in range(3):
         await send_raw(built_app(), "/nowhere", client=client, headers=headers)
