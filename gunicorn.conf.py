@@ -39,7 +39,7 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol (of 0.54), with limits on headers, and without `Upgrade`.
+    """The HTTP protocol of uvicorn 0.54, with limits on headers, without `Upgrade`.
 
     uvicorn calls data_received with what comes from the network. The parser then calls
     on_headers_complete and on_message_complete, within feed_data.
@@ -59,7 +59,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if not self.is_in_body:
-            self.header_bytes += len(data.lstrip(b"\r\n"))  # empty lines do not count
+            self.header_bytes += len(data.lstrip(b"\r\n"))  # empty lines may come first
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
@@ -69,14 +69,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # No timer while another request is answered: 408 would get into its response.
         is_answering = self.cycle and not self.cycle.response_complete
         if self.header_bytes and not self.header_timer and not is_answering:
-            self._unset_keepalive_if_required()  # stops the timer of idle connections
+            self._unset_keepalive_if_required()  # private; stops uvicorn's idle timer
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
     def parse(self, data: bytes) -> None:
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
-        httptools cannot go on after `Upgrade`. So make a new parser, feed it the same
-        headers without it, then the rest of `data`. (For CONNECT, it raises again.)
+        httptools stops after such headers. So feed a new parser the same ones without
+        it, then the rest of `data`. (A CONNECT request stops that parser, too.)
         """
         while data:
             try:
@@ -109,7 +109,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = None
         self._unset_keepalive_if_required()
         super().on_headers_complete()
-        self.headers = []  # for trailers. The request keeps the old list.
+        self.headers = []  # or trailers would be appended to the request's headers
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
@@ -174,7 +174,7 @@ preload_app = True  # invalid settings stop the start; workers share rate limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
 timeout = graceful_timeout + 30  # a worker sends no heartbeat while it shuts down
-keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # load balancers have 60 s or so
+keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
 control_socket_disable = True  # of gunicorn 25: it needs a writable home directory
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # for heartbeats

@@ -105,7 +105,7 @@ def parse_database_url(value: str) -> sa.URL:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
-            # Checks the names of the options, so their values may be empty.
+            # Refuses unknown options. It does not look at values, so pass empty ones.
             make_conninfo(**dict.fromkeys(url.query, ""))
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
@@ -194,8 +194,9 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip values, because secret files often end with a newline.
 
-        A value that is then empty counts as not set. (env_ignore_empty lets the next
-        source, such as .env, fill in an empty variable. It does not see white space.)
+        A value that is then empty counts as not set. (For an empty variable,
+        env_ignore_empty has taken the value of the next source, such as .env. A
+        variable with white space hides the next source, and the default applies.)
         """
         stripped = {
             name: value.strip() if isinstance(value, str) else value
@@ -315,17 +316,17 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # The loggers of LIBRARY_LEVELS have a level of their own, so they ignore that of
-    # the root logger. If LOG_LEVEL is ERROR, the handler drops their warnings.
+    # A logger with a level of its own, as in LIBRARY_LEVELS, ignores the root logger's
+    # level. So the handler has that level, too: it drops their warnings if it is ERROR.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # When a worker starts, UvicornWorker copies the handlers of gunicorn.error to
-    # uvicorn's loggers. So gunicorn.error needs our handler itself, and these loggers
-    # must not propagate, or each line would be written twice.
+    # When a worker starts, UvicornWorker gives the handlers of gunicorn.error to
+    # uvicorn's loggers. So gunicorn.error needs our handler. These loggers must not
+    # propagate to the root logger, which has it, too: each line would come twice.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -372,10 +373,6 @@ DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
-def error_code(status_code: int) -> str:
-    return ERROR_CODES.get(status_code, f"http_{status_code}")
-
-
 class AppException(Exception):
     """Base class of errors. A client gets the class's `message`.
 
@@ -384,19 +381,16 @@ class AppException(Exception):
     """
 
     status_code = 500
+    error: str | None = None  # None: that of ERROR_CODES
     message = "Something went wrong. Quote the request_id if you report it."
     headers: Mapping[str, str] | None = None  # they override DEFAULT_HEADERS
-
-    @property
-    def error(self) -> str:
-        return error_code(self.status_code)
 
 
 class UnauthorizedException(AppException):
     # The same error for every fault of a token, so that a forger learns nothing.
     status_code = 401
     message = "The access token is not valid."
-    # RFC 6750 § 3.1. (The type is repeated because of ruff's rule RUF012.)
+    # RFC 6750 § 3.1. (ruff's rule RUF012 refuses a dict here without its type.)
     headers: Mapping[str, str] | None = {
         "WWW-Authenticate": 'Bearer error="invalid_token"'
     }
@@ -456,20 +450,22 @@ def document_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse} for status in statuses}
 
 
+def operation_id(route: APIRoute) -> str:
+    """Return the name that the route has in generated clients: its function's."""
+    return route.name
+
+
 def error_response(
     request: Request,
     status_code: int,
-    error: str,
     message: str,
     headers: Mapping[str, str] | None = None,
     details: list[dict[str, str]] | None = None,
+    error: str | None = None,
 ) -> Response:
-    """Write an error in the format of `ErrorResponse`.
-
-    `error` is `error_code(status_code)`, unless an AppException overrides its `error`.
-    """
+    """Write an error in the format of `ErrorResponse`."""
     body = {
-        "error": error,
+        "error": error or ERROR_CODES.get(status_code, f"http_{status_code}"),
         "message": message,
         "details": details,
         "request_id": request.state.request_id,
@@ -484,7 +480,9 @@ def error_response(
 async def app_exception_handler(request: Request, exc: AppException) -> Response:
     if exc.status_code >= 500:
         request.state.reason = str(exc)  # for the request's log line
-    return error_response(request, exc.status_code, exc.error, exc.message, exc.headers)
+    return error_response(
+        request, exc.status_code, exc.message, exc.headers, error=exc.error
+    )
 
 
 def allowed_methods(request: Request) -> str:
@@ -504,7 +502,6 @@ def allowed_methods(request: Request) -> str:
 
 async def http_exception_handler(request: Request, exc: HTTPException) -> Response:
     """Turn an HTTPException into a response: the framework raises it, or your code."""
-    error = error_code(exc.status_code)
     message = str(exc.detail)
     headers = exc.headers
     if exc.status_code in {204, 304}:  # no errors; they have no body
@@ -513,7 +510,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
         headers = {"Allow": allowed_methods(request)}
     if exc.status_code >= 500:
         request.state.reason = message
-    return error_response(request, exc.status_code, error, message, headers)
+    return error_response(request, exc.status_code, message, headers)
 
 
 async def validation_exception_handler(
@@ -525,7 +522,7 @@ async def validation_exception_handler(
         for e in exc.errors()
     ]
     message = "The request is not valid."
-    return error_response(request, 422, "validation_error", message, details=details)
+    return error_response(request, 422, message, details=details)
 
 
 async def unhandled_exception_handler(request: Request, exc: Exception) -> Response:
@@ -535,7 +532,7 @@ async def unhandled_exception_handler(request: Request, exc: Exception) -> Respo
     run outside all middleware: its response would have no id and no security headers.
     """
     request.state.exception = exc
-    return error_response(request, 500, ERROR_CODES[500], AppException.message)
+    return error_response(request, 500, AppException.message)
 
 
 # --- Models ---------------------------------------------------------------------------
@@ -595,7 +592,8 @@ class Item(Base):
 CHECK_INTERVAL_SECONDS = 1  # from a failed check to the next one
 HEALTH_CHECK_SECONDS = 2  # the longest time until a health check is answered
 LIFESPAN_TIMEOUT_SECONDS = 1  # how long the start and the stop wait for a check
-# Held while a worker creates the tables, so that no other one does. 7411 is arbitrary.
+# Takes a lock until the end of the transaction, so that one worker at a time creates
+# tables. The number is arbitrary.
 LOCK_TABLES_QUERY = sa.select(sa.func.pg_advisory_xact_lock(7411))
 # Selects all columns of all tables, in a cross join, but no row. It fails if a column
 # is missing, and, because of FOR UPDATE, on a read-only server. (SQLite has no FOR
@@ -615,7 +613,7 @@ def abort_connection(record: ConnectionPoolEntry) -> None:
         with suppress(OSError):  # the server has closed the connection
             client_socket.shutdown(socket.SHUT_RDWR)
         client_socket.detach()  # closes nothing: the descriptor belongs to psycopg
-        record.invalidate(soft=True)  # the pool must not use the connection again
+        record.invalidate(soft=True)  # the pool opens another one at the next use
 
 
 class FairPool(AsyncAdaptedQueuePool):
@@ -636,8 +634,8 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        # For invalidate_all. A record outlives its connection and is used again, so
-        # there are at most size() of them.
+        # A record is SQLAlchemy's place for one connection. If the connection ends, the
+        # record gets a new one. So there are at most size() records.
         self.records: set[ConnectionPoolEntry] = set()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # The timer runs from "connect": the first statements on a new connection, by
@@ -691,7 +689,7 @@ class FairPool(AsyncAdaptedQueuePool):
 
 
 def cut_message(context: sa.engine.ExceptionContext) -> None:
-    """Keep the first line of a message: others can show a row and its password hash."""
+    """Keep a message's first line: the next ones can show a row's password hash."""
     for error in (context.original_exception, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
@@ -721,7 +719,7 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def begin_immediate(connection: sa.Connection) -> None:
     """Begin a transaction of SQLite's write_engine.
 
-    AUTOCOMMIT only means that sqlite3 sends no BEGIN. SQLAlchemy still has
+    create_engine sets AUTOCOMMIT, so sqlite3 sends no BEGIN. SQLAlchemy still has
     transactions: it calls this when one begins, and commit() or rollback() when it
     ends. IMMEDIATE takes the write lock now, and waits for it: a transaction that reads
     first and takes the lock later fails at once if another has written in between.
@@ -907,11 +905,11 @@ class Database(MonitoredBackend):
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         expected = set(Base.metadata.tables)
-        found = expected.intersection(names)
+        missing = expected.difference(names)
+        is_empty = missing == expected
         # At the start, create what is missing. After an outage, create tables only in
         # an empty database: if some tables exist, a migration may be running.
-        may_create = not found or not self.is_initialized
-        if may_create and found != expected:
+        if missing and (is_empty or not self.is_initialized):
             await self.create_tables()
 
     async def create_tables(self) -> None:
@@ -923,8 +921,7 @@ class Database(MonitoredBackend):
 
     async def prepare(self) -> None:
         # After a failover, the connections of requests may lead to the former primary.
-        # (check_engine has replaced its own, on which the last check has failed. SQLite
-        # has no failover.)
+        # That of check_engine is new: SQLAlchemy has dropped it when the check failed.
         pool: Any = self.read_engine.pool
         pool.invalidate_all()
         if not self.is_initialized:
@@ -1029,7 +1026,7 @@ class UserPage(BaseModel):
 
 class PasswordChange(RequestBody):
     current_password: LoginPassword = Field(examples=["correct horse battery staple"])
-    new_password: NewPassword = Field(examples=["a longer one than fifteen"])
+    new_password: NewPassword = Field(examples=["battery staple correct horse"])
 
 
 class LoginForm(BaseModel):
@@ -1052,9 +1049,9 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # `title` may be left out, but not be null. So it needs a default, which nothing
-    # reads: change_item takes only the fields that were sent. It comes from
-    # default_factory, because /docs would show a plain `default`.
+    # May be left out, but not be null. So it has a default, which is never used:
+    # change_item takes only the fields that were sent. default_factory, because /docs
+    # would show a plain `default`.
     title: Title = Field(default_factory=str, examples=["tea"])
 
 
@@ -1103,7 +1100,7 @@ DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 # At most two hashes at a time, in threads, which bounds the memory. The event loop goes
 # on meanwhile, because argon2 releases the GIL.
 HASHING_LIMITER = CapacityLimiter(2)
-MAX_WAITING_HASHES = 100  # the last of them waits for some 2 s
+MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 
 
 def refuse_if_hashing_is_busy() -> None:
@@ -1133,7 +1130,7 @@ def signing_key(settings: Settings) -> dict[str, str]:
     If it were passed as text, python-jose would take a secret that looks like JSON for
     a key object.
     """
-    # Python reads bytes that are not UTF-8 as surrogates. This turns them back.
+    # A secret may be any bytes. Python reads those that are not UTF-8 as surrogates.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1180,9 +1177,10 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 owner_parameter: sa.BindParameter[int] = sa.bindparam("owner")
 after_parameter: sa.BindParameter[int] = sa.bindparam("after")
-# The owner's items with an id above `after`. Both queries read the index (owner_id, id)
-# from that place on, so the last page costs no more than the first. For the other form,
-# SQLite would not use the whole index, and PostgreSQL may choose the primary key.
+# The owner's items with an id above `after`. Both queries start in the index at
+# (owner_id, id), so the last page costs no more than the first. With PostgreSQL's
+# query, SQLite would walk through all items of the owner. With SQLite's query,
+# PostgreSQL may walk through the primary key.
 LIST_ITEMS_QUERIES = {
     # owner_id = :owner AND id > :after
     "sqlite": ITEMS_QUERY.where(
@@ -1291,8 +1289,8 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # The user of this name has just been deleted. Or another constraint was
-        # violated, which is a bug: then this raises IntegrityError again.
+        # The user who had this name has just been deleted, so try again. If another
+        # constraint was violated, which is a bug, this raises IntegrityError again.
         await add_row(db, user)
     await db.commit()
     return user
@@ -1307,6 +1305,7 @@ async def authenticate_user(db: AsyncSession, username: str, password: str) -> U
     if user is None or not is_valid:
         raise WrongCredentialsException
     if new_hash:  # the known one was made with older parameters
+        # If the password has just been changed, its new hash stays.
         await update_unchanged_user(db, user, password_hash=new_hash)
         await db.commit()
     return user
@@ -1429,8 +1428,8 @@ if count < limit then
     count = count + 1
     allowed = 1
 end
--- ZRANGE returns a member and its score, which is the time: usually, the oldest.
--- If the limit was lowered, a retry has to wait until a later one leaves the window.
+-- ZRANGE returns a member and its score, which is its time. Index 0 is the oldest. If
+-- the limit was lowered, count can be higher: a retry has to wait for more to leave.
 local index = math.max(0, count - limit)
 local oldest = tonumber(redis.call('ZRANGE', key, index, index, 'WITHSCORES')[2])
 local reset_seconds = math.ceil((oldest + window - now) / 1000000)
@@ -1673,7 +1672,7 @@ TRACEPARENT_PATTERN = re.compile(
     """,
     re.VERBOSE,
 )
-MAX_CONTENT_TYPE_BYTES = 1000  # Python's parsers need 0.1 s for some of 60,000
+MAX_CONTENT_TYPE_BYTES = 1000  # for some of 60,000, Python's parsers need 0.1 s
 MAX_PATH_CHARACTERS = 500  # keeps a log line under 4 KiB, as Logging explains
 CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 # MDN's HTTP Observatory rates this set A+.
@@ -1721,6 +1720,16 @@ def warn_of_untrusted_proxy() -> None:
         "X-Forwarded-For came from a peer that FORWARDED_ALLOW_IPS does not name. If "
         "it is your proxy, all its clients share one rate limit."
     )
+
+
+def comes_from_header(address: str, port: int, forwarded_for: str) -> bool:
+    """Return whether uvicorn has read the client's address from X-Forwarded-For.
+
+    It does so if it trusts the peer. The port is then in the header, too, or 0 if the
+    header has none. Otherwise, address and port are those of the peer's connection.
+    """
+    has_port = port == 0 or f":{port}" in forwarded_for
+    return has_port and address in forwarded_for
 
 
 def route_path(scope: Scope) -> str:
@@ -1775,12 +1784,9 @@ class RequestLoggingMiddleware:
             state["trace_id"] = trace["id"].decode()
         address, port = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
-        # If uvicorn trusts the peer, it takes the client's address and port (0 if there
-        # is none) from this header. Otherwise, both are the peer's own.
         if headers.get(b"x-forwarded-for"):
             forwarded_for = ",".join(Headers(scope=scope).getlist("x-forwarded-for"))
-            has_port = port == 0 or f":{port}" in forwarded_for
-            if not has_port or address not in forwarded_for:
+            if not comes_from_header(address, port, forwarded_for):
                 warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
@@ -1894,9 +1900,9 @@ class LimitsAndErrorsMiddleware:
             async with timer:
                 return await self.app(scope, limited_receive, send)
         except asyncio.CancelledError:
-            # Two things cancel this task: the timer, which turns the error into a
-            # TimeoutError (below), and uvicorn, when the time for a shutdown is over.
-            # Then the error is not raised again, so that the client gets an answer.
+            # uvicorn cancels the task if a shutdown takes too long. The error is not
+            # raised again, because the client should get an answer. (The timer cancels
+            # the task, too, but its error arrives below, as a TimeoutError.)
             stopping = ServiceUnavailableException("the server is shutting down")
             response = await app_exception_handler(Request(scope), stopping)
         except Exception as error:  # noqa: BLE001 - none may get past this line
@@ -1993,12 +1999,6 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 # For orchestrators and monitors: no rate limit, and only the log says what is wrong.
 # Some monitors send HEAD requests, which need a route of their own in FastAPI.
 
-
-def operation_id(route: APIRoute) -> str:
-    """Return the function's name, which generated clients use. For all routes."""
-    return route.name
-
-
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
@@ -2075,8 +2075,7 @@ LoginFormBody = Annotated[LoginForm, Form()]
 LOGIN_LIMITED = [Depends(rate_limit_dependency)]
 
 users_router = APIRouter(prefix="/users", tags=["users"])
-# FastAPI passes form_limits to request.form(). Its own limit of 1,000 fields is too
-# much for a login.
+# FastAPI reads forms with these limits, instead of up to 1,000 fields.
 auth_router = APIRouter(
     prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
 )
@@ -2291,9 +2290,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=operation_id,
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router: FastAPI would match the router first, then its routes,
-        # which makes a health check a fifth slower. The routes have the router's
-        # prefix.
+        # include_router would make a health check a fifth slower, because FastAPI would
+        # match the router first, then its routes. (Their paths include the prefix.)
         routes=health_router.routes,
         # OpenTelemetry is built into FastAPI (since 0.165), and costs time. To use it,
         # see "Operate" in README.
