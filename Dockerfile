@@ -38,8 +38,8 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-c", 
 import os, socket; \
 from http.client import HTTPConnection; \
 from gunicorn.util import parse_address; \
-bind = os.getenv('BIND') or ':' + (os.getenv('PORT') or '8000'); \
-address = parse_address(bind.split(',')[0]); \
+bind = os.getenv('BIND', '').strip() or ':' + (os.getenv('PORT', '').strip() or '8000'); \
+address = parse_address(bind.split(',')[0].strip()); \
 server = HTTPConnection('localhost'); \
 server.sock = socket.socket( \
     socket.AF_UNIX if isinstance(address, str) else \

@@ -47,7 +47,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     is_in_body = False  # True between the end of the headers and the end of the body
     header_bytes = 0  # received so far; 0 again when the headers are complete
-    header_timer: TimerHandle | None = None  # runs while headers are incomplete
+    header_timer: TimerHandle  # cancelled when the headers are complete
+    is_stopping = False  # True when the worker ends
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -68,7 +69,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.refuse(431)
         # No timer while another request is answered: 408 would get into its response.
         is_answering = self.cycle and not self.cycle.response_complete
-        if self.header_bytes and not self.header_timer and not is_answering:
+        if self.header_bytes and self.header_timer.cancelled() and not is_answering:
             self._unset_keepalive_if_required()  # private; stops uvicorn's idle timer
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
@@ -104,11 +105,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             raise httptools.HttpParserError  # stops the parser
         self.is_in_body = True
         self.header_bytes = 0
-        if self.header_timer:
-            self.header_timer.cancel()
-            self.header_timer = None
+        self.header_timer.cancel()
         self._unset_keepalive_if_required()
         super().on_headers_complete()
+        if self.is_stopping:
+            self.cycle.keep_alive = False  # the response has "Connection: close"
         self.headers = []  # or trailers would be appended to the request's headers
 
     def on_message_complete(self) -> None:
@@ -124,8 +125,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)
             self.transport.close()
 
-    def shutdown(self) -> None:  # 0.5 s later, as requests may be on their way
-        self.loop.call_later(0.5, super().shutdown)
+    def shutdown(self) -> None:
+        self.is_stopping = True
+        self.loop.call_later(0.5, super().shutdown)  # requests may be on their way
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
@@ -134,14 +136,13 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.server_header = False
         self.config.timeout_notify = 1  # call callback_notify each second
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
-        self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
+        self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 0.8
         # At SIGTERM, uvicorn finishes the requests. Then it raises SIGTERM again, for
         # this handler, which exits with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:
-        """UvicornWorker calls this at SIGQUIT, which gunicorn sends at Ctrl+C."""
+    def handle_exit(self, *_: object) -> None:  # SIGQUIT; gunicorn sends it at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:
@@ -161,12 +162,11 @@ def when_ready(server: Any) -> None:  # before the workers are forked
 
 wsgi_app = "main:app"
 default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
-bind = (os.getenv("BIND", "").strip() or default_bind).split(",")
+bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
 for address in bind:  # gunicorn's own message would not name the variable
-    port = address.rpartition(":")[2]
-    is_port = re.fullmatch(r"\d{1,5}", port) and int(port) < 65536
-    if "/" not in address and not is_port:
-        raise SystemExit(f"bad settings: BIND: {address} has no port from 0 to 65535")
+    port = re.fullmatch(r"(?:\[.+\]|[^:/]*):(\d{1,5})|unix:.+", address)
+    if not port or int(port[1] or 0) > 65535:
+        raise SystemExit(f"bad settings: BIND: {address} is no host:port or unix:/path")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 worker_class = ServiceWorker  # with limits on headers, and a graceful stop
 errorlog = None  # gunicorn's errors go to the handler of main.setup_logging
@@ -177,4 +177,4 @@ timeout = graceful_timeout + 30  # a worker sends no heartbeat while it shuts do
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
 control_socket_disable = True  # of gunicorn 25: it needs a writable home directory
-worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # for heartbeats
+worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heartbeats

@@ -113,13 +113,16 @@ def parse_database_url(value: str) -> sa.URL:
     # their messages, and so into the log.
     if "@" in (url.host or ""):
         raise ValueError("has an @ that is not encoded as %40")
-    if (url.port or 0) > 65535:
+    if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
     # A database in memory belongs to one connection. Here, each request would see
     # another one. SQLite's options are refused, because of "?mode=memory".
     is_in_memory = url.database in {None, "", ":memory:"}
     if url.get_backend_name() == "sqlite" and (is_in_memory or url.query):
         raise ValueError("should name a file, without options")
+    # "sqlite://./app.db": between two slashes and the third one is a host.
+    if url.get_backend_name() == "sqlite" and (url.host or url.username):
+        raise ValueError("should have three slashes: sqlite:///./app.db")
     return url
 
 
@@ -174,7 +177,6 @@ class Settings(BaseSettings):
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
-    # Parsed here, because pydantic does not validate defaults.
     DATABASE_URL: DatabaseUrl = parse_database_url("sqlite:///./app.db")
     DATABASE_POOL_SIZE: int = Field(default=5, ge=1)
     DATABASE_MAX_OVERFLOW: int = Field(default=10, ge=0)
@@ -192,7 +194,7 @@ class Settings(BaseSettings):
     @pydantic.model_validator(mode="before")
     @classmethod
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Strip values, because secret files often end with a newline.
+        """Strip values: `docker run --env-file` keeps spaces at the ends of lines.
 
         A value that is then empty counts as not set. (For an empty variable,
         env_ignore_empty has taken the value of the next source, such as .env. A
@@ -240,7 +242,7 @@ def get_settings() -> Settings:
     except pydantic.ValidationError as error:
         reason = "; ".join(describe_invalid_value(e) for e in error.errors())
     except (ValueError, OSError) as error:  # invalid JSON, or an unreadable file
-        reason = f"{error} (in the environment, .env or /run/secrets)"
+        reason = f"{error}: {error.__cause__ or 'in .env or /run/secrets'}"
     raise SystemExit(f"bad settings: {reason}")
 
 
@@ -253,10 +255,11 @@ request_id_context: ContextVar[str | None] = ContextVar("request_id", default=No
 # The attributes that each record has. All others come from `extra`. uvicorn adds
 # color_message, a copy of the message for terminals.
 STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "color_message"}
-# The end of a traceback is kept, because it has the error. Linux writes a line of up to
-# 4 KiB (PIPE_BUF) to a pipe in one piece; a longer one could be mixed with others. 3000
-# leaves room for the other fields.
-MAX_TRACEBACK_CHARACTERS = 3000
+# Linux writes a line of up to 4 KiB (PIPE_BUF) to a pipe in one piece; a longer one could
+# be mixed with others. 3000 leaves room for the other fields.
+MAX_TRACEBACK_BYTES = 3000
+# A frame of a library in a traceback: its first line, and the indented lines of code.
+LIBRARY_FRAME = re.compile(r'  File "[^"]*site-packages.*\n(    .*\n)*')
 LIBRARY_LEVELS = {
     # Most of them log each statement or URL, some with parameters.
     "aiosqlite": "WARNING",
@@ -268,6 +271,16 @@ LIBRARY_LEVELS = {
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
 }
+
+
+def shorten_traceback(text: str) -> str:
+    """Return at most MAX_TRACEBACK_BYTES, as JSON: the end, because it has the error."""
+    if len(text) > MAX_TRACEBACK_BYTES:
+        # SQLAlchemy's frames alone are longer, and your own come before them.
+        text = LIBRARY_FRAME.sub("", text)[-MAX_TRACEBACK_BYTES:]
+    while len(json.dumps(text)) > MAX_TRACEBACK_BYTES:  # "é" has 6 bytes there
+        text = text[len(text) // 8 + 1 :]
+    return text
 
 
 class JsonFormatter(logging.Formatter):
@@ -282,17 +295,21 @@ class JsonFormatter(logging.Formatter):
             return json.dumps(fields, default=str)
 
     def fields(self, record: logging.LogRecord) -> dict[str, Any]:
+        try:
+            message = record.getMessage()
+        except Exception:  # noqa: BLE001 - such as logger.info("%d", "a")
+            message = f"{record.msg} {record.args}"
         fields = {
             "timestamp": datetime.fromtimestamp(record.created, UTC),
             "level": record.levelname,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": message,
             "request_id": request_id_context.get(),
         }
         fields |= {k: v for k, v in vars(record).items() if k not in STANDARD_FIELDS}
         if record.exc_info:
             traceback = self.formatException(record.exc_info)
-            fields["exception"] = traceback[-MAX_TRACEBACK_CHARACTERS:]
+            fields["exception"] = shorten_traceback(traceback)
         return fields
 
 
@@ -301,7 +318,7 @@ class TextFormatter(JsonFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = self.fields(record)
-        traceback = fields.pop("exception", "").splitlines()
+        traceback = str(fields.pop("exception", "")).splitlines()
         parts = [str(fields.pop(name)) for name in ("timestamp", "level", "message")]
         parts += [f"{name}={value}" for name, value in fields.items()]
         # ascii() escapes control characters, and adds quotes, which [1:-1] removes.
@@ -730,7 +747,8 @@ def begin_immediate(connection: sa.Connection) -> None:
 class ReadOnlySession(Session):
     """The session behind the dependency `ReadSession`. It refuses to write.
 
-    Its connections are in autocommit: a write could not be rolled back.
+    Its connections are in autocommit: a write could not be rolled back. (It does not
+    look into a query that is text.)
     """
 
 
@@ -896,20 +914,28 @@ class Database(MonitoredBackend):
         """
         if not self.is_initialized:
             raise ServiceUnavailableException("the database is not reachable")
+        # close_resets_only=False: to use a session after its end raises an exception.
+        # Otherwise, a StreamingResponse that does so would keep a connection for ever.
         if writes:
-            # expire_on_commit=False, because routes read the objects after the commit.
-            return AsyncSession(self.write_engine, expire_on_commit=False)
-        return AsyncSession(self.read_engine, sync_session_class=ReadOnlySession)
+            return AsyncSession(
+                self.write_engine,
+                close_resets_only=False,
+                expire_on_commit=False,  # routes read the objects after the commit
+            )
+        return AsyncSession(
+            self.read_engine,
+            close_resets_only=False,
+            sync_session_class=ReadOnlySession,
+        )
 
     async def create_missing_tables(self) -> None:
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         expected = set(Base.metadata.tables)
-        missing = expected.difference(names)
-        is_empty = missing == expected
+        is_missing = not expected.issubset(names)
         # At the start, create what is missing. After an outage, create tables only in
-        # an empty database: if some tables exist, a migration may be running.
-        if missing and (is_empty or not self.is_initialized):
+        # an empty database: if there are others, a migration may be running.
+        if is_missing and (not names or not self.is_initialized):
             await self.create_tables()
 
     async def create_tables(self) -> None:
@@ -1801,14 +1827,16 @@ class RequestLoggingMiddleware:
         }
         optional = ("client", "user_id", "trace_id", "reason")
         fields |= {name: state[name] for name in optional if name in state}
-        level = logging.WARNING if status_code >= 500 else logging.INFO
+        # A response with another status can have a reason: it was broken off.
+        is_warning = status_code >= 500 or "reason" in state
+        level = logging.WARNING if is_warning else logging.INFO
         if exception:
             level = logging.ERROR
         logger.log(level, "request", exc_info=exception, extra=fields)
 
 
 class SecurityHeadersMiddleware:
-    """Add the security headers to every response."""
+    """Add the security headers to every response, unless its route has set them."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -1825,7 +1853,9 @@ class SecurityHeadersMiddleware:
                 headers = self.docs_headers if is_docs else self.headers
                 if scope["scheme"] == "https":
                     headers = headers + self.https_headers
-                message["headers"] = message["headers"] + headers
+                own_names = {name for name, _ in message["headers"]}
+                missing = [header for header in headers if header[0] not in own_names]
+                message["headers"] = [*message["headers"], *missing]
             await send(message)
 
         await self.app(scope, receive, send_with_security_headers)
@@ -1959,7 +1989,7 @@ BearerToken = Annotated[str, Depends(oauth2_scheme)]
 
 
 async def get_db(request: Request) -> AsyncIterator[AsyncSession]:
-    """A session for a route that writes: a transaction, which the service commits."""
+    """A session for a route that writes. What the service does not commit is lost."""
     async with request.app.state.database.session(writes=True) as session:
         yield session
 
