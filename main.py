@@ -158,6 +158,7 @@ Origin = Annotated[str, AfterValidator(parse_origin)]
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
+# At most a day: PostgreSQL's timeouts end at 2**31 milliseconds, some 24 days.
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -255,8 +256,8 @@ request_id_context: ContextVar[str | None] = ContextVar("request_id", default=No
 # The attributes that each record has. All others come from `extra`. uvicorn adds
 # color_message, a copy of the message for terminals.
 STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "color_message"}
-# Linux writes a line of up to 4 KiB (PIPE_BUF) to a pipe in one piece; a longer one could
-# be mixed with others. 3000 leaves room for the other fields.
+# Linux writes a line of up to 4 KiB (PIPE_BUF) to a pipe in one piece; a longer one
+# could be mixed with others. 3000 leaves room for the other fields.
 MAX_TRACEBACK_BYTES = 3000
 # A frame of a library in a traceback: its first line, and the indented lines of code.
 LIBRARY_FRAME = re.compile(r'  File "[^"]*site-packages.*\n(    .*\n)*')
@@ -274,11 +275,11 @@ LIBRARY_LEVELS = {
 
 
 def shorten_traceback(text: str) -> str:
-    """Return at most MAX_TRACEBACK_BYTES, as JSON: the end, because it has the error."""
+    """Return the end, which has the error: as JSON, at most MAX_TRACEBACK_BYTES."""
     if len(text) > MAX_TRACEBACK_BYTES:
-        # SQLAlchemy's frames alone are longer, and your own come before them.
+        # SQLAlchemy's frames alone are longer, and those of your code come before them.
         text = LIBRARY_FRAME.sub("", text)[-MAX_TRACEBACK_BYTES:]
-    while len(json.dumps(text)) > MAX_TRACEBACK_BYTES:  # "é" has 6 bytes there
+    while len(json.dumps(text)) > MAX_TRACEBACK_BYTES:  # JSON writes "é" in 6 bytes
         text = text[len(text) // 8 + 1 :]
     return text
 
@@ -963,6 +964,7 @@ class Database(MonitoredBackend):
 
     async def close(self) -> None:
         await self.stop_checks()
+        # On PostgreSQL, two of them share a pool. To dispose of it twice is harmless.
         for engine in (self.read_engine, self.write_engine, self.check_engine):
             await engine.dispose()
 
@@ -1240,7 +1242,9 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
     return (await db.scalars(query)).all()
 
 
-async def update_unchanged_user(db: AsyncSession, user: User, **changes: Any) -> bool:
+async def update_user_if_unchanged(
+    db: AsyncSession, user: User, **changes: Any
+) -> bool:
     """Update a user, unless the password has been changed since `user` was read.
 
     Returns whether the user was updated. This is optimistic locking: of two password
@@ -1332,7 +1336,7 @@ async def authenticate_user(db: AsyncSession, username: str, password: str) -> U
         raise WrongCredentialsException
     if new_hash:  # the known one was made with older parameters
         # If the password has just been changed, its new hash stays.
-        await update_unchanged_user(db, user, password_hash=new_hash)
+        await update_user_if_unchanged(db, user, password_hash=new_hash)
         await db.commit()
     return user
 
@@ -1364,7 +1368,7 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
     new_hash = await hash_password(change.new_password)
     # In SQL, because a logout may have incremented the version since `user` was read.
     version = User.token_version + 1
-    if not await update_unchanged_user(
+    if not await update_user_if_unchanged(
         db, user, password_hash=new_hash, token_version=version
     ):
         raise WrongPasswordException  # another request has changed the password
@@ -1610,7 +1614,7 @@ class RedisRateLimiter(MonitoredBackend):
         # The wait for a slot is not part of the timeout, because it shows that this
         # worker is busy, not that Redis is slow.
         async with self.slots:
-            if not self.is_available:
+            if not self.is_available:  # as a request before this one has found out
                 return None
             try:
                 return await self.run_script(key, limit, seconds)
