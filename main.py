@@ -295,16 +295,18 @@ class JsonFormatter(logging.Formatter):
         except PydanticSerializationError:  # text that is not valid Unicode
             return json.dumps(fields, default=str)
 
-    def fields(self, record: logging.LogRecord) -> dict[str, Any]:
+    def message(self, record: logging.LogRecord) -> str:
         try:
-            message = record.getMessage()
+            return record.getMessage()
         except Exception:  # noqa: BLE001 - such as logger.info("%d", "a")
-            message = f"{record.msg} {record.args}"
+            return f"{record.msg} {record.args}"
+
+    def fields(self, record: logging.LogRecord) -> dict[str, Any]:
         fields = {
             "timestamp": datetime.fromtimestamp(record.created, UTC),
             "level": record.levelname,
             "logger": record.name,
-            "message": message,
+            "message": self.message(record),
             "request_id": request_id_context.get(),
         }
         fields |= {k: v for k, v in vars(record).items() if k not in STANDARD_FIELDS}
@@ -915,19 +917,13 @@ class Database(MonitoredBackend):
         """
         if not self.is_initialized:
             raise ServiceUnavailableException("the database is not reachable")
-        # close_resets_only=False: to use a session after its end raises an exception.
-        # Otherwise, a StreamingResponse that does so would keep a connection for ever.
+        # With False, to use a session after its end raises an exception. Otherwise, a
+        # StreamingResponse that does so would keep a connection for ever.
+        new_session = partial(AsyncSession, close_resets_only=False)
         if writes:
-            return AsyncSession(
-                self.write_engine,
-                close_resets_only=False,
-                expire_on_commit=False,  # routes read the objects after the commit
-            )
-        return AsyncSession(
-            self.read_engine,
-            close_resets_only=False,
-            sync_session_class=ReadOnlySession,
-        )
+            # expire_on_commit=False, because routes read the objects after the commit.
+            return new_session(self.write_engine, expire_on_commit=False)
+        return new_session(self.read_engine, sync_session_class=ReadOnlySession)
 
     async def create_missing_tables(self) -> None:
         async with self.check_engine.connect() as connection:
