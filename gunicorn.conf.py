@@ -18,7 +18,7 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 import main
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
-HEADER_SECONDS = 10  # from the connection, or from the first byte of later headers
+HEADER_SECONDS = 10  # from the connection's start; later, from the first byte
 
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
@@ -41,8 +41,7 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 class LimitedHttpProtocol(HttpToolsProtocol):
     """The HTTP protocol of uvicorn 0.54, with limits on headers, without `Upgrade`.
 
-    uvicorn calls data_received with what comes from the network. The parser then calls
-    on_headers_complete and on_message_complete, within feed_data.
+    data_received feeds the parser; it calls on_headers_complete, on_message_complete.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -65,11 +64,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(400)
-        if self.header_bytes > MAX_HEADER_BYTES:  # and they are still incomplete
+        if self.header_bytes > MAX_HEADER_BYTES:  # incomplete headers: else it is 0
             self.refuse(431)
-        # No timer while another request is answered: 408 would get into its response.
+        needs_timer = self.header_bytes > 0 and self.header_timer.cancelled()
+        # Not while another request is answered: 408 would get into its response.
         is_answering = self.cycle and not self.cycle.response_complete
-        if self.header_bytes and self.header_timer.cancelled() and not is_answering:
+        if needs_timer and not is_answering:
             self._unset_keepalive_if_required()  # private; stops uvicorn's idle timer
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
@@ -77,7 +77,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
         httptools stops after such headers. So feed a new parser the same ones without
-        it, then the rest of `data`. (A CONNECT request stops that parser, too.)
+        it, then the rest of `data`. (CONNECT stops that one, too, and is refused.)
         """
         while data:
             try:
@@ -98,7 +98,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # `parse` makes a new parser, which calls this again
-        # Not header_bytes, which also counts what came of the body with the headers.
+        # Not header_bytes: it counts the part of the body that came with the headers.
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
@@ -110,7 +110,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.is_stopping:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        self.headers = []  # or trailers would be appended to the request's headers
+        self.headers = []  # for trailers: uvicorn would append them to the request's
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
@@ -127,7 +127,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        self.loop.call_later(0.5, super().shutdown)  # requests may be on their way
+        self.loop.call_later(0.5, super().shutdown)  # a request may be on its way
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
@@ -137,12 +137,12 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # call callback_notify each second
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 0.8
-        # At SIGTERM, uvicorn finishes the requests. Then it raises SIGTERM again, for
-        # this handler, which exits with status 0.
+        # uvicorn replaces this handler while it runs. At SIGTERM, it finishes the
+        # requests, restores the handler and raises SIGTERM for it: exit with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # SIGQUIT; gunicorn sends it at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn sends it at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:
@@ -154,7 +154,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 def when_ready(server: Any) -> None:  # before the workers are forked
     if not logging.getLogger().handlers:  # gunicorn was started for main:create_app()
         main.setup_logging(main.get_settings())
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # of open files
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     gc.freeze()  # else the garbage collector writes to memory that workers share
@@ -164,8 +164,8 @@ wsgi_app = "main:app"
 default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
 bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
 for address in bind:  # gunicorn's own message would not name the variable
-    port = re.fullmatch(r"(?:\[.+\]|[^:/]*):(\d{1,5})|unix:.+", address)
-    if not port or int(port[1] or 0) > 65535:
+    match = re.fullmatch(r"(?:\[.+\]|[^:/]*):(?P<port>\d{1,5})|unix:.+", address)
+    if not match or int(match["port"] or 0) > 65535:
         raise SystemExit(f"bad settings: BIND: {address} is no host:port or unix:/path")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 worker_class = ServiceWorker  # with limits on headers, and a graceful stop

@@ -58,7 +58,6 @@ import sqlalchemy as sa
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, FastAPI, Form, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from fastapi.security import OAuth2PasswordBearer
 from jose import jwt
 from jose.utils import base64url_encode
@@ -80,7 +79,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
-from sqlalchemy.util import await_  # see FairPool
+from sqlalchemy.util import await_  # `await` for code in a greenlet: see FairPool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -105,7 +104,8 @@ def parse_database_url(value: str) -> sa.URL:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
-            # Refuses unknown options. It does not look at values, so pass empty ones.
+            # Refuses unknown options. Values are not checked here. (That of an option
+            # that is repeated would be a tuple, which psycopg does not take.)
             make_conninfo(**dict.fromkeys(url.query, ""))
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
@@ -115,12 +115,12 @@ def parse_database_url(value: str) -> sa.URL:
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
-    # A database in memory belongs to one connection. Here, each request would see
-    # another one. SQLite's options are refused, because of "?mode=memory".
+    # A database in memory belongs to one connection, so each connection of the pool
+    # would have its own. Options are refused because "?mode=memory" is one.
     is_in_memory = url.database in {None, "", ":memory:"}
     if url.get_backend_name() == "sqlite" and (is_in_memory or url.query):
         raise ValueError("should name a file, without options")
-    # "sqlite://./app.db": between two slashes and the third one is a host.
+    # In "sqlite://./app.db", the dot would be a host.
     if url.get_backend_name() == "sqlite" and (url.host or url.username):
         raise ValueError("should have three slashes: sqlite:///./app.db")
     return url
@@ -197,9 +197,9 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip values: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A value that is then empty counts as not set. (For an empty variable,
-        env_ignore_empty has taken the value of the next source, such as .env. A
-        variable with white space hides the next source, and the default applies.)
+        A value that is then empty counts as not set, and the default applies. (If a
+        variable is empty from the start, env_ignore_empty takes the next source, such
+        as .env.)
         """
         stripped = {
             name: value.strip() if isinstance(value, str) else value
@@ -211,7 +211,7 @@ class Settings(BaseSettings):
     def refuse_unsafe_values(self) -> "Settings":
         """Raise ValueError for values that are safe in development only.
 
-        The messages begin with the variable, because pydantic cannot know it here.
+        The messages name the variable: pydantic does so only in errors of fields.
         """
         is_development = self.ENVIRONMENT == "development"
         if not is_development and "SECRET_KEY" not in self.model_fields_set:
@@ -243,6 +243,7 @@ def get_settings() -> Settings:
     except pydantic.ValidationError as error:
         reason = "; ".join(describe_invalid_value(e) for e in error.errors())
     except (ValueError, OSError) as error:  # invalid JSON, or an unreadable file
+        # pydantic-settings names the variable, and its cause says what is wrong.
         reason = f"{error}: {error.__cause__ or 'in .env or /run/secrets'}"
     raise SystemExit(f"bad settings: {reason}")
 
@@ -277,9 +278,10 @@ LIBRARY_LEVELS = {
 def shorten_traceback(text: str) -> str:
     """Return the end, which has the error: as JSON, at most MAX_TRACEBACK_BYTES."""
     if len(text) > MAX_TRACEBACK_BYTES:
-        # SQLAlchemy's frames alone are longer, and those of your code come before them.
+        # SQLAlchemy's frames alone are longer than that, and come after your code's.
         text = LIBRARY_FRAME.sub("", text)[-MAX_TRACEBACK_BYTES:]
-    while len(json.dumps(text)) > MAX_TRACEBACK_BYTES:  # JSON writes "é" in 6 bytes
+    # JSON writes "é" in 6 bytes. Drop an eighth of the text until the rest fits.
+    while len(json.dumps(text)) > MAX_TRACEBACK_BYTES:
         text = text[len(text) // 8 + 1 :]
     return text
 
@@ -336,17 +338,17 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # A logger with a level of its own, as in LIBRARY_LEVELS, ignores the root logger's
-    # level. So the handler has that level, too: it drops their warnings if it is ERROR.
+    # The loggers of LIBRARY_LEVELS ignore the level of the root logger. So the handler
+    # has the root logger's level, too: if it is ERROR, it drops their warnings.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # When a worker starts, UvicornWorker gives the handlers of gunicorn.error to
-    # uvicorn's loggers. So gunicorn.error needs our handler. These loggers must not
-    # propagate to the root logger, which has it, too: each line would come twice.
+    # When a worker starts, UvicornWorker copies the handlers of gunicorn.error to
+    # uvicorn's loggers: so they get our handler. They must not propagate to the root
+    # logger, which has the same handler: each line would be written twice.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -410,8 +412,7 @@ class UnauthorizedException(AppException):
     # The same error for every fault of a token, so that a forger learns nothing.
     status_code = 401
     message = "The access token is not valid."
-    # RFC 6750 § 3.1. (ruff's rule RUF012 refuses a dict here without its type.)
-    headers: Mapping[str, str] | None = {
+    headers: Mapping[str, str] | None = {  # RFC 6750 § 3.1
         "WWW-Authenticate": 'Bearer error="invalid_token"'
     }
 
@@ -470,11 +471,6 @@ def document_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse} for status in statuses}
 
 
-def operation_id(route: APIRoute) -> str:
-    """Return the name that the route has in generated clients: its function's."""
-    return route.name
-
-
 def error_response(
     request: Request,
     status_code: int,
@@ -524,7 +520,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     """Turn an HTTPException into a response: the framework raises it, or your code."""
     message = str(exc.detail)
     headers = exc.headers
-    if exc.status_code in {204, 304}:  # no errors; they have no body
+    if exc.status_code in {204, 304}:  # these are no errors, and must not have a body
         return Response(None, exc.status_code, headers)
     if exc.status_code == 405:
         headers = {"Allow": allowed_methods(request)}
@@ -615,9 +611,9 @@ LIFESPAN_TIMEOUT_SECONDS = 1  # how long the start and the stop wait for a check
 # Takes a lock until the end of the transaction, so that one worker at a time creates
 # tables. The number is arbitrary.
 LOCK_TABLES_QUERY = sa.select(sa.func.pg_advisory_xact_lock(7411))
-# Selects all columns of all tables, in a cross join, but no row. It fails if a column
-# is missing, and, because of FOR UPDATE, on a read-only server. (SQLite has no FOR
-# UPDATE; SQLAlchemy omits it there.)
+# Select all columns of all tables (in a cross join): it fails if one is missing. But
+# read no row. FOR UPDATE fails on a read-only server; SQLAlchemy omits it on SQLite,
+# which does not have it.
 CHECK_QUERY = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
 
 
@@ -647,15 +643,16 @@ class FairPool(AsyncAdaptedQueuePool):
     Otherwise, requests to a silent server would hold all connections.
 
     `_do_get` and `_do_return_conn` are private, but all pools of SQLAlchemy override
-    them (as of 2.1.9). They are no coroutines, but are called in a greenlet, in which
-    `await_(x)` does what `await x` does in a coroutine.
+    them (as of 2.1.9). They are plain functions, which SQLAlchemy runs in a greenlet:
+    there, `await_(x)` does what `await x` does in a coroutine.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
         # A record is SQLAlchemy's place for one connection. If the connection ends, the
-        # record gets a new one. So there are at most size() records.
+        # record gets a new one. So there are at most size() records. (Other pools can
+        # have more, because of max_overflow. It is 0 here.)
         self.records: set[ConnectionPoolEntry] = set()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # The timer runs from "connect": the first statements on a new connection, by
@@ -670,9 +667,9 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def start_timer(self, record: ConnectionPoolEntry) -> None:
         self.stop_timer(record)
-        pool_timeout = self.timeout()
+        seconds = self.timeout()  # the pool_timeout of create_engine
         loop = asyncio.get_running_loop()
-        self.timers[record] = loop.call_later(pool_timeout, abort_connection, record)
+        self.timers[record] = loop.call_later(seconds, abort_connection, record)
 
     def stop_timer(self, record: ConnectionPoolEntry) -> None:
         timer = self.timers.pop(record, None)
@@ -703,7 +700,11 @@ class FairPool(AsyncAdaptedQueuePool):
             self.slots.release()
 
     def invalidate_all(self) -> None:
-        """Let the pool replace each connection before its next use."""
+        """Let the pool replace each connection before its next use.
+
+        (SQLAlchemy's dispose() would make a second pool, while the first one still has
+        connections: together, they could be too many.)
+        """
         for record in self.records:
             record.invalidate(soft=True)
 
@@ -739,8 +740,8 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def begin_immediate(connection: sa.Connection) -> None:
     """Begin a transaction of SQLite's write_engine.
 
-    create_engine sets AUTOCOMMIT, so sqlite3 sends no BEGIN. SQLAlchemy still has
-    transactions: it calls this when one begins, and commit() or rollback() when it
+    In AUTOCOMMIT (see create_engine), sqlite3 sends no BEGIN itself. SQLAlchemy still
+    calls this when a transaction begins, and sqlite3's commit() or rollback() when it
     ends. IMMEDIATE takes the write lock now, and waits for it: a transaction that reads
     first and takes the lock later fails at once if another has written in between.
     """
@@ -777,7 +778,7 @@ class MonitoredBackend:
 
     def __init__(self) -> None:
         self.is_available = True  # False during an outage
-        self.is_initialized = False  # until `prepare` has succeeded once
+        self.is_initialized = False  # True after the first success of `prepare`
         self.check_task: asyncio.Task[None] | None = None
         self.retry_timer: asyncio.TimerHandle | None = None
 
@@ -921,18 +922,20 @@ class Database(MonitoredBackend):
         # StreamingResponse that does so would keep a connection for ever.
         new_session = partial(AsyncSession, close_resets_only=False)
         if writes:
-            # expire_on_commit=False, because routes read the objects after the commit.
+            # Routes read the objects after the commit, so they must not expire.
             return new_session(self.write_engine, expire_on_commit=False)
         return new_session(self.read_engine, sync_session_class=ReadOnlySession)
 
     async def create_missing_tables(self) -> None:
         async with self.check_engine.connect() as connection:
-            names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
-        expected = set(Base.metadata.tables)
-        is_missing = not expected.issubset(names)
+            names = set(
+                await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
+            )
+        is_start = not self.is_initialized
+        is_empty = not names
         # At the start, create what is missing. After an outage, create tables only in
-        # an empty database: if there are others, a migration may be running.
-        if is_missing and (not names or not self.is_initialized):
+        # an empty database: if it has tables, a migration may be running.
+        if (is_start or is_empty) and not names >= Base.metadata.tables.keys():
             await self.create_tables()
 
     async def create_tables(self) -> None:
@@ -944,7 +947,7 @@ class Database(MonitoredBackend):
 
     async def prepare(self) -> None:
         # After a failover, the connections of requests may lead to the former primary.
-        # That of check_engine is new: SQLAlchemy has dropped it when the check failed.
+        # (SQLAlchemy has closed that of check_engine, when the check failed.)
         pool: Any = self.read_engine.pool
         pool.invalidate_all()
         if not self.is_initialized:
@@ -1073,8 +1076,8 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # May be left out, but not be null. So it has a default, which is never used:
-    # change_item takes only the fields that were sent. default_factory, because /docs
+    # The default makes the title optional, but not nullable. It is never stored:
+    # change_item takes only the fields that were sent. A default_factory, because /docs
     # would show a plain `default`.
     title: Title = Field(default_factory=str, examples=["tea"])
 
@@ -1155,6 +1158,7 @@ def signing_key(settings: Settings) -> dict[str, str]:
     a key object.
     """
     # A secret may be any bytes. Python reads those that are not UTF-8 as surrogates.
+    # (pydantic allows them, because SECRET_KEY has no max_length.)
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1201,17 +1205,15 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 owner_parameter: sa.BindParameter[int] = sa.bindparam("owner")
 after_parameter: sa.BindParameter[int] = sa.bindparam("after")
-# The owner's items with an id above `after`. Both queries start in the index at
-# (owner_id, id), so the last page costs no more than the first. With PostgreSQL's
-# query, SQLite would walk through all items of the owner. With SQLite's query,
-# PostgreSQL may walk through the primary key.
+# The owner's items with an id above `after`. Each database has the form for which it
+# starts in the index at (owner_id, id): so the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
-    # owner_id = :owner AND id > :after
+    # owner_id = :owner AND id > :after. PostgreSQL may walk through the primary key.
     "sqlite": ITEMS_QUERY.where(
         Item.owner_id == owner_parameter, Item.id > after_parameter
     ),
-    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner. Without the second
-    # condition, the items of later owners would follow.
+    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner. The second condition
+    # ends the list before the next owner. SQLite would walk through all of the owner's.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(owner_parameter, after_parameter),
         Item.owner_id <= owner_parameter,
@@ -1315,8 +1317,9 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # The user who had this name has just been deleted, so try again. If another
-        # constraint was violated, which is a bug, this raises IntegrityError again.
+        # The user who had this name has just been deleted, so try again. (The rollback
+        # has made `user` a new object again.) If another constraint was violated, which
+        # is a bug, this raises IntegrityError again.
         await add_row(db, user)
     await db.commit()
     return user
@@ -1331,7 +1334,7 @@ async def authenticate_user(db: AsyncSession, username: str, password: str) -> U
     if user is None or not is_valid:
         raise WrongCredentialsException
     if new_hash:  # the known one was made with older parameters
-        # If the password has just been changed, its new hash stays.
+        # It is not stored if another request has changed the password meanwhile.
         await update_user_if_unchanged(db, user, password_hash=new_hash)
         await db.commit()
     return user
@@ -1363,9 +1366,9 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
         raise WrongPasswordException
     new_hash = await hash_password(change.new_password)
     # In SQL, because a logout may have incremented the version since `user` was read.
-    version = User.token_version + 1
+    next_version = User.token_version + 1
     if not await update_user_if_unchanged(
-        db, user, password_hash=new_hash, token_version=version
+        db, user, password_hash=new_hash, token_version=next_version
     ):
         raise WrongPasswordException  # another request has changed the password
     await db.commit()
@@ -1414,7 +1417,7 @@ async def change_item(
     db: AsyncSession, owner: User, item_id: int, patch: ItemPatch
 ) -> Item:
     # Lock the row. If it were deleted before the UPDATE, SQLAlchemy would raise a
-    # StaleDataError, which is a 500.
+    # StaleDataError, which is a 500. (On SQLite, the transaction has locked the file.)
     item = await read_item(db, owner, item_id, for_update=True)
     for name, value in patch.model_dump(exclude_unset=True).items():
         setattr(item, name, value)
@@ -1430,7 +1433,9 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 
 # --- Rate limiting --------------------------------------------------------------------
 # Exact sliding windows: for each client, the limiter keeps the times of the allowed
-# requests. There are two limits, "api" and "login".
+# requests. There are two limits, "api" and "login". RateLimiter.enforce raises for a
+# request over the limit; count_request asks Redis, else the shared memory; `hit` of
+# either counts the request.
 
 SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 ROWS_IN_BUCKET = 16  # of the hash table in SlidingWindowRateLimiter
@@ -1455,7 +1460,7 @@ if count < limit then
     allowed = 1
 end
 -- ZRANGE returns a member and its score, which is its time. Index 0 is the oldest. If
--- the limit was lowered, count can be higher: a retry has to wait for more to leave.
+-- the limit was lowered, more requests than the oldest have to leave before a retry.
 local index = math.max(0, count - limit)
 local oldest = tonumber(redis.call('ZRANGE', key, index, index, 'WITHSCORES')[2])
 local reset_seconds = math.ceil((oldest + window - now) / 1000000)
@@ -1524,7 +1529,7 @@ class SlidingWindowRateLimiter:
         bucket_type = Row * ROWS_IN_BUCKET
         table_type = bucket_type * (table_bytes // ctypes.sizeof(bucket_type))
         memory = mmap.mmap(-1, ctypes.sizeof(table_type))  # forked processes share it
-        self.buckets = table_type.from_buffer(memory)
+        self.buckets = table_type.from_buffer(memory)  # keeps `memory` alive
         self.limit = limit
         self.seconds = seconds
         # The same clock in all processes of a machine. Tests replace it.
@@ -1587,7 +1592,7 @@ class RedisRateLimiter(MonitoredBackend):
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
 
     async def check(self) -> None:
-        # Fails if Redis is a read-only replica, or answers too slowly.
+        # Whatever the result: it fails if Redis is read-only, or answers too slowly.
         async with self.slots:
             await self.run_script("check", limit=1, seconds=1)
 
@@ -1610,7 +1615,7 @@ class RedisRateLimiter(MonitoredBackend):
         # The wait for a slot is not part of the timeout, because it shows that this
         # worker is busy, not that Redis is slow.
         async with self.slots:
-            if not self.is_available:  # as a request before this one has found out
+            if not self.is_available:  # it has failed during the wait
                 return None
             try:
                 return await self.run_script(key, limit, seconds)
@@ -1669,10 +1674,10 @@ class RateLimiter:
         state = scope["state"]
         result = await self.count_request(name, state["client"])
         previous: RateLimitResult | None = state.get("rate_limit")
-        # A login counts in both limits. The headers show the one that refused it, else
-        # the one with fewer requests left.
-        has_fewer_left = previous is None or result.remaining < previous.remaining
-        if has_fewer_left or not result.allowed:
+        # A login counts in both limits. The headers show the limit that refused it,
+        # else the tighter one.
+        is_tighter = previous is None or result.remaining < previous.remaining
+        if is_tighter or not result.allowed:
             state["rate_limit"] = result
         if not result.allowed:
             raise RateLimitedException(result.reset_seconds)
@@ -1698,7 +1703,7 @@ TRACEPARENT_PATTERN = re.compile(
     """,
     re.VERBOSE,
 )
-MAX_CONTENT_TYPE_BYTES = 1000  # for some of 60,000, Python's parsers need 0.1 s
+MAX_CONTENT_TYPE_BYTES = 1000  # with 60,000, parsing some takes 0.1 s
 MAX_PATH_CHARACTERS = 500  # keeps a log line under 4 KiB, as Logging explains
 CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 # MDN's HTTP Observatory rates this set A+.
@@ -1751,8 +1756,9 @@ def warn_of_untrusted_proxy() -> None:
 def comes_from_header(address: str, port: int, forwarded_for: str) -> bool:
     """Return whether uvicorn has read the client's address from X-Forwarded-For.
 
-    It does so if it trusts the peer. The port is then in the header, too, or 0 if the
-    header has none. Otherwise, address and port are those of the peer's connection.
+    A guess, good enough for a warning. uvicorn does so if it trusts the peer. The port
+    is then in the header, too, or 0 if the header has none. Otherwise, address and port
+    are those of the peer's connection.
     """
     has_port = port == 0 or f":{port}" in forwarded_for
     return has_port and address in forwarded_for
@@ -1827,7 +1833,7 @@ class RequestLoggingMiddleware:
         }
         optional = ("client", "user_id", "trace_id", "reason")
         fields |= {name: state[name] for name in optional if name in state}
-        # A response with another status can have a reason: it was broken off.
+        # A 200 has a reason if it failed after its headers had been sent.
         is_warning = status_code >= 500 or "reason" in state
         level = logging.WARNING if is_warning else logging.INFO
         if exception:
@@ -1918,7 +1924,7 @@ class LimitsAndErrorsMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        # A longer Content-Type is ignored, which makes most bodies a 422.
+        # A longer Content-Type is dropped. FastAPI then sees no JSON: 422.
         scope["headers"] = [
             (name, value)
             for name, value in scope["headers"]
@@ -1930,9 +1936,9 @@ class LimitsAndErrorsMiddleware:
             async with timer:
                 return await self.app(scope, limited_receive, send)
         except asyncio.CancelledError:
-            # uvicorn cancels the task if a shutdown takes too long. The error is not
-            # raised again, because the client should get an answer. (The timer cancels
-            # the task, too, but its error arrives below, as a TimeoutError.)
+            # Only uvicorn's cancellation arrives here, when a shutdown takes too long.
+            # (The timer turns its own into a TimeoutError, below.) It is not raised
+            # again, because the client should get an answer.
             stopping = ServiceUnavailableException("the server is shutting down")
             response = await app_exception_handler(Request(scope), stopping)
         except Exception as error:  # noqa: BLE001 - none may get past this line
@@ -2034,7 +2040,8 @@ health_router = APIRouter(
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=document_errors(500, 503, 504),
-    generate_unique_id_function=operation_id,
+    # As in create_app, whose option does not reach these routes.
+    generate_unique_id_function=attrgetter("name"),
 )
 
 
@@ -2093,8 +2100,7 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
 
 # --- API routes -----------------------------------------------------------------------
 # HTTP and nothing else, in a few lines a route. Callers read the docstrings in /docs.
-# Routes with a body document 400, which FastAPI answers if it cannot decode the body,
-# and 413.
+# Routes with a body document 413, and 400: FastAPI could not decode the body.
 
 IdPath = Annotated[int, Path(ge=1, le=MAX_ID)]
 After = Annotated[
@@ -2105,7 +2111,7 @@ LoginFormBody = Annotated[LoginForm, Form()]
 LOGIN_LIMITED = [Depends(rate_limit_dependency)]
 
 users_router = APIRouter(prefix="/users", tags=["users"])
-# FastAPI reads forms with these limits, instead of up to 1,000 fields.
+# Without form_limits (as of FastAPI 0.165), a form may have 1,000 fields.
 auth_router = APIRouter(
     prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
 )
@@ -2317,11 +2323,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         # The base URL of the requests that /docs sends.
         servers=[{"url": settings.ROOT_PATH or "/"}],
         redirect_slashes=False,  # its redirects would be made from the Host header
-        generate_unique_id_function=operation_id,
+        # The operation ids, which generated clients use, are the functions' names.
+        generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # include_router would make a health check a fifth slower, because FastAPI would
-        # match the router first, then its routes. (Their paths include the prefix.)
+        # With include_router, FastAPI would match the router first, then its routes: a
+        # health check would be a fifth slower. (The routes' paths begin with /health.)
         routes=health_router.routes,
         # OpenTelemetry is built into FastAPI (since 0.165), and costs time. To use it,
         # see "Operate" in README.
@@ -2335,8 +2342,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# `app` is built at its first use (PEP 562), so that importing this module reads no
-# settings. mypy sees the declaration only.
+# Importing this module must not read settings. So `app` is built at its first use, by
+# __getattr__ (PEP 562). mypy sees the declaration only.
 if TYPE_CHECKING:
     app: FastAPI
 else:
