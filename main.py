@@ -850,6 +850,7 @@ class Database(MonitoredBackend):
         super().__init__()
         self.settings = settings
         self.is_sqlite = settings.DATABASE_URL.get_backend_name() == "sqlite"
+        self.path = str(settings.DATABASE_URL.database)  # of SQLite's file
         size = settings.DATABASE_POOL_SIZE + settings.DATABASE_MAX_OVERFLOW
         self.read_engine = self.create_engine(size)
         self.check_engine = self.create_engine(1)
@@ -946,18 +947,23 @@ class Database(MonitoredBackend):
             await connection.run_sync(Base.metadata.create_all)
 
     async def prepare(self) -> None:
-        # After a failover, the connections of requests may lead to the former primary.
-        # (SQLAlchemy has closed that of check_engine, when the check failed.)
-        pool: Any = self.read_engine.pool
-        pool.invalidate_all()
+        # Old connections may lead to a former primary, or to a SQLite file that has been
+        # deleted.
+        for engine in (self.read_engine, self.write_engine, self.check_engine):
+            pool: Any = engine.pool
+            pool.invalidate_all()
         if not self.is_initialized:
             # Open a connection, which takes long, before the first request needs it.
             async with self.read_engine.connect():
                 pass
         await self.create_missing_tables()
+        if self.is_sqlite:
+            self.file = os.stat(self.path)
 
     async def check(self) -> None:
         """Raise an exception unless the database can be used."""
+        if self.is_sqlite and not os.path.samestat(self.file, os.stat(self.path)):
+            raise FileNotFoundError("the file of the database was replaced")
         async with self.check_engine.connect() as connection:
             await connection.execute(CHECK_QUERY)
 
@@ -979,11 +985,11 @@ async def database_exception_handler(
     driver_error = getattr(exc, "orig", None)
     is_bug = getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR"
     is_unavailable = (is_lost or is_outage) and not is_bug
-    if not is_unavailable:
-        raise exc  # LimitsAndErrorsMiddleware answers 500
     database: Database = request.app.state.database
     if database.is_available:
         database.start_check()  # to find out whether only this request has failed
+    if not is_unavailable:
+        raise exc  # LimitsAndErrorsMiddleware answers 500
     unavailable = ServiceUnavailableException(f"database: {summarize_error(exc)}")
     return await app_exception_handler(request, unavailable)
 

@@ -1177,6 +1177,16 @@ async def test_empty_database_gets_its_tables_again(database: main.Database) -> 
     await eventually(lambda: database.is_available, "new tables")
 
 
+async def test_sqlite_file_that_is_deleted_is_made_again(ada: Client) -> None:
+    Path("app.db").unlink()
+    database = ada.app.state.database
+    assert not await database.is_ready()
+    skip_time(1)
+    await eventually(lambda: database.is_available, "a new file")
+    assert (await ada.register("eve")).json()["id"] == 1
+    assert (await ada.get("/users/me")).json()["username"] == "eve"
+
+
 async def test_missing_table_is_not_made_again(database: main.Database) -> None:
     await execute(database, "DROP INDEX items_of_owner")  # or a new one would fail
     for table in ("users", "items"):
@@ -1836,6 +1846,7 @@ async def test_pagination_last_page_has_no_next(db: AsyncSession) -> None:
 
 EVE = main.UserIn(username="eve", password=PASSWORD)
 PASSWORD_CHANGE = main.PasswordChange(**CHANGE)
+EDITS = [{"title": "a", "description": "b"}, {"title": "a"}, {"description": None}, {}]
 
 
 async def test_registration_of_a_name_that_is_freed(database: main.Database) -> None:
@@ -1944,9 +1955,6 @@ async def test_user_is_deleted_with_items_and_tokens(db: AsyncSession) -> None:
         await add_item(db, 1, "too late")
 
 
-EDITS = [{"title": "a", "description": "b"}, {"title": "a"}, {"description": None}, {}]
-
-
 @pytest.mark.parametrize("patch", EDITS, ids=str)
 async def test_patch_changes_only_fields_sent(patch: Any, db: AsyncSession) -> None:
     bob = main.User(id=2)
@@ -2025,6 +2033,8 @@ def admissions(limiter: main.SlidingWindowRateLimiter, client: str, tries: int) 
 
 ADDRESS = "192.0.2.1"
 BUDGETS = ("api", "login")
+RATE_LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
+FREE_PROJECTS = (f"test-{secrets.token_hex(8)}" for _ in itertools.count())
 
 
 async def admitted(rate_limiter: main.RateLimiter, tries: int) -> int:
@@ -2176,9 +2186,6 @@ def set_clock(app: FastAPI) -> Clock:
     return clock
 
 
-RATE_LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
-
-
 def rate_limit(response: httpx.Response) -> tuple[str | None, ...]:
     """The four headers in which a response tells a limit."""
     names = (*RATE_LIMIT_HEADERS, "Retry-After")
@@ -2194,9 +2201,6 @@ async def test_rate_limit_of_logins_refuses_with_numbers_of_its_own() -> None:
     assert [login.status_code for login in logins] == [422, 422, 429]
     # Both limits leave nothing now; the one of logins refused, the other did not.
     assert rate_limit(logins[2]) == ("2", "0", "60", "60")
-
-
-FREE_PROJECTS = (f"test-{secrets.token_hex(8)}" for _ in itertools.count())
 
 
 @asynccontextmanager
@@ -2459,6 +2463,7 @@ Strict-Transport-Security: max-age=63072000
 """
 SECURITY = dict(line.split(": ", 1) for line in SECURE.strip().splitlines())
 WIDER_IN_DOCS = ("Content-Security-Policy", "Cross-Origin-Embedder-Policy")
+BREAKS = {"ERROR": ("seconds=0", "hunter2"), "WARNING": ("seconds=999", "too long")}
 REASONS = {503: "The printer burns.", 504: "The request took too long."}
 
 
@@ -2665,9 +2670,6 @@ async def test_cancelled_request_is_503_with_retry_after(odd: Client, log: Log) 
     assert response.headers["Retry-After"] == "1"
     (line,) = log.lines()
     assert (line["level"], bool(line["reason"])) == ("WARNING", True)
-
-
-BREAKS = {"ERROR": ("seconds=0", "hunter2"), "WARNING": ("seconds=999", "too long")}
 
 
 @pytest.mark.parametrize("level, cause", BREAKS.items())
