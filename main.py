@@ -850,7 +850,6 @@ class Database(MonitoredBackend):
         super().__init__()
         self.settings = settings
         self.is_sqlite = settings.DATABASE_URL.get_backend_name() == "sqlite"
-        self.path = str(settings.DATABASE_URL.database)  # of SQLite's file
         size = settings.DATABASE_POOL_SIZE + settings.DATABASE_MAX_OVERFLOW
         self.read_engine = self.create_engine(size)
         self.check_engine = self.create_engine(1)
@@ -946,9 +945,11 @@ class Database(MonitoredBackend):
                 await connection.execute(LOCK_TABLES_QUERY)
             await connection.run_sync(Base.metadata.create_all)
 
+    def sqlite_file(self) -> os.stat_result:
+        return os.stat(str(self.settings.DATABASE_URL.database))
+
     async def prepare(self) -> None:
-        # Old connections may lead to a former primary, or to a SQLite file that has been
-        # deleted.
+        # Old connections may lead to a former primary, or to a deleted SQLite file.
         for engine in (self.read_engine, self.write_engine, self.check_engine):
             pool: Any = engine.pool
             pool.invalidate_all()
@@ -958,11 +959,11 @@ class Database(MonitoredBackend):
                 pass
         await self.create_missing_tables()
         if self.is_sqlite:
-            self.file = os.stat(self.path)
+            self.file = self.sqlite_file()
 
     async def check(self) -> None:
         """Raise an exception unless the database can be used."""
-        if self.is_sqlite and not os.path.samestat(self.file, os.stat(self.path)):
+        if self.is_sqlite and not os.path.samestat(self.file, self.sqlite_file()):
             raise FileNotFoundError("the file of the database was replaced")
         async with self.check_engine.connect() as connection:
             await connection.execute(CHECK_QUERY)

@@ -1601,8 +1601,7 @@ def test_dummy_hash_takes_as_long_as_a_real_one() -> None:
     assert main.DUMMY_HASH.startswith(PARAMETERS)
     lengths = [[*map(len, h.split("$"))] for h in (main.DUMMY_HASH, known_hash())]
     assert lengths[0] == lengths[1]
-    # It is computed to the end.
-    with pytest.raises(argon2.exceptions.VerifyMismatchError):
+    with pytest.raises(argon2.exceptions.VerifyMismatchError):  # computed to the end
         argon2.PasswordHasher().verify(main.DUMMY_HASH, PASSWORD)
 
 
