@@ -67,9 +67,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self.header_bytes > MAX_HEADER_BYTES:  # incomplete headers: else it is 0
             self.refuse(431)
         needs_timer = self.header_bytes > 0 and self.header_timer.cancelled()
-        # Not while another request is answered: 408 would get into its response.
-        is_answering = self.cycle and not self.cycle.response_complete
-        if needs_timer and not is_answering:
+        # While another request is answered, no timer: 408 would get into its response.
+        if needs_timer and (self.cycle is None or self.cycle.response_complete):
             self._unset_keepalive_if_required()  # private; stops uvicorn's idle timer
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
@@ -84,9 +83,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 return self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
                 data = data[upgrade.args[0] :]  # from where the parser has stopped
-            self.restart_parser()
+            self.repeat_headers_without_upgrade()
 
-    def restart_parser(self) -> None:
+    def repeat_headers_without_upgrade(self) -> None:
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
@@ -108,8 +107,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()
         super().on_headers_complete()
-        if self.is_stopping:
-            self.cycle.keep_alive = False  # the response has "Connection: close"
+        self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
         self.headers = []  # for trailers: uvicorn would append them to the request's
 
     def on_message_complete(self) -> None:
@@ -127,6 +125,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
+        if self.cycle:
+            self.cycle.keep_alive = False  # the response has "Connection: close"
         self.loop.call_later(0.5, super().shutdown)  # a request may be on its way
 
 
@@ -136,7 +136,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.server_header = False
         self.config.timeout_notify = 1  # call callback_notify each second
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
-        self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 0.8
+        self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
         # uvicorn replaces this handler while it runs. At SIGTERM, it finishes the
         # requests, restores the handler and raises SIGTERM for it: exit with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
@@ -164,8 +164,8 @@ wsgi_app = "main:app"
 default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
 bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
 for address in bind:  # gunicorn's own message would not name the variable
-    match = re.fullmatch(r"(?:\[.+\]|[^:/]*):(?P<port>\d{1,5})|unix:.+", address)
-    if not match or int(match["port"] or 0) > 65535:
+    match = re.fullmatch(r"(?:\[.+\]|[^:/]*):(\d{1,5})|unix:.+|fd:.+", address)
+    if not match or int(match[1] or 0) > 65535:
         raise SystemExit(f"bad settings: BIND: {address} is no host:port or unix:/path")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 worker_class = ServiceWorker  # with limits on headers, and a graceful stop

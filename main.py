@@ -260,8 +260,11 @@ STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "color_message"}
 # Linux writes a line of up to 4 KiB (PIPE_BUF) to a pipe in one piece; a longer one
 # could be mixed with others. 3000 leaves room for the other fields.
 MAX_TRACEBACK_BYTES = 3000
-# A frame of a library in a traceback: its first line, and the indented lines of code.
-LIBRARY_FRAME = re.compile(r'  File "[^"]*site-packages.*\n(    .*\n)*')
+# A library's frame in a traceback: its first line, and the indented lines of code. (It
+# does not match in the traceback of an ExceptionGroup, which has a margin.)
+LIBRARY_FRAME = re.compile(
+    r'^  File "(?=[^"\n]*site-packages).*\n(    .*\n)*', re.MULTILINE
+)
 LIBRARY_LEVELS = {
     # Most of them log each statement or URL, some with parameters.
     "aiosqlite": "WARNING",
@@ -945,26 +948,19 @@ class Database(MonitoredBackend):
                 await connection.execute(LOCK_TABLES_QUERY)
             await connection.run_sync(Base.metadata.create_all)
 
-    def sqlite_file(self) -> os.stat_result:
-        return os.stat(str(self.settings.DATABASE_URL.database))
-
     async def prepare(self) -> None:
-        # Old connections may lead to a former primary, or to a deleted SQLite file.
-        for engine in (self.read_engine, self.write_engine, self.check_engine):
-            pool: Any = engine.pool
-            pool.invalidate_all()
+        # After a failover, the connections of requests may lead to the former primary.
+        # (SQLAlchemy has closed that of check_engine, when the check failed.)
+        pool: Any = self.read_engine.pool
+        pool.invalidate_all()
         if not self.is_initialized:
             # Open a connection, which takes long, before the first request needs it.
             async with self.read_engine.connect():
                 pass
         await self.create_missing_tables()
-        if self.is_sqlite:
-            self.file = self.sqlite_file()
 
     async def check(self) -> None:
         """Raise an exception unless the database can be used."""
-        if self.is_sqlite and not os.path.samestat(self.file, self.sqlite_file()):
-            raise FileNotFoundError("the file of the database was replaced")
         async with self.check_engine.connect() as connection:
             await connection.execute(CHECK_QUERY)
 
@@ -986,11 +982,11 @@ async def database_exception_handler(
     driver_error = getattr(exc, "orig", None)
     is_bug = getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR"
     is_unavailable = (is_lost or is_outage) and not is_bug
+    if not is_unavailable:
+        raise exc  # LimitsAndErrorsMiddleware answers 500
     database: Database = request.app.state.database
     if database.is_available:
         database.start_check()  # to find out whether only this request has failed
-    if not is_unavailable:
-        raise exc  # LimitsAndErrorsMiddleware answers 500
     unavailable = ServiceUnavailableException(f"database: {summarize_error(exc)}")
     return await app_exception_handler(request, unavailable)
 
@@ -1943,9 +1939,9 @@ class LimitsAndErrorsMiddleware:
             async with timer:
                 return await self.app(scope, limited_receive, send)
         except asyncio.CancelledError:
-            # Only uvicorn's cancellation arrives here, when a shutdown takes too long.
-            # (The timer turns its own into a TimeoutError, below.) It is not raised
-            # again, because the client should get an answer.
+            # uvicorn cancels this task when a shutdown takes too long. The error is not
+            # raised again, because the client should get an answer. (The timer turns
+            # its own cancellation into a TimeoutError, below.)
             stopping = ServiceUnavailableException("the server is shutting down")
             response = await app_exception_handler(Request(scope), stopping)
         except Exception as error:  # noqa: BLE001 - none may get past this line

@@ -573,6 +573,14 @@ async def test_log_line_of_a_long_traceback_names_the_caller(db: AsyncSession) -
     assert "in test_log_line_of_a_long_traceback_names_the_caller" in text
 
 
+async def test_log_line_of_an_exception_group_has_its_errors(db: AsyncSession) -> None:
+    with pytest.raises(sa.exc.DBAPIError) as error:
+        await db.execute(sa.text("SELECT nothing"))
+    group = ExceptionGroup("several", [error.value])
+    record = make_record(exc_info=(type(group), group, None))
+    assert "SELECT nothing" in main.JsonFormatter().format(record)
+
+
 @pytest.mark.parametrize("formatter", [main.JsonFormatter, main.TextFormatter])
 def test_log_line_with_wrong_arguments_is_kept(formatter: Any) -> None:
     record = make_record("%d", args=("ada",), exception=ValueError("eve"))
@@ -1175,16 +1183,6 @@ async def test_empty_database_gets_its_tables_again(database: main.Database) -> 
     assert not await database.is_ready()
     skip_time(1)
     await eventually(lambda: database.is_available, "new tables")
-
-
-async def test_sqlite_file_that_is_deleted_is_made_again(ada: Client) -> None:
-    Path("app.db").unlink()
-    database = ada.app.state.database
-    assert not await database.is_ready()
-    skip_time(1)
-    await eventually(lambda: database.is_available, "a new file")
-    assert (await ada.register("eve")).json()["id"] == 1
-    assert (await ada.get("/users/me")).json()["username"] == "eve"
 
 
 async def test_missing_table_is_not_made_again(database: main.Database) -> None:
