@@ -921,12 +921,16 @@ class Database(MonitoredBackend):
         """
         if not self.is_initialized:
             raise ServiceUnavailableException("the database is not reachable")
-        # With False, to use a session after its end raises an exception. Otherwise, a
-        # StreamingResponse that does so would keep a connection for ever.
-        new_session = partial(AsyncSession, close_resets_only=False)
+        new_session = partial(
+            AsyncSession,
+            # Objects are read after the commit, so they must not expire.
+            expire_on_commit=False,
+            # To use a session after its end raises an exception. Otherwise, a
+            # StreamingResponse that does so would keep a connection for ever.
+            close_resets_only=False,
+        )
         if writes:
-            # Routes read the objects after the commit, so they must not expire.
-            return new_session(self.write_engine, expire_on_commit=False)
+            return new_session(self.write_engine)
         return new_session(self.read_engine, sync_session_class=ReadOnlySession)
 
     async def create_missing_tables(self) -> None:
@@ -1133,25 +1137,30 @@ HASHING_LIMITER = CapacityLimiter(2)
 MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 
 
-def refuse_if_hashing_is_busy() -> None:
+@asynccontextmanager
+async def hashing_slot() -> AsyncIterator[None]:
+    """Wait for a turn. Raises ServiceUnavailableException if too many wait already.
+
+    The limiter is not passed to run_sync, which would first let others run: of a burst,
+    all requests would be let in before the first one counts as waiting.
+    """
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
+    async with HASHING_LIMITER:
+        yield
 
 
 async def hash_password(password: str) -> str:
-    refuse_if_hashing_is_busy()
-    return await to_thread.run_sync(
-        PASSWORD_HASHER.hash, password, limiter=HASHING_LIMITER
-    )
+    async with hashing_slot():
+        return await to_thread.run_sync(PASSWORD_HASHER.hash, password)
 
 
 async def verify_password(password: str, known_hash: str) -> tuple[bool, str | None]:
     """Return whether it matches, and a new hash if `known_hash` is outdated."""
-    refuse_if_hashing_is_busy()
-    verify = PASSWORD_HASHER.verify_and_update
-    return await to_thread.run_sync(
-        verify, password, known_hash, limiter=HASHING_LIMITER
-    )
+    async with hashing_slot():
+        return await to_thread.run_sync(
+            PASSWORD_HASHER.verify_and_update, password, known_hash
+        )
 
 
 def signing_key(settings: Settings) -> dict[str, str]:
@@ -1328,10 +1337,15 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
     return user
 
 
-async def authenticate_user(db: AsyncSession, username: str, password: str) -> User:
-    """Raises WrongCredentialsException, after the same time whatever is wrong."""
-    user = await find_user_by_name(db, username)
-    await db.commit()  # gives the connection back, before the slow verify_password
+async def authenticate_user(
+    read_db: AsyncSession, db: AsyncSession, username: str, password: str
+) -> User:
+    """Raises WrongCredentialsException, after the same time whatever is wrong.
+
+    `db` is used only to store a new hash: on SQLite, it takes the write lock.
+    """
+    user = await find_user_by_name(read_db, username)
+    await read_db.commit()  # gives the connection back, before the slow verify_password
     known_hash = user.password_hash if user else DUMMY_HASH
     is_valid, new_hash = await verify_password(password, known_hash)
     if user is None or not is_valid:
@@ -2180,11 +2194,10 @@ async def get_user(user_id: IdPath, user: CurrentUser, db: ReadSession) -> UserO
     "/token", dependencies=LOGIN_LIMITED, responses=document_errors(400, 401, 413, 422)
 )
 async def post_token(
-    form: LoginFormBody, request: Request, db: WriteSession
+    form: LoginFormBody, request: Request, read_db: ReadSession, db: WriteSession
 ) -> TokenOut:
     """Log in. Send the token as `Authorization: Bearer`."""
-    # A WriteSession, because an outdated hash of a password is replaced.
-    user = await authenticate_user(db, form.username, form.password)
+    user = await authenticate_user(read_db, db, form.username, form.password)
     settings: Settings = request.app.state.settings
     token = create_access_token(user, settings)
     seconds = settings.ACCESS_TOKEN_EXPIRE_MINUTES * 60

@@ -1660,8 +1660,10 @@ HASHING = {
 @cases("call", HASHING)
 async def test_hashing_queue_over_100_is_503(call: Call, ada: Client) -> None:
     async with busy_hashing():
-        hashes = [asyncio.create_task(main.hash_password("x")) for _ in range(100)]
+        hashes = [asyncio.create_task(main.hash_password("x")) for _ in range(103)]
         await waiting_hashes(100)
+        refused = [type(task.exception()) for task in hashes if task.done()]
+        assert refused == [main.ServiceUnavailableException] * 3
         request = asyncio.create_task(ada.request(*call[:2], **call.options))
         await eventually(request.done, "an answer at once")
         for task in hashes:
@@ -1867,7 +1869,7 @@ async def test_registration_race_has_one_winner(database: main.Database) -> None
     race = await asyncio.gather(register(), register(), return_exceptions=True)
     assert {type(end) for end in race} == {main.User, main.UsernameTakenException}
     async with database.session(writes=True) as db:
-        assert await main.authenticate_user(db, "eve", PASSWORD)
+        assert await main.authenticate_user(db, db, "eve", PASSWORD)
 
 
 OWN_INDEXES: dict[str, Any] = {
@@ -1893,7 +1895,7 @@ async def test_login_renews_an_outdated_hash(database: main.Database) -> None:
     await add_user(database, "ada", outdated.hash(PASSWORD))
     for _ in range(2):
         async with database.session(writes=True) as db:
-            await main.authenticate_user(db, "ada", PASSWORD)
+            await main.authenticate_user(db, db, "ada", PASSWORD)
     async with database.session(writes=False) as db:
         renewed = await main.read_token_owner(db, 1, 0)
     assert renewed.password_hash.startswith(PARAMETERS)
@@ -2719,7 +2721,8 @@ async def test_connection_is_free_before_the_response_is_sent(path: str) -> None
 async def test_read_does_not_wait_for_a_writer(ada: Client, app: FastAPI) -> None:
     async with app.state.database.session(writes=True) as db:
         await main.find_user(db, 1)
-        assert (await ada.get("/items")).status_code == 200
+        answers = [await ada.get("/items"), await ada.login()]
+    assert [answer.status_code for answer in answers] == [200, 200]
 
 
 async def test_rate_limit_of_credentials_is_one_for_all_requests_with_hashing() -> None:
@@ -3410,7 +3413,6 @@ class Service:
         until(lambda: self.log.read_text().count(text) >= count, f"{count} x {text}")
 
     def workers(self) -> list[int]:
-        """The ids of all that were ever started."""
         pids = re.findall(r"Booting worker with pid: (\d+)", self.log.read_text())
         return [int(pid) for pid in pids]
 
