@@ -208,7 +208,6 @@ async def add_user(
 
 @asynccontextmanager
 async def logged_in(app: FastAPI, username: str = "ada") -> AsyncIterator[Client]:
-    """A client that is logged in as a new user."""
     user = await add_user(app.state.database, username)
     async with Client(app) as client:
         client.use_token(main.create_access_token(user, app.state.settings))
@@ -217,7 +216,6 @@ async def logged_in(app: FastAPI, username: str = "ada") -> AsyncIterator[Client
 
 @asynccontextmanager
 async def serve_ada(**changes: Any) -> AsyncIterator[Client]:
-    """A client that is logged in, of an application with these settings."""
     async with serve(**changes) as guest, logged_in(guest.app) as client:
         yield client
 
@@ -944,7 +942,6 @@ async def status_after(
 
 
 def reasons(caplog: CapLog) -> list[str]:
-    """Why requests were answered with 503."""
     return [vars(r)["reason"] for r in caplog.records if r.message == "request"]
 
 
@@ -1055,7 +1052,6 @@ async def test_connection_held_for_too_long_is_not_used_again(pg_ada: Client) ->
 
 
 def waiting_for_locks(connection: psycopg.Connection[Any]) -> list[Any]:
-    """The database's processes that wait for a lock."""
     return connection.execute(
         "SELECT pid FROM pg_stat_activity"
         " WHERE datname = current_database() AND wait_event_type = 'Lock'"
@@ -1379,7 +1375,6 @@ def url_of(path: str) -> str:
 
 
 def operations_with_json() -> Iterator[tuple[str, str]]:
-    """The methods and URLs that take a body of JSON."""
     for name, operation in operations().items():
         if "application/json" in str(operation.get("requestBody")):
             method, path = name.split()
@@ -1641,8 +1636,6 @@ CHANGE = {"current_password": PASSWORD, "new_password": PASSWORD[::-1]}
 
 
 class Call(NamedTuple):
-    """A request that needs a hash, and its status."""
-
     method: str
     path: str
     options: dict[str, Any]
@@ -1894,8 +1887,8 @@ async def test_login_renews_an_outdated_hash(database: main.Database) -> None:
     outdated = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
     await add_user(database, "ada", outdated.hash(PASSWORD))
     for _ in range(2):
-        async with database.session(writes=True) as db:
-            await main.authenticate_user(db, db, "ada", PASSWORD)
+        async with database.session(False) as read_db, database.session(True) as db:
+            await main.authenticate_user(read_db, db, "ada", PASSWORD)
     async with database.session(writes=False) as db:
         renewed = await main.read_token_owner(db, 1, 0)
     assert renewed.password_hash.startswith(PARAMETERS)
@@ -3143,6 +3136,7 @@ def test_bad_variable_ends_the_start_with_one_line(name: str, value: str) -> Non
         "bind default": ({}, "bind", ["0.0.0.0:8000"]),
         "bind before port": ({"PORT": "8", "BIND": "[::1]:9"}, "bind", ["[::1]:9"]),
         "two addresses": ({"BIND": ":80 , unix:s"}, "bind", [":80", "unix:s"]),
+        "descriptor": ({"BIND": "fd://3"}, "bind", ["fd://3"]),
         "empty bind": ({"PORT": "80", "BIND": " "}, "bind", ["0.0.0.0:80"]),
         "concurrency": ({"WEB_CONCURRENCY": "4"}, "workers", 4),
         "workers first": ({"WEB_CONCURRENCY": "4", "WORKERS": " 3\n"}, "workers", 3),
@@ -3231,6 +3225,7 @@ async def connection() -> AsyncIterator[Connection]:
 
 
 GET = b"GET / HTTP/1.1\r\nhost: test\r\n\r\n"
+SLOW = GET.replace(b"/", b"/slow", 1)
 POST = b"POST / HTTP/1.1\r\nhost: test\r\n"
 UPGRADE = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\n"
 SIZE_5 = b"content-length: 5\r\n\r\n"
@@ -3293,8 +3288,7 @@ async def test_timeout_of_a_trickling_request_head(connection: Connection) -> No
 
 
 async def test_timeout_is_off_during_a_slow_request(connection: Connection) -> None:
-    slow = GET.replace(b"/", b"/slow", 1)
-    await connection.send(GET[:9], GET[9:], slow, GET[:9])
+    await connection.send(GET[:9], GET[9:], SLOW, GET[:9])
     await connection.forward(1000)
     connection.state.tasks.pop().cancel()
     await connection.send(GET[9:])
@@ -3371,10 +3365,16 @@ async def test_stop_closes_an_idle_connection_late(connection: Connection) -> No
     assert not connection.is_open
 
 
-async def test_stop_tells_the_client_of_a_late_request(connection: Connection) -> None:
-    await connection.send(GET)
+@cases("before, after", {"late request": (b"", GET), "slow request": (SLOW, b"")})
+async def test_stop_tells_the_client_to_close(
+    before: bytes, after: bytes, connection: Connection
+) -> None:
+    await connection.send(GET, before)
     connection.protocol.shutdown()
-    await connection.send(GET)
+    await connection.send(after)
+    for task in connection.state.tasks:
+        task.cancel()
+    await connection.forward(0)
     assert (connection.statuses(), connection.is_open) == ([200, 200], False)
     assert connection.received.count(b"\r\nconnection: close\r\n") == 1
 
