@@ -18,7 +18,7 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 import main
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
-HEADER_SECONDS = 10  # from the connection's start; later, from the first byte
+HEADER_SECONDS = 10  # from the connection's start; for later requests, from byte one
 
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
@@ -64,7 +64,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(400)
-        if self.header_bytes > MAX_HEADER_BYTES:  # incomplete headers: else it is 0
+        if self.header_bytes > MAX_HEADER_BYTES:  # on_headers_complete has not reset it
             self.refuse(431)
         needs_timer = self.header_bytes > 0 and self.header_timer.cancelled()
         # While another request is answered, no timer: 408 would get into its response.
@@ -101,14 +101,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops the parser
+            raise httptools.HttpParserError  # stops the parser; refuse answers once
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
         self._unset_keepalive_if_required()
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # for trailers: uvicorn would append them to the request's
+        self.headers = []  # for trailers. The request's scope keeps the old list
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
@@ -137,8 +137,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # call callback_notify each second
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn replaces this handler while it runs. At SIGTERM, it finishes the
-        # requests, restores the handler and raises SIGTERM for it: exit with status 0.
+        # uvicorn handles SIGTERM while it runs. When the requests are finished, it
+        # raises it again for the handler that it found: this one exits with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 

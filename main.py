@@ -5,7 +5,7 @@ passes through middleware, dependencies, route, service, repository and database
 verb of a function tells its layer: find_user is a repository, read_user a service,
 get_user a route.
 
-    Settings       every variable is validated before a socket is opened
+    Settings       every variable is validated before the server starts
     Logging        one JSON object per record; clients cannot forge a line
     Errors         every error has one format and reveals nothing internal
     Models         the tables
@@ -104,8 +104,8 @@ def parse_database_url(value: str) -> sa.URL:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
-            # Refuses unknown options. Values are not checked here. (That of an option
-            # that is repeated would be a tuple, which psycopg does not take.)
+            # Refuses unknown names of options. The values are left empty: that of a
+            # repeated option would be a tuple, which psycopg does not take.
             make_conninfo(**dict.fromkeys(url.query, ""))
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
@@ -158,7 +158,7 @@ Origin = Annotated[str, AfterValidator(parse_origin)]
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
-# At most a day: PostgreSQL's timeouts end at 2**31 milliseconds, some 24 days.
+# At most a day, far below PostgreSQL's own maximum of 24 days.
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -197,9 +197,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip values: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A value that is then empty counts as not set, and the default applies. (If a
-        variable is empty from the start, env_ignore_empty takes the next source, such
-        as .env.)
+        A variable of white space only is removed here, so the default applies. (For an
+        empty variable, env_ignore_empty takes the next source, such as .env.)
         """
         stripped = {
             name: value.strip() if isinstance(value, str) else value
@@ -260,8 +259,8 @@ STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "color_message"}
 # Linux writes a line of up to 4 KiB (PIPE_BUF) to a pipe in one piece; a longer one
 # could be mixed with others. 3000 leaves room for the other fields.
 MAX_TRACEBACK_BYTES = 3000
-# A library's frame in a traceback: its first line, and the indented lines of code. (It
-# does not match in the traceback of an ExceptionGroup, which has a margin.)
+# A library's frame in a traceback: its first line, and the indented lines of code. (The
+# lines of an ExceptionGroup begin with "|". So they do not match, and are kept.)
 LIBRARY_FRAME = re.compile(
     r'^  File "(?=[^"\n]*site-packages).*\n(    .*\n)*', re.MULTILINE
 )
@@ -342,7 +341,7 @@ def setup_logging(settings: Settings) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
     # The loggers of LIBRARY_LEVELS ignore the level of the root logger. So the handler
-    # has the root logger's level, too: if it is ERROR, it drops their warnings.
+    # has that level, too: with LOG_LEVEL=ERROR, it drops the libraries' warnings.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
@@ -395,7 +394,7 @@ ERROR_CODES = {  # status code: the `error` in the body
     504: "timeout",
 }
 DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # for Allow
 
 
 class AppException(Exception):
@@ -512,8 +511,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # Not route.methods: since FastAPI 0.165, an entry of app.routes can be a whole
-        # router. FULL means that path and method match.
+        # Not route.methods: since FastAPI 0.165, include_router adds the router as one
+        # entry, which has no methods. FULL means that path and method match.
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -614,9 +613,9 @@ LIFESPAN_TIMEOUT_SECONDS = 1  # how long the start and the stop wait for a check
 # Takes a lock until the end of the transaction, so that one worker at a time creates
 # tables. The number is arbitrary.
 LOCK_TABLES_QUERY = sa.select(sa.func.pg_advisory_xact_lock(7411))
-# Select all columns of all tables (in a cross join): it fails if one is missing. But
-# read no row. FOR UPDATE fails on a read-only server; SQLAlchemy omits it on SQLite,
-# which does not have it.
+# It checks that every column exists, by selecting all (in a cross join), and that the
+# server is writable, by FOR UPDATE (SQLAlchemy omits that on SQLite, which has none).
+# The limit of 0 makes it cheap.
 CHECK_QUERY = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
 
 
@@ -654,12 +653,13 @@ class FairPool(AsyncAdaptedQueuePool):
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
         # A record is SQLAlchemy's place for one connection. If the connection ends, the
-        # record gets a new one. So there are at most size() records. (Other pools can
-        # have more, because of max_overflow. It is 0 here.)
+        # record gets a new one. So there are at most size() records, as max_overflow
+        # is 0.
         self.records: set[ConnectionPoolEntry] = set()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # The timer runs from "connect": the first statements on a new connection, by
-        # which SQLAlchemy asks for the server's version, come before "checkout".
+        # The timer starts at "connect", because SQLAlchemy's first statements on a new
+        # connection (it asks for the server's version) come before "checkout". There,
+        # it starts again.
         event.listen(self, "connect", self.on_connect)
         event.listen(self, "checkout", lambda _, record, __: self.start_timer(record))
         event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
@@ -670,7 +670,7 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def start_timer(self, record: ConnectionPoolEntry) -> None:
         self.stop_timer(record)
-        seconds = self.timeout()  # the pool_timeout of create_engine
+        seconds = self.timeout()  # SQLAlchemy's method: the pool_timeout
         loop = asyncio.get_running_loop()
         self.timers[record] = loop.call_later(seconds, abort_connection, record)
 
@@ -743,10 +743,11 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def begin_immediate(connection: sa.Connection) -> None:
     """Begin a transaction of SQLite's write_engine.
 
-    In AUTOCOMMIT (see create_engine), sqlite3 sends no BEGIN itself. SQLAlchemy still
-    calls this when a transaction begins, and sqlite3's commit() or rollback() when it
-    ends. IMMEDIATE takes the write lock now, and waits for it: a transaction that reads
-    first and takes the lock later fails at once if another has written in between.
+    Database.create_engine sets AUTOCOMMIT, in which sqlite3 sends no BEGIN. SQLAlchemy
+    still calls this when a transaction begins, and at its end sqlite3's commit() or
+    rollback(), which end the BEGIN of this function. IMMEDIATE takes the write lock
+    now, and waits for it: a transaction that reads first and takes the lock later fails
+    at once if another has written in between.
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
@@ -754,8 +755,8 @@ def begin_immediate(connection: sa.Connection) -> None:
 class ReadOnlySession(Session):
     """The session behind the dependency `ReadSession`. It refuses to write.
 
-    Its connections are in autocommit: a write could not be rolled back. (It does not
-    look into a query that is text.)
+    Its connections are in autocommit: a write could not be rolled back. (A write in
+    sa.text() is not noticed.)
     """
 
 
@@ -780,7 +781,7 @@ class MonitoredBackend:
     name: str
 
     def __init__(self) -> None:
-        self.is_available = True  # False during an outage
+        self.is_available = True  # False in an outage; True before the first check
         self.is_initialized = False  # True after the first success of `prepare`
         self.check_task: asyncio.Task[None] | None = None
         self.retry_timer: asyncio.TimerHandle | None = None
@@ -935,14 +936,13 @@ class Database(MonitoredBackend):
 
     async def create_missing_tables(self) -> None:
         async with self.check_engine.connect() as connection:
-            names = set(
-                await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
-            )
+            names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
+        missing = Base.metadata.tables.keys() - names
         is_start = not self.is_initialized
         is_empty = not names
         # At the start, create what is missing. After an outage, create tables only in
         # an empty database: if it has tables, a migration may be running.
-        if (is_start or is_empty) and not names >= Base.metadata.tables.keys():
+        if missing and (is_start or is_empty):
             await self.create_tables()
 
     async def create_tables(self) -> None:
@@ -954,7 +954,7 @@ class Database(MonitoredBackend):
 
     async def prepare(self) -> None:
         # After a failover, the connections of requests may lead to the former primary.
-        # (SQLAlchemy has closed that of check_engine, when the check failed.)
+        # (If a check fails because its own connection does, SQLAlchemy replaces that.)
         pool: Any = self.read_engine.pool
         pool.invalidate_all()
         if not self.is_initialized:
@@ -1019,8 +1019,8 @@ NewUsername = Annotated[
 # NIST SP 800-63B-4: at least 15 characters where there is no second factor, and no rule
 # such as "one digit".
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), Normalized]
-# A login is not checked against the rules for new names and passwords: what breaks them
-# gets 401, like any wrong one. These bounds limit the size; a longer text gets 422.
+# A login is not checked against the rules for new names and passwords: a name that
+# breaks them gets 401, like any wrong name. Only the size is limited (422).
 LoginName = Annotated[
     str, Field(min_length=1, max_length=1024, pattern=NO_NUL), Lowercase
 ]
@@ -1083,7 +1083,7 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(ItemIn):
-    # The default makes the title optional, but not nullable. It is never stored:
+    # Optional, but not nullable. The default is neither validated nor stored, because
     # change_item takes only the fields that were sent. A default_factory, because /docs
     # would show a plain `default`.
     title: Title = Field(default_factory=str, examples=["tea"])
@@ -1141,8 +1141,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already.
 
-    The limiter is not passed to run_sync, which would first let others run: of a burst,
-    all requests would be let in before the first one counts as waiting.
+    The limiter is not passed to run_sync, because that yields to the event loop before
+    it waits: all requests of a burst would pass the check before the first one waits.
     """
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
@@ -1169,8 +1169,8 @@ def signing_key(settings: Settings) -> dict[str, str]:
     If it were passed as text, python-jose would take a secret that looks like JSON for
     a key object.
     """
-    # A secret may be any bytes. Python reads those that are not UTF-8 as surrogates.
-    # (pydantic allows them, because SECRET_KEY has no max_length.)
+    # A secret may be any bytes. Python reads those that are not UTF-8 as surrogates;
+    # surrogateescape restores them.
     secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1220,12 +1220,14 @@ after_parameter: sa.BindParameter[int] = sa.bindparam("after")
 # The owner's items with an id above `after`. Each database has the form for which it
 # starts in the index at (owner_id, id): so the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
-    # owner_id = :owner AND id > :after. PostgreSQL may walk through the primary key.
+    # owner_id = :owner AND id > :after. (For PostgreSQL's condition, SQLite would walk
+    # through all items of the owner.)
     "sqlite": ITEMS_QUERY.where(
         Item.owner_id == owner_parameter, Item.id > after_parameter
     ),
-    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner. The second condition
-    # ends the list before the next owner. SQLite would walk through all of the owner's.
+    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner, which ends the list
+    # before the next owner. (For SQLite's condition, PostgreSQL may walk through the
+    # primary key.)
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(owner_parameter, after_parameter),
         Item.owner_id <= owner_parameter,
@@ -1329,9 +1331,9 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # The user who had this name has just been deleted, so try again. (The rollback
-        # has made `user` a new object again.) If another constraint was violated, which
-        # is a bug, this raises IntegrityError again.
+        # The user who had this name has just been deleted, so try again. (After the
+        # rollback, `user` is transient, so it can be added.) If another constraint was
+        # violated, which is a bug, this raises IntegrityError again.
         await add_row(db, user)
     await db.commit()
     return user
@@ -1451,15 +1453,15 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 # --- Rate limiting --------------------------------------------------------------------
 # Exact sliding windows: for each client, the limiter keeps the times of the allowed
 # requests. There are two limits, "api" and "login". RateLimiter.enforce raises for a
-# request over the limit; count_request asks Redis, else the shared memory; `hit` of
-# either counts the request.
+# request over the limit. It calls count_request, which calls `hit` of the limiter in
+# Redis, or of the one in shared memory.
 
 SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 ROWS_IN_BUCKET = 16  # of the hash table in SlidingWindowRateLimiter
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1
-# Per worker. On a busy machine, more could take longer than REDIS_CONNECT_SECONDS.
+# Per worker. To open more at once could take longer than REDIS_CONNECT_SECONDS.
 MAX_REDIS_CONNECTIONS = 8
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
 # ARGV[3] is random, because each member of a set must be different.
@@ -1476,8 +1478,8 @@ if count < limit then
     count = count + 1
     allowed = 1
 end
--- ZRANGE returns a member and its score, which is its time. Index 0 is the oldest. If
--- the limit was lowered, more requests than the oldest have to leave before a retry.
+-- ZRANGE returns a member and its score, which is its time. Usually the index is 0, the
+-- oldest. After the limit was lowered, more have to leave before a retry is allowed.
 local index = math.max(0, count - limit)
 local oldest = tonumber(redis.call('ZRANGE', key, index, index, 'WITHSCORES')[2])
 local reset_seconds = math.ceil((oldest + window - now) / 1000000)
@@ -1609,7 +1611,7 @@ class RedisRateLimiter(MonitoredBackend):
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
 
     async def check(self) -> None:
-        # Whatever the result: it fails if Redis is read-only, or answers too slowly.
+        # The answer does not matter. An exception does: Redis is read-only, or slow.
         async with self.slots:
             await self.run_script("check", limit=1, seconds=1)
 
@@ -1720,7 +1722,7 @@ TRACEPARENT_PATTERN = re.compile(
     """,
     re.VERBOSE,
 )
-MAX_CONTENT_TYPE_BYTES = 1000  # with 60,000, parsing some takes 0.1 s
+MAX_CONTENT_TYPE_BYTES = 1000  # to parse some of 60,000 bytes takes 0.1 s
 MAX_PATH_CHARACTERS = 500  # keeps a log line under 4 KiB, as Logging explains
 CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 # MDN's HTTP Observatory rates this set A+.
@@ -1773,9 +1775,9 @@ def warn_of_untrusted_proxy() -> None:
 def comes_from_header(address: str, port: int, forwarded_for: str) -> bool:
     """Return whether uvicorn has read the client's address from X-Forwarded-For.
 
-    A guess, good enough for a warning. uvicorn does so if it trusts the peer. The port
-    is then in the header, too, or 0 if the header has none. Otherwise, address and port
-    are those of the peer's connection.
+    A guess, good enough for a warning. If uvicorn trusts the peer, address and port are
+    from the header (port 0 if it has none). Otherwise, they are those of the peer's
+    connection.
     """
     has_port = port == 0 or f":{port}" in forwarded_for
     return has_port and address in forwarded_for
@@ -2057,7 +2059,7 @@ health_router = APIRouter(
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=document_errors(500, 503, 504),
-    # As in create_app, whose option does not reach these routes.
+    # The operation id is the function's name. create_app's option does not apply here.
     generate_unique_id_function=attrgetter("name"),
 )
 
@@ -2117,7 +2119,7 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
 
 # --- API routes -----------------------------------------------------------------------
 # HTTP and nothing else, in a few lines a route. Callers read the docstrings in /docs.
-# Routes with a body document 413, and 400: FastAPI could not decode the body.
+# Routes with a body document 413 (it is too large) and 400 (it cannot be decoded).
 
 IdPath = Annotated[int, Path(ge=1, le=MAX_ID)]
 After = Annotated[
@@ -2128,7 +2130,7 @@ LoginFormBody = Annotated[LoginForm, Form()]
 LOGIN_LIMITED = [Depends(rate_limit_dependency)]
 
 users_router = APIRouter(prefix="/users", tags=["users"])
-# Without form_limits (as of FastAPI 0.165), a form may have 1,000 fields.
+# form_limits: FastAPI (as of 0.165) refuses larger forms. Its default is 1,000 fields.
 auth_router = APIRouter(
     prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
 )
@@ -2343,8 +2345,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # With include_router, FastAPI would match the router first, then its routes: a
-        # health check would be a fifth slower. (The routes' paths begin with /health.)
+        # Plain routes, whose paths begin with /health. With include_router, FastAPI
+        # would match the router first, then its routes: a health check would be a fifth
+        # slower.
         routes=health_router.routes,
         # OpenTelemetry is built into FastAPI (since 0.165), and costs time. To use it,
         # see "Operate" in README.
