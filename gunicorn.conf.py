@@ -111,7 +111,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.headers = []  # for trailers. The request's scope keeps the old list
 
     def on_message_complete(self) -> None:
-        if not self.parser.should_upgrade():
+        if not self.parser.should_upgrade():  # the parser that stops calls this, too
             super().on_message_complete()
             self.is_in_body = False
 

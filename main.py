@@ -174,7 +174,8 @@ class Settings(BaseSettings):
     API_V1_PREFIX: str = Field(default="/api/v1", pattern=r"^(/[A-Za-z0-9._~-]+)+$")
     # The prefix that a reverse proxy strips from the path.
     ROOT_PATH: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
-    # The random default is for development only: see refuse_unsafe_values.
+    # The random default is for development only: see refuse_unsafe_values. It is made
+    # when this module is imported, before the fork, so all workers have the same.
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
@@ -238,6 +239,7 @@ def get_settings() -> Settings:
     # pydantic-settings would warn of a folder that does not exist.
     folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
     try:
+        # Without pydantic's plugin, mypy does not know this argument.
         return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
     except pydantic.ValidationError as error:
         reason = "; ".join(describe_invalid_value(e) for e in error.errors())
@@ -414,9 +416,8 @@ class UnauthorizedException(AppException):
     # The same error for every fault of a token, so that a forger learns nothing.
     status_code = 401
     message = "The access token is not valid."
-    headers: Mapping[str, str] | None = {  # RFC 6750 § 3.1
-        "WWW-Authenticate": 'Bearer error="invalid_token"'
-    }
+    # RFC 6750 § 3.1
+    headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
 
 class WrongCredentialsException(AppException):
@@ -447,6 +448,7 @@ class RateLimitedException(AppException):
     message = "Too many requests; try again later."
 
     def __init__(self, retry_after_seconds: int) -> None:
+        super().__init__()
         self.headers = {"Retry-After": str(retry_after_seconds)}
 
 
@@ -574,6 +576,7 @@ class User(Base):
     __tablename__ = "users"
     # Without autoincrement, SQLite gives the id of a deleted user to the next new user,
     # and the deleted user's tokens would be valid for that account.
+    # Not a ClassVar, which mypy refuses here.
     __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012
     username: Mapped[str] = mapped_column(sa.String(32), unique=True)
     password_hash: Mapped[str]
@@ -2119,6 +2122,7 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
 
 # --- API routes -----------------------------------------------------------------------
 # HTTP and nothing else, in a few lines a route. Callers read the docstrings in /docs.
+# A route makes the model of its return type itself, so that mypy can check it.
 # Routes with a body document 413 (it is too large) and 400 (it cannot be decoded).
 
 IdPath = Annotated[int, Path(ge=1, le=MAX_ID)]
