@@ -116,13 +116,13 @@ def parse_database_url(value: str) -> sa.URL:
     if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
     # A database in memory belongs to one connection, so each connection of the pool
-    # would have its own. Options are refused because "?mode=memory" is one.
+    # would have its own.
     is_in_memory = url.database in {None, "", ":memory:"}
-    if url.get_backend_name() == "sqlite" and (is_in_memory or url.query):
-        raise ValueError("should name a file, without options")
-    # In "sqlite://./app.db", the dot would be a host.
-    if url.get_backend_name() == "sqlite" and (url.host or url.username):
-        raise ValueError("should have three slashes: sqlite:///./app.db")
+    # A file's URL has nothing but its path: "?mode=memory" would be an option, and in
+    # "sqlite://./app.db", the dot would be a host.
+    file_url = sa.URL.create(url.drivername, database=url.database)
+    if url.get_backend_name() == "sqlite" and (is_in_memory or url != file_url):
+        raise ValueError("should name a file, without options: sqlite:///./app.db")
     return url
 
 
