@@ -104,9 +104,8 @@ def parse_database_url(value: str) -> sa.URL:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
-            # Refuses unknown names of options. The values are left empty: that of a
-            # repeated option would be a tuple, which psycopg does not take.
-            make_conninfo(**dict.fromkeys(url.query, ""))
+            _, options = url.get_dialect()().create_connect_args(url)
+            make_conninfo(**options)  # refuses unknown names of options
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
     # In "user:pass@word@host", "word" would belong to the host, which drivers put into
@@ -115,13 +114,11 @@ def parse_database_url(value: str) -> sa.URL:
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
-    # A database in memory belongs to one connection, so each connection of the pool
-    # would have its own.
-    is_in_memory = url.database in {None, "", ":memory:"}
-    # A file's URL has nothing but its path: "?mode=memory" would be an option, and in
-    # "sqlite://./app.db", the dot would be a host.
+    # In "sqlite://./app.db", the dot is a host. In memory, each connection of the pool
+    # would have its own database.
     file_url = sa.URL.create(url.drivername, database=url.database)
-    if url.get_backend_name() == "sqlite" and (is_in_memory or url != file_url):
+    is_file = url == file_url and url.database not in {None, "", ":memory:"}
+    if url.get_backend_name() == "sqlite" and not is_file:
         raise ValueError("should name a file, without options: sqlite:///./app.db")
     return url
 
