@@ -161,7 +161,11 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
-        env_file=".env", env_ignore_empty=True, extra="ignore"
+        env_file=".env",
+        # pydantic-settings would warn of a folder that does not exist.
+        secrets_dir="/run/secrets" if os.path.isdir("/run/secrets") else None,
+        env_ignore_empty=True,  # an empty variable counts as not set
+        extra="ignore",
     )
     PROJECT_NAME: ValidText = "Items"
     PROJECT_DESCRIPTION: ValidText = "Users and their items."
@@ -232,12 +236,9 @@ def describe_invalid_value(error: ErrorDetails) -> str:
 
 @lru_cache
 def get_settings() -> Settings:
-    """Read the settings once. Exits with a line that names each bad variable."""
-    # pydantic-settings would warn of a folder that does not exist.
-    folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
+    """Read the settings. A bad value ends the process with a line that names it."""
     try:
-        # Without pydantic's plugin, mypy does not know this argument.
-        return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
+        return Settings()
     except pydantic.ValidationError as error:
         reason = "; ".join(describe_invalid_value(e) for e in error.errors())
     except (ValueError, OSError) as error:  # invalid JSON, or an unreadable file
