@@ -88,8 +88,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # --- Settings -------------------------------------------------------------------------
-# What an operator can set; `.env.example` says more. No other section reads the
-# environment.
+# What an operator can set. No other section reads the environment.
 
 DRIVERS = {
     "sqlite": "sqlite+aiosqlite",
@@ -127,8 +126,7 @@ def check_redis_url(value: str) -> str:
     """Raise ValueError if redis-py refuses the URL, or does not know its options."""
     try:
         pool: Any = Redis.from_url(value).connection_pool  # its methods have no types
-        # A new connection object checks its options. It does not connect.
-        pool.make_connection()
+        pool.make_connection()  # checks the options, and does not connect
     except Exception:  # noqa: BLE001 - ValueError, TypeError, RedisError
         raise ValueError("no Redis URL, or bad options") from None
     return value
@@ -145,13 +143,12 @@ def parse_origin(value: str) -> str:
     return origin
 
 
-# NoDecode: pydantic-settings reads tuples as JSON, and sa.URL is a tuple.
+# sa.URL is a tuple, which pydantic-settings would decode as JSON: hence NoDecode.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
-# A Python str can hold lone surrogates, which cannot be encoded as UTF-8. They come
-# from "\ud800" in JSON, or from a variable that is not UTF-8. pydantic refuses them,
-# but only in a str that has a max_length or a pattern.
+# Only in a str with a max_length or a pattern does pydantic refuse invalid Unicode:
+# surrogates, from "\ud800" in JSON or from a variable that is not UTF-8.
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -176,7 +173,7 @@ class Settings(BaseSettings):
     # The prefix that a reverse proxy strips from the path.
     ROOT_PATH: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
     # The random default is for development only: see refuse_unsafe_values. It is made
-    # when this module is imported, before the fork, so all workers have the same.
+    # at the import, before the fork, so that all workers have the same.
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
@@ -197,27 +194,21 @@ class Settings(BaseSettings):
     @pydantic.model_validator(mode="before")
     @classmethod
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Strip values: `docker run --env-file` keeps spaces at the ends of lines.
+        """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A variable of white space only is removed here, so the default applies. (For an
-        empty variable, env_ignore_empty takes the next source, such as .env.)
+        For a text of spaces only, the default applies.
         """
-        stripped = {
-            name: value.strip() if isinstance(value, str) else value
-            for name, value in values.items()
-        }
-        return {name: value for name, value in stripped.items() if value != ""}
+        texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
+        return {k: v for k, v in (values | texts).items() if v != ""}
 
     @pydantic.model_validator(mode="after")
     def refuse_unsafe_values(self) -> "Settings":
-        """Raise ValueError for values that are safe in development only.
-
-        The messages name the variable: pydantic does so only in errors of fields.
-        """
-        is_development = self.ENVIRONMENT == "development"
-        if not is_development and "SECRET_KEY" not in self.model_fields_set:
+        """Raise ValueError for values that are safe in development only."""
+        if self.ENVIRONMENT == "development":
+            return self
+        if "SECRET_KEY" not in self.model_fields_set:
             raise ValueError("SECRET_KEY: is required outside development")
-        if not is_development and "*" in self.CORS_ORIGINS:
+        if "*" in self.CORS_ORIGINS:
             raise ValueError("CORS_ORIGINS: * is allowed in development only")
         if self.DEBUG and self.ENVIRONMENT == "production":
             raise ValueError("DEBUG: is refused in production, because it logs SQL")
@@ -225,13 +216,10 @@ class Settings(BaseSettings):
 
 
 def describe_invalid_value(error: ErrorDetails) -> str:
-    """Return a line such as "DEBUG: Input should be a valid boolean".
-
-    pydantic's own text for it contains the value, which may be secret.
-    """
+    """Return text such as "DEBUG: …", without the value, which may be secret."""
     names = [str(part) for part in error["loc"]]  # empty for refuse_unsafe_values
-    # pydantic puts "Value error, " before the message of a ValueError.
-    return ": ".join([*names, error["msg"].removeprefix("Value error, ")])
+    message = error["msg"].removeprefix("Value error, ")  # pydantic adds it
+    return ": ".join([*names, message])
 
 
 @lru_cache
@@ -242,7 +230,7 @@ def get_settings() -> Settings:
     except pydantic.ValidationError as error:
         reason = "; ".join(describe_invalid_value(e) for e in error.errors())
     except (ValueError, OSError) as error:  # invalid JSON, or an unreadable file
-        # pydantic-settings names the variable, and its cause says what is wrong.
+        # The error names the variable; its cause says what is wrong.
         reason = f"{error}: {error.__cause__ or 'in .env or /run/secrets'}"
     raise SystemExit(f"bad settings: {reason}")
 
