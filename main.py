@@ -386,7 +386,8 @@ class AppException(Exception):
     status_code = 500
     error: str | None = None  # None: that of ERROR_CODES
     message = "Something went wrong. Quote the request_id if you report it."
-    headers: Mapping[str, str] | None = None  # they override DEFAULT_HEADERS
+    headers: Mapping[str, str] = {}  # they override DEFAULT_HEADERS
+    details: list[dict[str, str]] | None = None
 
 
 class UnauthorizedException(AppException):
@@ -394,7 +395,7 @@ class UnauthorizedException(AppException):
     status_code = 401
     message = "The access token is not valid."
     # RFC 6750 § 3.1
-    headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
+    headers: Mapping[str, str] = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
 
 
 class WrongCredentialsException(AppException):
@@ -452,22 +453,16 @@ def document_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse} for status in statuses}
 
 
-def error_response(
-    request: Request,
-    status_code: int,
-    message: str,
-    headers: Mapping[str, str] | None = None,
-    details: list[dict[str, str]] | None = None,
-    error: str | None = None,
-) -> Response:
+def error_response(request: Request, exc: AppException) -> Response:
     """Write an error in the format of `ErrorResponse`."""
+    status_code = exc.status_code
     body = {
-        "error": error or ERROR_CODES.get(status_code, f"http_{status_code}"),
-        "message": message,
-        "details": details,
+        "error": exc.error or ERROR_CODES.get(status_code, f"http_{status_code}"),
+        "message": exc.message,
+        "details": exc.details,
         "request_id": request.state.request_id,
     }
-    headers = {**DEFAULT_HEADERS.get(status_code, {}), **(headers or {})}
+    headers = {**DEFAULT_HEADERS.get(status_code, {}), **exc.headers}
     # Not JSONResponse, which cannot encode invalid Unicode: a client can send that in
     # the name of an unknown field, which `details` repeats.
     content = json.dumps(body, separators=(",", ":"))
@@ -477,9 +472,7 @@ def error_response(
 async def app_exception_handler(request: Request, exc: AppException) -> Response:
     if exc.status_code >= 500:
         request.state.reason = str(exc)  # for the request's log line
-    return error_response(
-        request, exc.status_code, exc.message, exc.headers, error=exc.error
-    )
+    return error_response(request, exc)
 
 
 def allowed_methods(request: Request) -> str:
@@ -499,27 +492,29 @@ def allowed_methods(request: Request) -> str:
 
 async def http_exception_handler(request: Request, exc: HTTPException) -> Response:
     """Turn an HTTPException into a response: the framework raises it, or your code."""
-    message = str(exc.detail)
-    headers = exc.headers
     if exc.status_code in {204, 304}:  # these are no errors, and must not have a body
-        return Response(None, exc.status_code, headers)
+        return Response(None, exc.status_code, exc.headers)
+    error = AppException(exc.detail)
+    error.status_code = exc.status_code
+    error.message = str(exc.detail)
+    error.headers = exc.headers or {}
     if exc.status_code == 405:
-        headers = {"Allow": allowed_methods(request)}
-    if exc.status_code >= 500:
-        request.state.reason = message
-    return error_response(request, exc.status_code, message, headers)
+        error.headers = {"Allow": allowed_methods(request)}
+    return await app_exception_handler(request, error)
 
 
 async def validation_exception_handler(
     request: Request, exc: RequestValidationError
 ) -> Response:
     """Turn a validation error into a 422. No value is echoed: it can be a password."""
-    details = [
+    error = AppException()
+    error.status_code = 422
+    error.message = "The request is not valid."
+    error.details = [
         {"field": ".".join(map(str, e["loc"])), "message": e["msg"], "type": e["type"]}
         for e in exc.errors()
     ]
-    message = "The request is not valid."
-    return error_response(request, 422, message, details=details)
+    return error_response(request, error)
 
 
 async def unhandled_exception_handler(request: Request, exc: Exception) -> Response:
@@ -529,7 +524,7 @@ async def unhandled_exception_handler(request: Request, exc: Exception) -> Respo
     run outside all middleware: its response would have no id and no security headers.
     """
     request.state.exception = exc
-    return error_response(request, 500, AppException.message)
+    return error_response(request, AppException())
 
 
 # --- Models ---------------------------------------------------------------------------
