@@ -355,8 +355,8 @@ def summarize_error(error: BaseException) -> str:
 
 
 # --- Errors ---------------------------------------------------------------------------
-# `error_response` writes the body of every error. Services raise AppExceptions. The
-# handler of database errors is in the section Database.
+# Services raise AppExceptions; error_response writes the body of every error. (The
+# handler of database errors is in the section Database.)
 
 ERROR_CODES = {  # status code: the `error` in the body
     400: "bad_request",
@@ -373,14 +373,15 @@ ERROR_CODES = {  # status code: the `error` in the body
     504: "timeout",
 }
 DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # for Allow
+# Those that the header Allow can name (RFC 9110 § 15.5.6).
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class AppException(Exception):
     """Base class of errors. A client gets the class's `message`.
 
-    `raise SomeException("why")`: if the status is 500 or more, the log line of the
-    request has this text as its `reason`. Clients never get it.
+    The text in `raise SomeException("text")` never reaches clients: it is the `reason`
+    in the request's log line, if the status is 500 or more.
     """
 
     status_code = 500
@@ -463,8 +464,8 @@ def error_response(request: Request, exc: AppException) -> Response:
         "request_id": request.state.request_id,
     }
     headers = {**DEFAULT_HEADERS.get(status_code, {}), **exc.headers}
-    # Not JSONResponse, which cannot encode invalid Unicode: a client can send that in
-    # the name of an unknown field, which `details` repeats.
+    # Not JSONResponse, which cannot encode invalid Unicode: `details` repeats the name
+    # of an unknown field, which can be any text.
     content = json.dumps(body, separators=(",", ":"))
     return Response(content, status_code, headers, "application/json")
 
@@ -476,15 +477,11 @@ async def app_exception_handler(request: Request, exc: AppException) -> Response
 
 
 def allowed_methods(request: Request) -> str:
-    """Return the methods of all routes on the path, as RFC 9110 § 15.5.6 demands.
-
-    The framework's own header names those of one route only.
-    """
+    """Return the methods of all routes on the path; the framework names one route's."""
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # Not route.methods: since FastAPI 0.165, include_router adds the router as one
-        # entry, which has no methods. FULL means that path and method match.
+        # Not route.methods, because a router in app.routes (FastAPI 0.165) has none.
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -492,7 +489,7 @@ def allowed_methods(request: Request) -> str:
 
 async def http_exception_handler(request: Request, exc: HTTPException) -> Response:
     """Turn an HTTPException into a response: the framework raises it, or your code."""
-    if exc.status_code in {204, 304}:  # these are no errors, and must not have a body
+    if exc.status_code in {204, 304}:  # must not have a body
         return Response(None, exc.status_code, exc.headers)
     error = AppException(exc.detail)
     error.status_code = exc.status_code
@@ -520,8 +517,8 @@ async def validation_exception_handler(
 async def unhandled_exception_handler(request: Request, exc: Exception) -> Response:
     """Turn an unhandled exception into a 500; the log line has the traceback.
 
-    LimitsAndErrorsMiddleware calls it. If it were registered for Exception, it would
-    run outside all middleware: its response would have no id and no security headers.
+    LimitsAndErrorsMiddleware calls it. A handler that is registered for Exception runs
+    outside all middleware, so its response has no id and no security headers.
     """
     request.state.exception = exc
     return error_response(request, AppException())
