@@ -103,7 +103,8 @@ def parse_database_url(value: str) -> sa.URL:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
-            _, options = url.get_dialect()().create_connect_args(url)
+            dialect = url.get_dialect()()
+            _, options = dialect.create_connect_args(url)  # what psycopg will get
             make_conninfo(**options)  # refuses unknown names of options
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
@@ -331,8 +332,8 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")
-    # The handler itself, because UvicornWorker copies that of gunicorn.error, and does
-    # not let uvicorn's loggers propagate.
+    # UvicornWorker gives uvicorn's loggers the handlers of gunicorn.error, and turns
+    # their propagation off. So each of these has the handler itself.
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
