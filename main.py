@@ -1218,22 +1218,12 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 # `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects. The order is
 # that of the index.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-owner_parameter: sa.BindParameter[int] = sa.bindparam("owner")
-after_parameter: sa.BindParameter[int] = sa.bindparam("after")
-# The owner's items with an id above `after`. Each database has the form for which it
-# starts in the index at (owner_id, id): so the last page costs what the first does.
+# Both conditions mean the same. With the other one, SQLite would read all items of the
+# owner for the last page, and PostgreSQL could read other owners' items.
 LIST_ITEMS_QUERIES = {
-    # owner_id = :owner AND id > :after. (For PostgreSQL's condition, SQLite would walk
-    # through all items of the owner.)
-    "sqlite": ITEMS_QUERY.where(
-        Item.owner_id == owner_parameter, Item.id > after_parameter
-    ),
-    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner, which ends the list
-    # before the next owner. (For SQLite's condition, PostgreSQL may walk through the
-    # primary key.)
+    "sqlite": ITEMS_QUERY.where(sa.text("owner_id = :owner AND id > :after")),
     "postgresql": ITEMS_QUERY.where(
-        sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(owner_parameter, after_parameter),
-        Item.owner_id <= owner_parameter,
+        sa.text("(owner_id, id) > (:owner, :after) AND owner_id <= :owner")
     ),
 }
 
