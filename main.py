@@ -64,7 +64,7 @@ from jose.utils import base64url_encode
 from psycopg.conninfo import make_conninfo
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
+from pydantic import MISSING, AfterValidator, BaseModel, Field, SecretStr
 from pydantic_core import (
     ErrorDetails,
     PydanticCustomError,
@@ -149,7 +149,7 @@ def parse_origin(value: str) -> str:
 
 
 # NoDecode: pydantic-settings reads tuples as JSON, and sa.URL is a tuple.
-DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
+DatabaseUrl = Annotated[sa.URL, NoDecode, pydantic.BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
 # A Python str can hold lone surrogates, which cannot be encoded as UTF-8. They come
@@ -1085,11 +1085,12 @@ class ItemIn(RequestBody):
     description: Description | None = Field(default=None, examples=["green"])
 
 
-class ItemPatch(ItemIn):
-    # Optional, but not nullable. The default is neither validated nor stored, because
-    # change_item takes only the fields that were sent. A default_factory, because /docs
-    # would show a plain `default`.
-    title: Title = Field(default_factory=str, examples=["tea"])
+class ItemPatch(RequestBody):
+    # MISSING: the field may be left out, and model_dump() then leaves it out, too.
+    title: Title | MISSING = Field(default=MISSING, examples=["tea"])
+    description: Description | None | MISSING = Field(
+        default=MISSING, examples=["green"]
+    )
 
 
 class ItemOut(BaseModel, from_attributes=True):
@@ -1431,7 +1432,7 @@ async def change_item(
     # Lock the row. If it were deleted before the UPDATE, SQLAlchemy would raise a
     # StaleDataError, which is a 500. (On SQLite, the transaction has locked the file.)
     item = await read_item(db, owner, item_id, for_update=True)
-    for name, value in patch.model_dump(exclude_unset=True).items():
+    for name, value in patch.model_dump().items():
         setattr(item, name, value)
     await db.commit()
     return item
