@@ -1272,11 +1272,9 @@ async def remove_user(db: AsyncSession, user_id: int) -> None:
     await db.execute(sa.delete(User).where(User.id == user_id))
 
 
-async def find_item(
-    db: AsyncSession, owner_id: int, item_id: int, for_update: bool
-) -> Item | None:
+async def find_item(db: AsyncSession, owner_id: int, item_id: int) -> Item | None:
     query = sa.select(Item).where(Item.id == item_id, Item.owner_id == owner_id)
-    return await db.scalar(query.with_for_update() if for_update else query)
+    return await db.scalar(query)
 
 
 async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) -> Rows:
@@ -1285,23 +1283,22 @@ async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) ->
     return (await db.execute(query, parameters)).all()
 
 
+async def update_item(
+    db: AsyncSession, owner_id: int, item_id: int, changes: dict[str, object]
+) -> Item | None:
+    query = sa.update(Item).where(Item.id == item_id, Item.owner_id == owner_id)
+    return await db.scalar(query.values(**changes).returning(Item))
+
+
 async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
     query = sa.delete(Item).where(Item.id == item_id, Item.owner_id == owner_id)
     return await db.scalar(query.returning(Item.id)) is not None
 
 
 # --- Services -------------------------------------------------------------------------
-# Business logic. The verbs here, and those of the repositories that they call:
-#
-#   register_user, create_item    add_
-#   read_user, read_items         find_, list_
-#   change_password               update_
-#   change_item                   find_, then sets the attributes
-#   discard_user, discard_item    remove_
-#
-# A service that writes commits at its end. A session takes a connection at its first
-# statement and gives it back at commit() or rollback(). No service holds one while a
-# password is hashed, which takes 30 ms.
+# Business logic. A service that writes commits at its end. A session takes a connection
+# at its first statement and gives it back at commit() or rollback(). No service holds
+# one while a password is hashed, which takes 30 ms.
 
 Page = dict[str, Any]
 
@@ -1413,10 +1410,8 @@ async def create_item(db: AsyncSession, owner: User, item_in: ItemIn) -> Item:
     return item
 
 
-async def read_item(
-    db: AsyncSession, owner: User, item_id: int, for_update: bool = False
-) -> Item:
-    item = await find_item(db, owner.id, item_id, for_update)
+async def read_item(db: AsyncSession, owner: User, item_id: int) -> Item:
+    item = await find_item(db, owner.id, item_id)
     if item is None:
         raise NotFoundException
     return item
@@ -1429,11 +1424,12 @@ async def read_items(db: AsyncSession, owner: User, after: int, limit: int) -> P
 async def change_item(
     db: AsyncSession, owner: User, item_id: int, patch: ItemPatch
 ) -> Item:
-    # Lock the row. If it were deleted before the UPDATE, SQLAlchemy would raise a
-    # StaleDataError, which is a 500. (On SQLite, the transaction has locked the file.)
-    item = await read_item(db, owner, item_id, for_update=True)
-    for name, value in patch.model_dump().items():
-        setattr(item, name, value)
+    changes = patch.model_dump()
+    if not changes:
+        return await read_item(db, owner, item_id)  # `updated_at` stays
+    item = await update_item(db, owner.id, item_id, changes)
+    if item is None:
+        raise NotFoundException
     await db.commit()
     return item
 
