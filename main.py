@@ -1145,8 +1145,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already.
 
-    The limiter is not passed to run_sync, because that yields to the event loop before
-    it waits: all requests of a burst would pass the check before the first one waits.
+    Not `run_sync(…, limiter=…)`, which yields to the event loop before it waits: all
+    requests of a burst would pass the check first.
     """
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
@@ -1168,14 +1168,9 @@ async def verify_password(password: str, known_hash: str) -> tuple[bool, str | N
 
 
 def signing_key(settings: Settings) -> dict[str, str]:
-    """Return the secret as a JSON Web Key.
-
-    If it were passed as text, python-jose would take a secret that looks like JSON for
-    a key object.
-    """
-    # A secret may be any bytes. Python reads those that are not UTF-8 as surrogates;
-    # surrogateescape restores them.
-    secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
+    """Return the secret as a JSON Web Key: python-jose would parse a text as JSON."""
+    # surrogateescape, because a variable may have bytes that are not UTF-8.
+    secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
 
@@ -1196,12 +1191,9 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
     options = {"require_sub": True, "require_iat": True, "require_exp": True}
     key = signing_key(settings)
     try:
-        claims = jwt.decode(
-            token, key, algorithms=[settings.ALGORITHM], options=options
-        )
+        claims = jwt.decode(token, key, [settings.ALGORITHM], options)
         user_id = int(claims["sub"])
-        # Another service with the same key may have issued the token. An id beyond 64
-        # bits would make the database raise: a 500 in place of a 401.
+        # The database would raise for an id beyond 64 bits: a 500 in place of a 401.
         if not 0 < user_id <= MAX_ID:
             raise ValueError
         return user_id, claims["version"]
