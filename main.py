@@ -1202,8 +1202,7 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
 
 
 # --- Repositories ---------------------------------------------------------------------
-# SQL only. Functions return rows or None. They contain no business rules, and do not
-# commit.
+# SQL only: no business rules, no commit.
 
 Rows = Sequence[Any]  # of objects such as User, or of plain rows
 # The queries of the busiest routes are built once, because that takes 0.2 ms.
@@ -1241,16 +1240,15 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
 
 
 async def update_user_if_unchanged(
-    db: AsyncSession, user: User, **changes: Any
+    db: AsyncSession, user: User, **changes: object
 ) -> bool:
-    """Update a user, unless the password has been changed since `user` was read.
+    """Return False if the password has been changed since `user` was read.
 
-    Returns whether the user was updated. This is optimistic locking: of two password
-    changes at once, one fails. It compares password_hash, not token_version, because a
-    logout at the same time must not make a password change fail.
+    So of two password changes at once, one fails. (If this compared token_version, a
+    logout at the same time would make a password change fail, too.)
     """
     condition = (User.id == user.id) & (User.password_hash == user.password_hash)
-    query = sa.update(User).where(condition).values(changes).returning(User.id)
+    query = sa.update(User).where(condition).values(**changes).returning(User.id)
     return await db.scalar(query) is not None
 
 
@@ -1260,7 +1258,7 @@ async def update_token_version(db: AsyncSession, user_id: int) -> None:
 
 
 async def remove_user(db: AsyncSession, user_id: int) -> None:
-    """Delete a user. ON DELETE CASCADE of the foreign key deletes the user's items."""
+    """Delete a user, and by ON DELETE CASCADE the user's items."""
     await db.execute(sa.delete(User).where(User.id == user_id))
 
 
@@ -1276,7 +1274,7 @@ async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) ->
 
 
 async def update_item(
-    db: AsyncSession, owner_id: int, item_id: int, changes: dict[str, object]
+    db: AsyncSession, owner_id: int, item_id: int, **changes: object
 ) -> Item | None:
     query = sa.update(Item).where(Item.id == item_id, Item.owner_id == owner_id)
     return await db.scalar(query.values(**changes).returning(Item))
@@ -1296,10 +1294,7 @@ Page = dict[str, Any]
 
 
 def make_page(name: str, rows: Rows, limit: int) -> Page:
-    """Make a page of at most `limit` rows.
-
-    Callers ask for `limit + 1`: the additional row shows that there is a next page.
-    """
+    """Callers get one row more than `limit`, which shows that there is a next page."""
     has_next = len(rows) > limit
     return {name: rows[:limit], "next": rows[limit - 1].id if has_next else None}
 
@@ -1314,9 +1309,8 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # The user who had this name has just been deleted, so try again. (After the
-        # rollback, `user` is transient, so it can be added.) If another constraint was
-        # violated, which is a bug, this raises IntegrityError again.
+        # The user who had this name has just been deleted, so try again. If another
+        # constraint was violated, which is a bug, this raises IntegrityError again.
         await add_row(db, user)
     await db.commit()
     return user
@@ -1327,7 +1321,8 @@ async def authenticate_user(
 ) -> User:
     """Raises WrongCredentialsException, after the same time whatever is wrong.
 
-    `db` is used only to store a new hash: on SQLite, it takes the write lock.
+    Two sessions, because only some logins write: on SQLite, `db` waits for the one
+    connection that can write.
     """
     user = await find_user_by_name(read_db, username)
     await read_db.commit()  # gives the connection back, before the slow verify_password
@@ -1336,7 +1331,6 @@ async def authenticate_user(
     if user is None or not is_valid:
         raise WrongCredentialsException
     if new_hash:  # the known one was made with older parameters
-        # It is not stored if another request has changed the password meanwhile.
         await update_user_if_unchanged(db, user, password_hash=new_hash)
         await db.commit()
     return user
@@ -1368,10 +1362,8 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
         raise WrongPasswordException
     new_hash = await hash_password(change.new_password)
     # In SQL, because a logout may have incremented the version since `user` was read.
-    next_version = User.token_version + 1
-    if not await update_user_if_unchanged(
-        db, user, password_hash=new_hash, token_version=next_version
-    ):
+    changes = {"password_hash": new_hash, "token_version": User.token_version + 1}
+    if not await update_user_if_unchanged(db, user, **changes):
         raise WrongPasswordException  # another request has changed the password
     await db.commit()
 
@@ -1419,7 +1411,7 @@ async def change_item(
     changes = patch.model_dump()
     if not changes:
         return await read_item(db, owner, item_id)  # `updated_at` stays
-    item = await update_item(db, owner.id, item_id, changes)
+    item = await update_item(db, owner.id, item_id, **changes)
     if item is None:
         raise NotFoundException
     await db.commit()
