@@ -576,8 +576,7 @@ class User(Base):
     __tablename__ = "users"
     # Without autoincrement, SQLite gives the id of a deleted user to the next new user,
     # and the deleted user's tokens would be valid for that account.
-    # Not a ClassVar, which mypy refuses here.
-    __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012
+    __table_args__ = ({"sqlite_autoincrement": True},)
     username: Mapped[str] = mapped_column(sa.String(32), unique=True)
     password_hash: Mapped[str]
     # Each token carries this number. Incrementing it makes all earlier tokens invalid.
@@ -2240,10 +2239,7 @@ api_router.include_router(items_router)
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Open the database at the start, and close it at the end.
-
-    If it does not answer within a second, the service starts without it.
-    """
+    """Open the database, but start without it if it does not answer in a second."""
     database = Database(app.state.settings)
     app.state.database = database
     checks = {database.start_check()}
@@ -2266,8 +2262,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
         allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
         expose_headers=EXPOSED_HEADERS,
     )
-    # CORS comes before the middleware that can refuse a request. Without CORS headers
-    # on a 429, a browser does not let the page's script read it.
+    # CORS comes before what can refuse a request: a page's script could not read a 429
+    # that has no CORS headers.
     return [
         Middleware(RequestLoggingMiddleware, settings.ROOT_PATH),
         Middleware(SecurityHeadersMiddleware),
@@ -2278,8 +2274,7 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
 
 
 def register_exception_handlers(app: FastAPI) -> None:
-    # Not app.add_exception_handler(AppException, …): mypy refuses a handler whose `exc`
-    # is not annotated as Exception.
+    # Not `app.add_exception_handler`: its types refuse a handler of a subclass.
     app.exception_handler(AppException)(app_exception_handler)
     app.exception_handler(HTTPException)(http_exception_handler)
     app.exception_handler(RequestValidationError)(validation_exception_handler)
@@ -2290,7 +2285,6 @@ def customize_openapi(app: FastAPI) -> None:
     """Put the token URL into the OpenAPI document, for /docs's Authorize button."""
     settings: Settings = app.state.settings
     token_url = f"{settings.ROOT_PATH}{settings.API_V1_PREFIX}/auth/token"
-
     generate_document = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -2320,12 +2314,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Plain routes, whose paths begin with /health. With include_router, FastAPI
-        # would match the router first, then its routes: a health check would be a fifth
-        # slower.
+        # With include_router, a health check would be a fifth slower.
         routes=health_router.routes,
-        # OpenTelemetry is built into FastAPI (since 0.165), and costs time. To use it,
-        # see "Operate" in README.
+        # OpenTelemetry costs time. To use it, see "Operate" in README.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.settings = settings
@@ -2336,8 +2327,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# Importing this module must not read settings. So `app` is built at its first use, by
-# __getattr__ (PEP 562). mypy sees the declaration only.
+# Importing this module must not read settings, so `app` is built at its first use
+# (PEP 562). mypy sees the declaration only.
 if TYPE_CHECKING:
     app: FastAPI
 else:
@@ -2345,6 +2336,7 @@ else:
     def __getattr__(name: str) -> FastAPI:
         if name != "app":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        global app
         setup_logging(get_settings())
-        globals()["app"] = create_app()
-        return globals()["app"]
+        app = create_app()
+        return app
