@@ -1029,9 +1029,6 @@ LoginName = Annotated[
 LoginPassword = Annotated[str, Field(min_length=1, max_length=1024), Normalized]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
 Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
-NextCursor = Annotated[
-    int | None, Field(description="The next `after`; null at the end")
-]
 
 
 class RequestBody(BaseModel, extra="forbid"):
@@ -1057,7 +1054,7 @@ class UserOut(BaseModel, from_attributes=True):
 
 class UserPage(BaseModel):
     users: list[UserOut]
-    next: NextCursor
+    next: int | None = Field(description="The next `after`; null at the end")
 
 
 class PasswordChange(RequestBody):
@@ -1102,7 +1099,7 @@ class ItemOut(BaseModel, from_attributes=True):
 
 class ItemPage(BaseModel):
     items: list[ItemOut]
-    next: NextCursor
+    next: int | None = Field(description="The next `after`; null at the end")
 
 
 class ProbeStatus(BaseModel):
@@ -1115,7 +1112,7 @@ class CheckResult(BaseModel):
 
 class HealthChecks(BaseModel):
     database: CheckResult
-    redis: CheckResult | None = None
+    redis: CheckResult | MISSING = MISSING
 
 
 class HealthStatus(BaseModel):
@@ -2013,12 +2010,11 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
 
 
 async def rate_limit_dependency(request: Request) -> None:
-    """Apply the login limit: for routes that hash or verify a password."""
+    """Apply the login limit. (RateLimitMiddleware applies the other one, to all.)"""
     await request.app.state.rate_limiter.enforce("login", request.scope)
 
 
-# scope="function" closes the session before the response is sent, so that a slow client
-# does not keep a connection.
+# scope="function" closes the session before the response, which can be slow, is sent.
 WriteSession = Annotated[AsyncSession, Depends(get_db, scope="function")]
 ReadSession = Annotated[AsyncSession, Depends(get_read_db, scope="function")]
 CurrentUser = Annotated[User, Depends(get_current_user)]
@@ -2035,25 +2031,21 @@ health_router = APIRouter(
     # The operation id is the function's name. create_app's option does not apply here.
     generate_unique_id_function=attrgetter("name"),
 )
-
-
 HEALTHY = CheckResult(status="healthy")
 UNHEALTHY = CheckResult(status="unhealthy")
 
 
-async def check_database(request: Request, response: Response) -> CheckResult:
-    """Return the database's state. If it is unhealthy, make the response a 503."""
+async def check_database(request: Request) -> CheckResult:
     if await request.app.state.database.is_ready():
         return HEALTHY
-    request.state.reason = "the database is not ready"
-    response.status_code = 503
+    request.state.reason = "the database is not ready"  # for the request's log line
     return UNHEALTHY
 
 
-async def check_redis(redis: RedisRateLimiter | None) -> CheckResult | None:
-    """Return None if no Redis is configured. If it is down, the service is degraded."""
+async def check_redis(request: Request) -> CheckResult | MISSING:
+    redis: RedisRateLimiter | None = request.app.state.rate_limiter.redis
     if redis is None:
-        return None
+        return MISSING  # it is not configured, and the response does not name it
     return HEALTHY if await redis.is_ready() else UNHEALTHY
 
 
@@ -2068,20 +2060,21 @@ async def liveness_probe() -> ProbeStatus:
 @health_router.head("/ready", include_in_schema=False)
 async def readiness_probe(request: Request, response: Response) -> ProbeStatus:
     """Can it serve requests? If not, send them elsewhere."""
-    database = await check_database(request, response)
-    return ProbeStatus(status="ready" if database == HEALTHY else "not_ready")
+    if await check_database(request) == HEALTHY:
+        return ProbeStatus(status="ready")
+    response.status_code = 503
+    return ProbeStatus(status="not_ready")
 
 
-@health_router.get(
-    "", responses={503: {"model": HealthStatus}}, response_model_exclude_none=True
-)
-@health_router.head("", include_in_schema=False, response_model_exclude_none=True)
+@health_router.get("", responses={503: {"model": HealthStatus}})
+@health_router.head("", include_in_schema=False)
 async def health_check(request: Request, response: Response) -> HealthStatus:
     """How are the service and the servers that it depends on?"""
     database, redis = await asyncio.gather(
-        check_database(request, response),
-        check_redis(request.app.state.rate_limiter.redis),
+        check_database(request), check_redis(request)
     )
+    if database == UNHEALTHY:
+        response.status_code = 503  # not for Redis: without it, the service works
     return HealthStatus(
         status="degraded" if UNHEALTHY in (database, redis) else "healthy",
         timestamp=now(),
@@ -2096,12 +2089,10 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
 # Routes with a body document 413 (it is too large) and 400 (it cannot be decoded).
 
 IdPath = Annotated[int, Path(ge=1, le=MAX_ID)]
-After = Annotated[
-    int, Query(ge=0, le=MAX_ID, description="`next` of the previous page")
-]
+After = Annotated[int, Query(ge=0, le=MAX_ID, description="`next` of the page before")]
 Limit = Annotated[int, Query(ge=1, le=100)]
 LoginFormBody = Annotated[LoginForm, Form()]
-LOGIN_LIMITED = [Depends(rate_limit_dependency)]
+LOGIN_LIMITED = [Depends(rate_limit_dependency)]  # for routes that hash a password
 
 users_router = APIRouter(prefix="/users", tags=["users"])
 # form_limits: FastAPI (as of 0.165) refuses larger forms. Its default is 1,000 fields.
