@@ -998,12 +998,11 @@ async def database_exception_handler(
 
 
 # --- Schemas --------------------------------------------------------------------------
-# The bodies of requests and responses. A text of a request has a pattern or a
-# max_length, so that pydantic refuses invalid Unicode (see ValidText). Texts that reach
-# the database contain no NUL, because PostgreSQL refuses it.
+# The bodies of requests and responses. Each text of a request has a pattern or a
+# max_length: only then, pydantic refuses invalid Unicode (see ValidText).
 
 MAX_ID = 2**63 - 1
-NO_NUL = r"^[^\x00]*$"
+NO_NUL = r"^[^\x00]*$"  # for texts that reach the database: PostgreSQL refuses NUL
 
 
 def to_utc(moment: datetime) -> datetime:
@@ -1021,12 +1020,10 @@ NewUsername = Annotated[
 # NIST SP 800-63B-4: at least 15 characters where there is no second factor, and no rule
 # such as "one digit".
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), Normalized]
-# A login is not checked against the rules for new names and passwords: a name that
-# breaks them gets 401, like any wrong name. Only the size is limited (422).
-LoginName = Annotated[
-    str, Field(min_length=1, max_length=1024, pattern=NO_NUL), Lowercase
-]
-LoginPassword = Annotated[str, Field(min_length=1, max_length=1024), Normalized]
+# No more rules than these: a name that cannot exist gets 401, like any wrong name.
+LoginText = Annotated[str, Field(min_length=1, max_length=1024)]
+LoginName = Annotated[LoginText, Field(pattern=NO_NUL), Lowercase]
+LoginPassword = Annotated[LoginText, Normalized]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
 Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
 
@@ -1125,11 +1122,10 @@ class HealthStatus(BaseModel):
 # --- Security -------------------------------------------------------------------------
 # Argon2id with OWASP's parameters: a guess costs 19 MiB and some 30 ms of a CPU.
 
-PASSWORD_HASHER = PasswordHash(
-    [Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1)]
-)
-# Verified in place of a real hash if the username does not exist: the time of a login
-# then does not tell which usernames exist. Its salt and its hash are zeros in base64.
+ARGON2ID = Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1)
+PASSWORD_HASHER = PasswordHash([ARGON2ID])
+# Verified if the username does not exist, so that the time of a login does not tell
+# which usernames exist. Its salt and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 # At most two hashes at a time, in threads, which bounds the memory. The event loop goes
 # on meanwhile, because argon2 releases the GIL.
@@ -1172,11 +1168,10 @@ def signing_key(settings: Settings) -> dict[str, str]:
 
 def create_access_token(user: User, settings: Settings) -> str:
     issued_at = int(time.time())
-    expires_at = issued_at + settings.ACCESS_TOKEN_EXPIRE_MINUTES * 60
     claims = {
         "sub": str(user.id),
         "iat": issued_at,
-        "exp": expires_at,
+        "exp": issued_at + settings.ACCESS_TOKEN_EXPIRE_MINUTES * 60,
         "version": user.token_version,
     }
     return jwt.encode(claims, signing_key(settings), settings.ALGORITHM)
