@@ -1017,8 +1017,7 @@ Normalized = AfterValidator(partial(unicodedata.normalize, "NFC"))
 NewUsername = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$"), Lowercase
 ]
-# NIST SP 800-63B-4: at least 15 characters where there is no second factor, and no rule
-# such as "one digit".
+# NIST SP 800-63B-4: at least 15 characters without a second factor, and no other rules.
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), Normalized]
 # No more rules than these: a name that cannot exist gets 401, like any wrong name.
 LoginText = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -1127,8 +1126,7 @@ PASSWORD_HASHER = PasswordHash([ARGON2ID])
 # Verified if the username does not exist, so that the time of a login does not tell
 # which usernames exist. Its salt and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
-# At most two hashes at a time, in threads, which bounds the memory. The event loop goes
-# on meanwhile, because argon2 releases the GIL.
+# Two hashes at a time, to bound the memory; in threads, as argon2 releases the GIL.
 HASHING_LIMITER = CapacityLimiter(2)
 MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 
