@@ -64,7 +64,7 @@ from jose.utils import base64url_encode
 from psycopg.conninfo import make_conninfo
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SecretStr
+from pydantic import MISSING, AfterValidator, BaseModel, Field, SecretStr
 from pydantic_core import (
     ErrorDetails,
     PydanticCustomError,
@@ -145,7 +145,7 @@ def parse_origin(value: str) -> str:
 
 
 # sa.URL is a tuple, which pydantic-settings would decode as JSON: hence NoDecode.
-DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
+DatabaseUrl = Annotated[sa.URL, NoDecode, pydantic.BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
 # Only in a str with a max_length or a pattern does pydantic refuse invalid Unicode:
@@ -546,8 +546,7 @@ class User(Base):
     __tablename__ = "users"
     # Without autoincrement, SQLite gives the id of a deleted user to the next new user,
     # and the deleted user's tokens would be valid for that account.
-    # Not a ClassVar, which mypy refuses here.
-    __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012
+    __table_args__ = ({"sqlite_autoincrement": True},)
     username: Mapped[str] = mapped_column(sa.String(32), unique=True)
     password_hash: Mapped[str]
     # Each token carries this number. Incrementing it makes all earlier tokens invalid.
@@ -969,12 +968,11 @@ async def database_exception_handler(
 
 
 # --- Schemas --------------------------------------------------------------------------
-# The bodies of requests and responses. A text of a request has a pattern or a
-# max_length, so that pydantic refuses invalid Unicode (see ValidText). Texts that reach
-# the database contain no NUL, because PostgreSQL refuses it.
+# The bodies of requests and responses. Each text of a request has a pattern or a
+# max_length: only then, pydantic refuses invalid Unicode (see ValidText).
 
 MAX_ID = 2**63 - 1
-NO_NUL = r"^[^\x00]*$"
+NO_NUL = r"^[^\x00]*$"  # for texts that reach the database: PostgreSQL refuses NUL
 
 
 def to_utc(moment: datetime) -> datetime:
@@ -989,20 +987,14 @@ Normalized = AfterValidator(partial(unicodedata.normalize, "NFC"))
 NewUsername = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$"), Lowercase
 ]
-# NIST SP 800-63B-4: at least 15 characters where there is no second factor, and no rule
-# such as "one digit".
+# NIST SP 800-63B-4: at least 15 characters without a second factor, and no other rules.
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), Normalized]
-# A login is not checked against the rules for new names and passwords: a name that
-# breaks them gets 401, like any wrong name. Only the size is limited (422).
-LoginName = Annotated[
-    str, Field(min_length=1, max_length=1024, pattern=NO_NUL), Lowercase
-]
-LoginPassword = Annotated[str, Field(min_length=1, max_length=1024), Normalized]
+# No more rules than these: a name that cannot exist gets 401, like any wrong name.
+LoginText = Annotated[str, Field(min_length=1, max_length=1024)]
+LoginName = Annotated[LoginText, Field(pattern=NO_NUL), Lowercase]
+LoginPassword = Annotated[LoginText, Normalized]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
 Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
-NextCursor = Annotated[
-    int | None, Field(description="The next `after`; null at the end")
-]
 
 
 class RequestBody(BaseModel, extra="forbid"):
@@ -1028,7 +1020,7 @@ class UserOut(BaseModel, from_attributes=True):
 
 class UserPage(BaseModel):
     users: list[UserOut]
-    next: NextCursor
+    next: int | None = Field(description="The next `after`; null at the end")
 
 
 class PasswordChange(RequestBody):
@@ -1055,11 +1047,12 @@ class ItemIn(RequestBody):
     description: Description | None = Field(default=None, examples=["green"])
 
 
-class ItemPatch(ItemIn):
-    # Optional, but not nullable. The default is neither validated nor stored, because
-    # change_item takes only the fields that were sent. A default_factory, because /docs
-    # would show a plain `default`.
-    title: Title = Field(default_factory=str, examples=["tea"])
+class ItemPatch(RequestBody):
+    # MISSING: the field may be left out, and model_dump() then leaves it out, too.
+    title: Title | MISSING = Field(default=MISSING, examples=["tea"])
+    description: Description | None | MISSING = Field(
+        default=MISSING, examples=["green"]
+    )
 
 
 class ItemOut(BaseModel, from_attributes=True):
@@ -1072,7 +1065,7 @@ class ItemOut(BaseModel, from_attributes=True):
 
 class ItemPage(BaseModel):
     items: list[ItemOut]
-    next: NextCursor
+    next: int | None = Field(description="The next `after`; null at the end")
 
 
 class ProbeStatus(BaseModel):
@@ -1085,7 +1078,7 @@ class CheckResult(BaseModel):
 
 class HealthChecks(BaseModel):
     database: CheckResult
-    redis: CheckResult | None = None
+    redis: CheckResult | MISSING = MISSING
 
 
 class HealthStatus(BaseModel):
@@ -1098,14 +1091,12 @@ class HealthStatus(BaseModel):
 # --- Security -------------------------------------------------------------------------
 # Argon2id with OWASP's parameters: a guess costs 19 MiB and some 30 ms of a CPU.
 
-PASSWORD_HASHER = PasswordHash(
-    [Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1)]
-)
-# Verified in place of a real hash if the username does not exist: the time of a login
-# then does not tell which usernames exist. Its salt and its hash are zeros in base64.
+ARGON2ID = Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1)
+PASSWORD_HASHER = PasswordHash([ARGON2ID])
+# Verified if the username does not exist, so that the time of a login does not tell
+# which usernames exist. Its salt and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
-# At most two hashes at a time, in threads, which bounds the memory. The event loop goes
-# on meanwhile, because argon2 releases the GIL.
+# Two hashes at a time, to bound the memory. In threads: argon2 releases the GIL.
 HASHING_LIMITER = CapacityLimiter(2)
 MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 
@@ -1114,8 +1105,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already.
 
-    The limiter is not passed to run_sync, because that yields to the event loop before
-    it waits: all requests of a burst would pass the check before the first one waits.
+    Not `run_sync(…, limiter=…)`, which yields to the event loop before it waits: all
+    requests of a burst would pass the check first.
     """
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
@@ -1137,24 +1128,18 @@ async def verify_password(password: str, known_hash: str) -> tuple[bool, str | N
 
 
 def signing_key(settings: Settings) -> dict[str, str]:
-    """Return the secret as a JSON Web Key.
-
-    If it were passed as text, python-jose would take a secret that looks like JSON for
-    a key object.
-    """
-    # A secret may be any bytes. Python reads those that are not UTF-8 as surrogates;
-    # surrogateescape restores them.
-    secret = settings.SECRET_KEY.get_secret_value().encode("utf-8", "surrogateescape")
+    """Return the secret as a JSON Web Key: python-jose would parse a text as JSON."""
+    # surrogateescape, because a variable may have bytes that are not UTF-8.
+    secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
 
 def create_access_token(user: User, settings: Settings) -> str:
     issued_at = int(time.time())
-    expires_at = issued_at + settings.ACCESS_TOKEN_EXPIRE_MINUTES * 60
     claims = {
         "sub": str(user.id),
         "iat": issued_at,
-        "exp": expires_at,
+        "exp": issued_at + settings.ACCESS_TOKEN_EXPIRE_MINUTES * 60,
         "version": user.token_version,
     }
     return jwt.encode(claims, signing_key(settings), settings.ALGORITHM)
@@ -1165,12 +1150,9 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
     options = {"require_sub": True, "require_iat": True, "require_exp": True}
     key = signing_key(settings)
     try:
-        claims = jwt.decode(
-            token, key, algorithms=[settings.ALGORITHM], options=options
-        )
+        claims = jwt.decode(token, key, [settings.ALGORITHM], options)
         user_id = int(claims["sub"])
-        # Another service with the same key may have issued the token. An id beyond 64
-        # bits would make the database raise: a 500 in place of a 401.
+        # The database would raise for an id beyond 64 bits: a 500 in place of a 401.
         if not 0 < user_id <= MAX_ID:
             raise ValueError
         return user_id, claims["version"]
@@ -1179,8 +1161,7 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
 
 
 # --- Repositories ---------------------------------------------------------------------
-# SQL only. Functions return rows or None. They contain no business rules, and do not
-# commit.
+# SQL only: no business rules, no commit.
 
 Rows = Sequence[Any]  # of objects such as User, or of plain rows
 # The queries of the busiest routes are built once, because that takes 0.2 ms.
@@ -1188,22 +1169,12 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 # `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects. The order is
 # that of the index.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-owner_parameter: sa.BindParameter[int] = sa.bindparam("owner")
-after_parameter: sa.BindParameter[int] = sa.bindparam("after")
-# The owner's items with an id above `after`. Each database has the form for which it
-# starts in the index at (owner_id, id): so the last page costs what the first does.
+# Both conditions mean the same. With the other one, the last page would be slow: SQLite
+# would walk through all rows of the owner, and PostgreSQL perhaps through all rows.
 LIST_ITEMS_QUERIES = {
-    # owner_id = :owner AND id > :after. (For PostgreSQL's condition, SQLite would walk
-    # through all items of the owner.)
-    "sqlite": ITEMS_QUERY.where(
-        Item.owner_id == owner_parameter, Item.id > after_parameter
-    ),
-    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner, which ends the list
-    # before the next owner. (For SQLite's condition, PostgreSQL may walk through the
-    # primary key.)
+    "sqlite": ITEMS_QUERY.where(sa.text("owner_id = :owner AND id > :after")),
     "postgresql": ITEMS_QUERY.where(
-        sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(owner_parameter, after_parameter),
-        Item.owner_id <= owner_parameter,
+        sa.text("(owner_id, id) > (:owner, :after) AND owner_id <= :owner")
     ),
 }
 
@@ -1228,16 +1199,15 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
 
 
 async def update_user_if_unchanged(
-    db: AsyncSession, user: User, **changes: Any
+    db: AsyncSession, user: User, **changes: object
 ) -> bool:
-    """Update a user, unless the password has been changed since `user` was read.
+    """Return False if the password has been changed since `user` was read.
 
-    Returns whether the user was updated. This is optimistic locking: of two password
-    changes at once, one fails. It compares password_hash, not token_version, because a
-    logout at the same time must not make a password change fail.
+    So of two password changes at once, one fails. (If this compared token_version, a
+    logout at the same time would make a password change fail, too.)
     """
     condition = (User.id == user.id) & (User.password_hash == user.password_hash)
-    query = sa.update(User).where(condition).values(changes).returning(User.id)
+    query = sa.update(User).where(condition).values(**changes).returning(User.id)
     return await db.scalar(query) is not None
 
 
@@ -1247,15 +1217,13 @@ async def update_token_version(db: AsyncSession, user_id: int) -> None:
 
 
 async def remove_user(db: AsyncSession, user_id: int) -> None:
-    """Delete a user. ON DELETE CASCADE of the foreign key deletes the user's items."""
+    """Delete a user, and by ON DELETE CASCADE the user's items."""
     await db.execute(sa.delete(User).where(User.id == user_id))
 
 
-async def find_item(
-    db: AsyncSession, owner_id: int, item_id: int, for_update: bool
-) -> Item | None:
+async def find_item(db: AsyncSession, owner_id: int, item_id: int) -> Item | None:
     query = sa.select(Item).where(Item.id == item_id, Item.owner_id == owner_id)
-    return await db.scalar(query.with_for_update() if for_update else query)
+    return await db.scalar(query)
 
 
 async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) -> Rows:
@@ -1264,32 +1232,28 @@ async def list_items(db: AsyncSession, owner_id: int, after: int, limit: int) ->
     return (await db.execute(query, parameters)).all()
 
 
+async def update_item(
+    db: AsyncSession, owner_id: int, item_id: int, **changes: object
+) -> Item | None:
+    query = sa.update(Item).where(Item.id == item_id, Item.owner_id == owner_id)
+    return await db.scalar(query.values(**changes).returning(Item))
+
+
 async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
     query = sa.delete(Item).where(Item.id == item_id, Item.owner_id == owner_id)
     return await db.scalar(query.returning(Item.id)) is not None
 
 
 # --- Services -------------------------------------------------------------------------
-# Business logic. The verbs here, and those of the repositories that they call:
-#
-#   register_user, create_item    add_
-#   read_user, read_items         find_, list_
-#   change_password               update_
-#   change_item                   find_, then sets the attributes
-#   discard_user, discard_item    remove_
-#
-# A service that writes commits at its end. A session takes a connection at its first
-# statement and gives it back at commit() or rollback(). No service holds one while a
-# password is hashed, which takes 30 ms.
+# Business logic. A service that writes commits at its end. A session takes a connection
+# at its first statement and gives it back at commit() or rollback(). No service holds
+# one while a password is hashed, which takes 30 ms.
 
 Page = dict[str, Any]
 
 
 def make_page(name: str, rows: Rows, limit: int) -> Page:
-    """Make a page of at most `limit` rows.
-
-    Callers ask for `limit + 1`: the additional row shows that there is a next page.
-    """
+    """Callers get one row more than `limit`, which shows that there is a next page."""
     has_next = len(rows) > limit
     return {name: rows[:limit], "next": rows[limit - 1].id if has_next else None}
 
@@ -1304,9 +1268,8 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # The user who had this name has just been deleted, so try again. (After the
-        # rollback, `user` is transient, so it can be added.) If another constraint was
-        # violated, which is a bug, this raises IntegrityError again.
+        # The user who had this name has just been deleted, so try again. If another
+        # constraint was violated, which is a bug, this raises IntegrityError again.
         await add_row(db, user)
     await db.commit()
     return user
@@ -1317,7 +1280,8 @@ async def authenticate_user(
 ) -> User:
     """Raises WrongCredentialsException, after the same time whatever is wrong.
 
-    `db` is used only to store a new hash: on SQLite, it takes the write lock.
+    Two sessions, because only some logins write: on SQLite, `db` waits for the one
+    connection that can write.
     """
     user = await find_user_by_name(read_db, username)
     await read_db.commit()  # gives the connection back, before the slow verify_password
@@ -1326,7 +1290,6 @@ async def authenticate_user(
     if user is None or not is_valid:
         raise WrongCredentialsException
     if new_hash:  # the known one was made with older parameters
-        # It is not stored if another request has changed the password meanwhile.
         await update_user_if_unchanged(db, user, password_hash=new_hash)
         await db.commit()
     return user
@@ -1358,10 +1321,8 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
         raise WrongPasswordException
     new_hash = await hash_password(change.new_password)
     # In SQL, because a logout may have incremented the version since `user` was read.
-    next_version = User.token_version + 1
-    if not await update_user_if_unchanged(
-        db, user, password_hash=new_hash, token_version=next_version
-    ):
+    changes = {"password_hash": new_hash, "token_version": User.token_version + 1}
+    if not await update_user_if_unchanged(db, user, **changes):
         raise WrongPasswordException  # another request has changed the password
     await db.commit()
 
@@ -1392,10 +1353,8 @@ async def create_item(db: AsyncSession, owner: User, item_in: ItemIn) -> Item:
     return item
 
 
-async def read_item(
-    db: AsyncSession, owner: User, item_id: int, for_update: bool = False
-) -> Item:
-    item = await find_item(db, owner.id, item_id, for_update)
+async def read_item(db: AsyncSession, owner: User, item_id: int) -> Item:
+    item = await find_item(db, owner.id, item_id)
     if item is None:
         raise NotFoundException
     return item
@@ -1408,11 +1367,12 @@ async def read_items(db: AsyncSession, owner: User, after: int, limit: int) -> P
 async def change_item(
     db: AsyncSession, owner: User, item_id: int, patch: ItemPatch
 ) -> Item:
-    # Lock the row. If it were deleted before the UPDATE, SQLAlchemy would raise a
-    # StaleDataError, which is a 500. (On SQLite, the transaction has locked the file.)
-    item = await read_item(db, owner, item_id, for_update=True)
-    for name, value in patch.model_dump(exclude_unset=True).items():
-        setattr(item, name, value)
+    changes = patch.model_dump()
+    if not changes:
+        return await read_item(db, owner, item_id)  # `updated_at` stays
+    item = await update_item(db, owner.id, item_id, **changes)
+    if item is None:
+        raise NotFoundException
     await db.commit()
     return item
 
@@ -2013,12 +1973,11 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
 
 
 async def rate_limit_dependency(request: Request) -> None:
-    """Apply the login limit: for routes that hash or verify a password."""
+    """Apply the login limit. (RateLimitMiddleware applies the other one, to all.)"""
     await request.app.state.rate_limiter.enforce("login", request.scope)
 
 
-# scope="function" closes the session before the response is sent, so that a slow client
-# does not keep a connection.
+# scope="function" closes the session before the response, which can be slow, is sent.
 WriteSession = Annotated[AsyncSession, Depends(get_db, scope="function")]
 ReadSession = Annotated[AsyncSession, Depends(get_read_db, scope="function")]
 CurrentUser = Annotated[User, Depends(get_current_user)]
@@ -2035,25 +1994,21 @@ health_router = APIRouter(
     # The operation id is the function's name. create_app's option does not apply here.
     generate_unique_id_function=attrgetter("name"),
 )
-
-
 HEALTHY = CheckResult(status="healthy")
 UNHEALTHY = CheckResult(status="unhealthy")
 
 
-async def check_database(request: Request, response: Response) -> CheckResult:
-    """Return the database's state. If it is unhealthy, make the response a 503."""
+async def check_database(request: Request) -> CheckResult:
     if await request.app.state.database.is_ready():
         return HEALTHY
-    request.state.reason = "the database is not ready"
-    response.status_code = 503
+    request.state.reason = "the database is not ready"  # for the request's log line
     return UNHEALTHY
 
 
-async def check_redis(redis: RedisRateLimiter | None) -> CheckResult | None:
-    """Return None if no Redis is configured. If it is down, the service is degraded."""
+async def check_redis(request: Request) -> CheckResult | MISSING:
+    redis: RedisRateLimiter | None = request.app.state.rate_limiter.redis
     if redis is None:
-        return None
+        return MISSING  # it is not configured, and the response does not name it
     return HEALTHY if await redis.is_ready() else UNHEALTHY
 
 
@@ -2068,20 +2023,21 @@ async def liveness_probe() -> ProbeStatus:
 @health_router.head("/ready", include_in_schema=False)
 async def readiness_probe(request: Request, response: Response) -> ProbeStatus:
     """Can it serve requests? If not, send them elsewhere."""
-    database = await check_database(request, response)
-    return ProbeStatus(status="ready" if database == HEALTHY else "not_ready")
+    if await check_database(request) == HEALTHY:
+        return ProbeStatus(status="ready")
+    response.status_code = 503
+    return ProbeStatus(status="not_ready")
 
 
-@health_router.get(
-    "", responses={503: {"model": HealthStatus}}, response_model_exclude_none=True
-)
-@health_router.head("", include_in_schema=False, response_model_exclude_none=True)
+@health_router.get("", responses={503: {"model": HealthStatus}})
+@health_router.head("", include_in_schema=False)
 async def health_check(request: Request, response: Response) -> HealthStatus:
     """How are the service and the servers that it depends on?"""
     database, redis = await asyncio.gather(
-        check_database(request, response),
-        check_redis(request.app.state.rate_limiter.redis),
+        check_database(request), check_redis(request)
     )
+    if database == UNHEALTHY:
+        response.status_code = 503  # not for Redis: without it, the service works
     return HealthStatus(
         status="degraded" if UNHEALTHY in (database, redis) else "healthy",
         timestamp=now(),
@@ -2096,12 +2052,10 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
 # Routes with a body document 413 (it is too large) and 400 (it cannot be decoded).
 
 IdPath = Annotated[int, Path(ge=1, le=MAX_ID)]
-After = Annotated[
-    int, Query(ge=0, le=MAX_ID, description="`next` of the previous page")
-]
+After = Annotated[int, Query(ge=0, le=MAX_ID, description="`next` of the page before")]
 Limit = Annotated[int, Query(ge=1, le=100)]
 LoginFormBody = Annotated[LoginForm, Form()]
-LOGIN_LIMITED = [Depends(rate_limit_dependency)]
+LOGIN_LIMITED = [Depends(rate_limit_dependency)]  # for routes that hash a password
 
 users_router = APIRouter(prefix="/users", tags=["users"])
 # form_limits: FastAPI (as of 0.165) refuses larger forms. Its default is 1,000 fields.
@@ -2239,10 +2193,7 @@ api_router.include_router(items_router)
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Open the database at the start, and close it at the end.
-
-    If it does not answer within a second, the service starts without it.
-    """
+    """Open the database, but start without it if it does not answer in a second."""
     database = Database(app.state.settings)
     app.state.database = database
     checks = {database.start_check()}
@@ -2265,8 +2216,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
         allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
         expose_headers=EXPOSED_HEADERS,
     )
-    # CORS comes before the middleware that can refuse a request. Without CORS headers
-    # on a 429, a browser does not let the page's script read it.
+    # CORS comes before what can refuse a request: a page's script could not read a 429
+    # that has no CORS headers.
     return [
         Middleware(RequestLoggingMiddleware, settings.ROOT_PATH),
         Middleware(SecurityHeadersMiddleware),
@@ -2277,8 +2228,7 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
 
 
 def register_exception_handlers(app: FastAPI) -> None:
-    # Not app.add_exception_handler(AppException, …): mypy refuses a handler whose `exc`
-    # is not annotated as Exception.
+    # Not `app.add_exception_handler`: its types refuse a handler of a subclass.
     app.exception_handler(AppException)(app_exception_handler)
     app.exception_handler(HTTPException)(http_exception_handler)
     app.exception_handler(RequestValidationError)(validation_exception_handler)
@@ -2289,7 +2239,6 @@ def customize_openapi(app: FastAPI) -> None:
     """Put the token URL into the OpenAPI document, for /docs's Authorize button."""
     settings: Settings = app.state.settings
     token_url = f"{settings.ROOT_PATH}{settings.API_V1_PREFIX}/auth/token"
-
     generate_document = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -2319,12 +2268,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Plain routes, whose paths begin with /health. With include_router, FastAPI
-        # would match the router first, then its routes: a health check would be a fifth
-        # slower.
+        # Not include_router: to match twice makes a health check a fifth slower.
         routes=health_router.routes,
-        # OpenTelemetry is built into FastAPI (since 0.165), and costs time. To use it,
-        # see "Operate" in README.
+        # OpenTelemetry costs time. To use it, see "Operate" in README.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.settings = settings
@@ -2335,8 +2281,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# Importing this module must not read settings. So `app` is built at its first use, by
-# __getattr__ (PEP 562). mypy sees the declaration only.
+# Importing this module must not read settings, so `app` is built at its first use
+# (PEP 562). mypy sees the declaration only.
 if TYPE_CHECKING:
     app: FastAPI
 else:
@@ -2344,6 +2290,7 @@ else:
     def __getattr__(name: str) -> FastAPI:
         if name != "app":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        global app
         setup_logging(get_settings())
-        globals()["app"] = create_app()
-        return globals()["app"]
+        app = create_app()
+        return app
