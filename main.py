@@ -1454,10 +1454,9 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 
 
 # --- Rate limiting --------------------------------------------------------------------
-# Exact sliding windows: for each client, the limiter keeps the times of the allowed
-# requests. There are two limits, "api" and "login". RateLimiter.enforce raises for a
-# request over the limit. It calls count_request, which calls `hit` of the limiter in
-# Redis, or of the one in shared memory.
+# Exact sliding windows: the limiter keeps the times of a client's allowed requests.
+# There are two limits, "api" and "login". `hit` counts a request, in Redis or in shared
+# memory. RateLimiter.enforce calls it, and raises if the limit refuses the request.
 
 SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 ROWS_IN_BUCKET = 16  # of the hash table in SlidingWindowRateLimiter
@@ -1675,31 +1674,26 @@ class RateLimiter:
         if settings.REDIS_URL:
             self.redis = RedisRateLimiter(settings.REDIS_URL, settings.PROJECT_NAME)
 
-    async def count_request(self, name: str, address: str) -> RateLimitResult:
+    async def hit(self, name: str, address: str) -> RateLimitResult:
         """Count a request, if the limit of this name allows it."""
-        memory_limiter = self.memory_limiters[name]
+        limiter = self.memory_limiters[name]
         key = f"{name}:{client_key(address)}"
+        result = None
         if self.redis:
-            result = await self.redis.hit(
-                key, memory_limiter.limit, memory_limiter.seconds
-            )
-            if result:
-                return result
-        return memory_limiter.hit(key)
+            result = await self.redis.hit(key, limiter.limit, limiter.seconds)
+        return result or limiter.hit(key)
 
     async def enforce(self, name: str, scope: Scope) -> None:
         """Count a request of the client. Raises RateLimitedException.
 
-        RequestLoggingMiddleware has set `client` in `request.state`. This sets
-        `rate_limit` there, for the headers of the response.
+        It sets `rate_limit` in `request.state`, for the headers of the response. A
+        login counts in both limits: the headers show the one that refused it, else the
+        one that leaves less.
         """
         state = scope["state"]
-        result = await self.count_request(name, state["client"])
-        previous: RateLimitResult | None = state.get("rate_limit")
-        # A login counts in both limits. The headers show the limit that refused it,
-        # else the tighter one.
-        is_tighter = previous is None or result.remaining < previous.remaining
-        if is_tighter or not result.allowed:
+        result = await self.hit(name, state["client"])
+        shown: RateLimitResult = state.setdefault("rate_limit", result)
+        if not result.allowed or result.remaining < shown.remaining:
             state["rate_limit"] = result
         if not result.allowed:
             raise RateLimitedException(result.reset_seconds)
