@@ -43,7 +43,7 @@ import sys
 import tempfile
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context, ContextVar
 from datetime import UTC, datetime
@@ -1535,26 +1535,23 @@ class SlidingWindowRateLimiter:
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
-        # One client. Defined here, because the size depends on `limit`. `times` is a
-        # ring buffer with `count` times, of which times[oldest] is the first.
+        # A struct, as in C. It is defined here, because its size depends on `limit`.
         class Row(ctypes.Structure):
             _fields_ = (
                 ("client_hash", ctypes.c_int64),
                 ("last_seen_ns", ctypes.c_int64),
-                ("oldest", ctypes.c_int64),
-                ("count", ctypes.c_int64),
-                ("times", ctypes.c_int64 * limit),
+                ("times", ctypes.c_int64 * limit),  # an array, used as a ring buffer
+                ("oldest", ctypes.c_int64),  # the index of its first time
+                ("count", ctypes.c_int64),  # how many times it holds
             )
 
-        # In ctypes, `type * n` is the type of an array of n elements.
-        bucket_type = Row * ROWS_IN_BUCKET
+        bucket_type = Row * ROWS_IN_BUCKET  # an array, too
         table_type = bucket_type * (table_bytes // ctypes.sizeof(bucket_type))
-        memory = mmap.mmap(-1, ctypes.sizeof(table_type))  # forked processes share it
-        self.buckets = table_type.from_buffer(memory)  # keeps `memory` alive
+        # Anonymous memory, which forked processes share.
+        self.buckets = table_type.from_buffer(mmap.mmap(-1, table_bytes))
         self.limit = limit
         self.seconds = seconds
-        # The same clock in all processes of a machine. Tests replace it.
-        self.clock_ns = time.monotonic_ns
+        self.clock_ns = time.monotonic_ns  # the same in all processes of a machine
         self.lock_file = open_lock_file()
 
     def hit(self, key: str) -> RateLimitResult:
@@ -1570,12 +1567,12 @@ class SlidingWindowRateLimiter:
         # All workers share the random seed of Python's hash. Clients do not know it, so
         # they cannot choose a bucket.
         client_hash = hash(key)
-        bucket = self.buckets[client_hash % len(self.buckets)]
-        rows: list[ctypes.Structure] = list(bucket)  # views of the memory, not copies
-        for row in rows:
+        index = client_hash % len(self.buckets)
+        bucket: Iterable[ctypes.Structure] = self.buckets[index]
+        for row in bucket:
             if row.client_hash == client_hash:
                 return row
-        row = min(rows, key=attrgetter("last_seen_ns"))
+        row = min(bucket, key=attrgetter("last_seen_ns"))
         row.client_hash = client_hash
         row.count = 0  # `oldest` may stay: an empty ring buffer may begin anywhere
         return row
