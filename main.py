@@ -1462,9 +1462,8 @@ SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 ROWS_IN_BUCKET = 16  # of the hash table in SlidingWindowRateLimiter
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
-REDIS_CONNECT_SECONDS = 1
-# Per worker. To open more at once could take longer than REDIS_CONNECT_SECONDS.
-MAX_REDIS_CONNECTIONS = 8
+REDIS_CONNECT_SECONDS = 1  # for all connections of a worker, opened at once
+MAX_REDIS_CONNECTIONS = 8  # of a worker
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
 # ARGV[3] is random, because each member of a set must be different.
 REDIS_SCRIPT = """
@@ -1473,18 +1472,17 @@ local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
 local count = redis.call('ZCARD', key)
-local allowed = 0
-if count < limit then
+local allowed = count < limit
+if allowed then
     redis.call('ZADD', key, now, ARGV[3])
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
-    allowed = 1
 end
--- ZRANGE returns a member and its score, which is its time. Usually the index is 0, the
--- oldest. After the limit was lowered, more have to leave before a retry is allowed.
+-- A retry waits for the oldest time, at index 0, to leave the window. But after the
+-- limit was lowered, there can be more times than `limit`, and the excess leaves first.
 local index = math.max(0, count - limit)
-local oldest = tonumber(redis.call('ZRANGE', key, index, index, 'WITHSCORES')[2])
-local reset_seconds = math.ceil((oldest + window - now) / 1000000)
+local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
+local reset_seconds = math.ceil((member_and_time[2] + window - now) / 1000000)
 return {allowed, limit, math.max(0, limit - count), reset_seconds} -- as RateLimitResult
 """
 
@@ -1603,8 +1601,7 @@ class RedisRateLimiter(MonitoredBackend):
 
     def __init__(self, url: str, project_name: str) -> None:
         super().__init__()
-        # A retry would take longer than the timeout.
-        self.client = Redis.from_url(url, retry=None)
+        self.client = Redis.from_url(url, retry=None)  # a retry outlasts the timeout
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
@@ -1617,8 +1614,7 @@ class RedisRateLimiter(MonitoredBackend):
     async def prepare(self) -> None:
         """Open all connections, before a burst of requests has to wait for that.
 
-        redis-py has no call for that, but opens a connection for each command that runs
-        at the same time. So run as many harmless commands at once.
+        redis-py opens one for each command that runs at the same time.
         """
         # Old connections may be dead.
         await self.client.connection_pool.disconnect(inuse_connections=False)
