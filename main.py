@@ -1487,12 +1487,12 @@ return {allowed, limit, math.max(0, limit - count), reset_seconds} -- as RateLim
 """
 
 
-@cache
+@cache  # one file for all limiters
 def open_lock_file() -> IO[bytes]:
-    """Return the file whose lock protects the shared memory of all limits.
+    """Return the file that a worker locks while it uses the shared memory.
 
-    The workers inherit it. If a process is killed, the kernel releases its lock. (A
-    multiprocessing.Lock would be locked for ever.)
+    If a worker is killed, the kernel releases its lock. (A multiprocessing.Lock would
+    be locked for ever.)
     """
     return tempfile.TemporaryFile()
 
@@ -1513,9 +1513,7 @@ def client_key(address: str) -> str:
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
-        # Texts that are no address share one limit. Otherwise, a client could send a
-        # new one with each request.
-        return "unknown"
+        return "unknown"  # one limit for all: a client could vary the text
     if isinstance(ip, ipaddress.IPv4Address):
         return str(ip)
     if ip.ipv4_mapped:
@@ -1526,10 +1524,9 @@ def client_key(address: str) -> str:
 class SlidingWindowRateLimiter:
     """Allow at most `limit` requests of a client in any period of `seconds`, exactly.
 
-    It is a hash table of fixed size in anonymous shared memory. A client's hash selects
-    a bucket of 16 rows; a row belongs to one client. In a full bucket, a new client
-    takes the row of the one that was idle for longest, whose requests are then
-    forgotten. Cost: one lock, one hash, a search among 16 rows.
+    It is a hash table of fixed size in shared memory. A client's hash selects a bucket
+    of 16 rows; a row belongs to one client. In a full bucket, a new client takes the
+    row of the one that was idle for longest, whose requests are then forgotten.
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
@@ -1554,7 +1551,7 @@ class SlidingWindowRateLimiter:
 
     def hit(self, key: str) -> RateLimitResult:
         """Count a request, if the limit allows it. `key` stands for the client."""
-        # If another worker holds the lock, this blocks the event loop for microseconds.
+        # While another worker has the lock, this blocks the event loop: microseconds.
         fcntl.lockf(self.lock_file, fcntl.LOCK_EX)
         try:
             return self.record_request(self.find_row(key))
@@ -1562,8 +1559,8 @@ class SlidingWindowRateLimiter:
             fcntl.lockf(self.lock_file, fcntl.LOCK_UN)
 
     def find_row(self, key: str) -> ctypes.Structure:
-        # All workers share the random seed of Python's hash. Clients do not know it, so
-        # they cannot choose a bucket.
+        # The hash has a random seed, which all workers share. Clients do not know it,
+        # so they cannot choose a bucket.
         client_hash = hash(key)
         index = client_hash % len(self.buckets)
         bucket: Iterable[ctypes.Structure] = self.buckets[index]
@@ -1626,8 +1623,7 @@ class RedisRateLimiter(MonitoredBackend):
 
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
-        # The wait for a slot is not part of the timeout, because it shows that this
-        # worker is busy, not that Redis is slow.
+        # This wait is not part of the timeout: the worker is busy, Redis is not slow.
         async with self.slots:
             if not self.is_available:  # it has failed during the wait
                 return None
@@ -1648,16 +1644,16 @@ class RedisRateLimiter(MonitoredBackend):
 class RateLimiter:
     """All limits: counted in Redis, or in shared memory if Redis cannot be used.
 
-    Made before the fork, so that the workers share the memory. Each worker opens its
-    own connections to Redis when it starts.
+    Made before the fork, so that the workers share the memory. Each worker connects to
+    Redis when it starts.
     """
 
     def __init__(self, settings: Settings) -> None:
-        seconds = settings.RATE_LIMIT_WINDOW_SECONDS
         limits = {
             "api": settings.RATE_LIMIT_REQUESTS,
             "login": settings.RATE_LIMIT_LOGIN_REQUESTS,
         }
+        seconds = settings.RATE_LIMIT_WINDOW_SECONDS
         table_bytes = SHARED_MEMORY_BYTES // len(limits)
         self.memory_limiters = {
             name: SlidingWindowRateLimiter(limit, seconds, table_bytes)
