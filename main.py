@@ -1776,8 +1776,8 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # The proxy strips ROOT_PATH. ASGI wants `path` to contain root_path, so put it
-        # back. (FastAPI's own argument root_path does not do that.)
+        # The proxy strips ROOT_PATH. ASGI wants it in `path`, so put it back. (The
+        # argument root_path of FastAPI does not do that.)
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1805,8 +1805,7 @@ class RequestLoggingMiddleware:
         if not REQUEST_ID_PATTERN.fullmatch(request_id):
             request_id = secrets.token_hex(16)
         state["request_id"] = request_id
-        # Never reset: each request sets it before anything is logged.
-        request_id_context.set(request_id)
+        request_id_context.set(request_id)  # until the next request of the connection
         trace = TRACEPARENT_PATTERN.fullmatch(headers.get(b"traceparent", b""))
         if trace:
             state["trace_id"] = trace[1].decode()
@@ -1906,10 +1905,9 @@ class RateLimitMiddleware:
 
 
 class LimitsAndErrorsMiddleware:
-    """The innermost middleware.
+    """Answer 504 for a request that takes too long, 500 for an unhandled exception.
 
-    It answers 413 if the body is too large, 504 if the request takes too long, 500 for
-    an unhandled exception, and 503 at the shutdown.
+    Also 413 for a body that is too large, and 503 for what a shutdown interrupts.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -1926,15 +1924,13 @@ class LimitsAndErrorsMiddleware:
             for name, value in scope["headers"]
             if name != b"content-type" or len(value) <= MAX_CONTENT_TYPE_BYTES
         ]
-        limited_receive = self.limit_body(scope, receive)
         timer = asyncio.timeout(self.timeout_seconds)
         try:
             async with timer:
-                return await self.app(scope, limited_receive, send)
+                return await self.app(scope, self.limit_body(scope, receive), send)
         except asyncio.CancelledError:
-            # uvicorn cancels this task when a shutdown takes too long. The error is not
-            # raised again, because the client should get an answer. (The timer turns
-            # its own cancellation into a TimeoutError, below.)
+            # uvicorn cancels requests that a shutdown cannot wait for. They still get a
+            # response, so this does not raise the error again.
             stopping = ServiceUnavailableException("the server is shutting down")
             response = await app_exception_handler(Request(scope), stopping)
         except Exception as error:  # noqa: BLE001 - none may get past this line
@@ -1944,16 +1940,15 @@ class LimitsAndErrorsMiddleware:
                 response = await http_exception_handler(Request(scope), late)
             else:
                 response = await unhandled_exception_handler(Request(scope), error)
-        # If a response has started (RequestLoggingMiddleware has set status_code), it
-        # is too late for another one: uvicorn closes the connection.
+        # After the start of a response, uvicorn can only close the connection.
         if "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        It is raised when the route reads its body, so that FastAPI's handlers turn it
-        into a response. (FastAPI turns any other exception into a 400.)
+        If a route does not read the body, nothing is checked. (FastAPI turns any other
+        exception into a 400.)
         """
         received_bytes = 0
 
@@ -1974,7 +1969,7 @@ class LimitsAndErrorsMiddleware:
         if int(headers.get("content-length", 0)) > self.max_body_bytes:
             raise HTTPException(413)
         # Starlette decodes a multipart form with the charset that the client names.
-        # Some of Python's codecs, such as punycode, are so slow that they block.
+        # Some of Python's codecs, such as punycode, block for long.
         content_type, options = parse_options_header(headers.get("content-type"))
         charset = options.get(b"charset", b"utf-8").lower()
         if content_type == b"multipart/form-data" and charset != b"utf-8":
