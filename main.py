@@ -1760,11 +1760,6 @@ def comes_from_header(address: str, port: int, forwarded_for: str) -> bool:
     return has_port and address in forwarded_for
 
 
-def route_path(scope: Scope) -> str:
-    """Return the path without ROOT_PATH, as the router sees it."""
-    return str(scope["path"]).removeprefix(scope["root_path"])
-
-
 class RequestLoggingMiddleware:
     """Set the request's root path, id and client; measure its time; log it."""
 
@@ -1850,7 +1845,7 @@ class SecurityHeadersMiddleware:
         async def send_with_security_headers(message: Message) -> None:
             # Other kinds of scopes pass unchanged: they have no such message.
             if message["type"] == "http.response.start":
-                is_docs = route_path(scope) in DOCS_PATHS
+                is_docs = scope["path"].removeprefix(scope["root_path"]) in DOCS_PATHS
                 headers = self.docs_headers if is_docs else self.headers
                 if scope["scheme"] == "https":
                     headers = headers + self.https_headers
@@ -1877,11 +1872,11 @@ class RateLimitMiddleware:
 
     def __init__(self, app: ASGIApp, settings: Settings, limiter: RateLimiter) -> None:
         self.app = app
-        self.prefix = f"{settings.API_V1_PREFIX}/"
+        self.prefix = f"{settings.ROOT_PATH}{settings.API_V1_PREFIX}/"
         self.rate_limiter = limiter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not route_path(scope).startswith(self.prefix):
+        if scope["type"] != "http" or not scope["path"].startswith(self.prefix):
             return await self.app(scope, receive, send)
 
         async def send_with_rate_limit(message: Message) -> None:
