@@ -1506,10 +1506,7 @@ class RateLimitResult(NamedTuple):
 
 @lru_cache(8192)
 def client_key(address: str) -> str:
-    """Return what counts as one client: an IPv4 address, or an IPv6 /64 network.
-
-    A site usually has a whole /64 for itself.
-    """
+    """Return an IPv4 address, or an IPv6 /64 network: most sites have a whole /64."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -1751,13 +1748,11 @@ def warn_of_untrusted_proxy() -> None:
 
 
 def comes_from_header(address: str, port: int, forwarded_for: str) -> bool:
-    """Return whether uvicorn seems to have the client from X-Forwarded-For.
+    """Guess whether uvicorn has read the client's address from X-Forwarded-For.
 
-    If it trusts the peer, address and port are those of the header, and the port is 0
-    if the header has none. Otherwise, they are the peer's own.
+    It does so if it trusts the peer; the port is then the header's, or 0.
     """
-    has_port = port == 0 or f":{port}" in forwarded_for
-    return has_port and address in forwarded_for
+    return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
 
 class RequestLoggingMiddleware:
@@ -1800,7 +1795,7 @@ class RequestLoggingMiddleware:
         if not REQUEST_ID_PATTERN.fullmatch(request_id):
             request_id = secrets.token_hex(16)
         state["request_id"] = request_id
-        request_id_context.set(request_id)  # until the next request of the connection
+        request_id_context.set(request_id)  # never reset: each request sets it
         trace = TRACEPARENT_PATTERN.fullmatch(headers.get(b"traceparent", b""))
         if trace:
             state["trace_id"] = trace[1].decode()
@@ -1900,9 +1895,10 @@ class RateLimitMiddleware:
 
 
 class LimitsAndErrorsMiddleware:
-    """Answer 504 for a request that takes too long, 500 for an unhandled exception.
+    """The innermost: it limits the body and the time, and answers what goes wrong.
 
-    Also 413 for a body that is too large, and 503 for what a shutdown interrupts.
+    413 for a body that is too large, 504 for a request that takes too long, 500 for an
+    unhandled exception, 503 for a request that a shutdown interrupts.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -1964,7 +1960,7 @@ class LimitsAndErrorsMiddleware:
         if int(headers.get("content-length", 0)) > self.max_body_bytes:
             raise HTTPException(413)
         # Starlette decodes a multipart form with the charset that the client names.
-        # Some of Python's codecs, such as punycode, block for long.
+        # Some of Python's codecs, such as punycode, are so slow that they block.
         content_type, options = parse_options_header(headers.get("content-type"))
         charset = options.get(b"charset", b"utf-8").lower()
         if content_type == b"multipart/form-data" and charset != b"utf-8":
