@@ -43,7 +43,7 @@ import sys
 import tempfile
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context, ContextVar
 from datetime import UTC, datetime
@@ -1384,18 +1384,16 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 
 
 # --- Rate limiting --------------------------------------------------------------------
-# Exact sliding windows: for each client, the limiter keeps the times of the allowed
-# requests. There are two limits, "api" and "login". RateLimiter.enforce raises for a
-# request over the limit. It calls count_request, which calls `hit` of the limiter in
-# Redis, or of the one in shared memory.
+# Exact sliding windows: the limiter keeps the times of a client's allowed requests.
+# There are two limits, "api" and "login". `hit` counts a request, in Redis or in shared
+# memory. RateLimiter.enforce calls it, and raises if the limit refuses the request.
 
 SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 ROWS_IN_BUCKET = 16  # of the hash table in SlidingWindowRateLimiter
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
-REDIS_CONNECT_SECONDS = 1
-# Per worker. To open more at once could take longer than REDIS_CONNECT_SECONDS.
-MAX_REDIS_CONNECTIONS = 8
+REDIS_CONNECT_SECONDS = 1  # for all connections of a worker, opened at once
+MAX_REDIS_CONNECTIONS = 8  # of a worker
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
 # ARGV[3] is random, because each member of a set must be different.
 REDIS_SCRIPT = """
@@ -1404,28 +1402,27 @@ local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
 local count = redis.call('ZCARD', key)
-local allowed = 0
-if count < limit then
+local allowed = count < limit
+if allowed then
     redis.call('ZADD', key, now, ARGV[3])
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
-    allowed = 1
 end
--- ZRANGE returns a member and its score, which is its time. Usually the index is 0, the
--- oldest. After the limit was lowered, more have to leave before a retry is allowed.
+-- A retry waits for the oldest time, at index 0, to leave the window. But after the
+-- limit was lowered, there can be more times than `limit`, and the excess leaves first.
 local index = math.max(0, count - limit)
-local oldest = tonumber(redis.call('ZRANGE', key, index, index, 'WITHSCORES')[2])
-local reset_seconds = math.ceil((oldest + window - now) / 1000000)
+local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
+local reset_seconds = math.ceil((member_and_time[2] + window - now) / 1000000)
 return {allowed, limit, math.max(0, limit - count), reset_seconds} -- as RateLimitResult
 """
 
 
-@cache
+@cache  # one file for all limiters
 def open_lock_file() -> IO[bytes]:
-    """Return the file whose lock protects the shared memory of all limits.
+    """Return the file that a worker locks while it uses the shared memory.
 
-    The workers inherit it. If a process is killed, the kernel releases its lock. (A
-    multiprocessing.Lock would be locked for ever.)
+    If a worker is killed, the kernel releases its lock. (A multiprocessing.Lock would
+    be locked for ever.)
     """
     return tempfile.TemporaryFile()
 
@@ -1439,16 +1436,11 @@ class RateLimitResult(NamedTuple):
 
 @lru_cache(8192)
 def client_key(address: str) -> str:
-    """Return what counts as one client: an IPv4 address, or an IPv6 /64 network.
-
-    A site usually has a whole /64 for itself.
-    """
+    """Return an IPv4 address, or an IPv6 /64 network: most sites have a whole /64."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
-        # Texts that are no address share one limit. Otherwise, a client could send a
-        # new one with each request.
-        return "unknown"
+        return "unknown"  # one limit for all: a client could vary the text
     if isinstance(ip, ipaddress.IPv4Address):
         return str(ip)
     if ip.ipv4_mapped:
@@ -1459,38 +1451,34 @@ def client_key(address: str) -> str:
 class SlidingWindowRateLimiter:
     """Allow at most `limit` requests of a client in any period of `seconds`, exactly.
 
-    It is a hash table of fixed size in anonymous shared memory. A client's hash selects
-    a bucket of 16 rows; a row belongs to one client. In a full bucket, a new client
-    takes the row of the one that was idle for longest, whose requests are then
-    forgotten. Cost: one lock, one hash, a search among 16 rows.
+    It is a hash table of fixed size in shared memory. A client's hash selects a bucket
+    of 16 rows; a row belongs to one client. In a full bucket, a new client takes the
+    row of the one that was idle for longest, whose requests are then forgotten.
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
-        # One client. Defined here, because the size depends on `limit`. `times` is a
-        # ring buffer with `count` times, of which times[oldest] is the first.
+        # A struct, as in C. It is defined here, because its size depends on `limit`.
         class Row(ctypes.Structure):
             _fields_ = (
                 ("client_hash", ctypes.c_int64),
                 ("last_seen_ns", ctypes.c_int64),
-                ("oldest", ctypes.c_int64),
-                ("count", ctypes.c_int64),
-                ("times", ctypes.c_int64 * limit),
+                ("times", ctypes.c_int64 * limit),  # an array, used as a ring buffer
+                ("oldest", ctypes.c_int64),  # the index of its first time
+                ("count", ctypes.c_int64),  # how many times it holds
             )
 
-        # In ctypes, `type * n` is the type of an array of n elements.
-        bucket_type = Row * ROWS_IN_BUCKET
+        bucket_type = Row * ROWS_IN_BUCKET  # an array, too
         table_type = bucket_type * (table_bytes // ctypes.sizeof(bucket_type))
-        memory = mmap.mmap(-1, ctypes.sizeof(table_type))  # forked processes share it
-        self.buckets = table_type.from_buffer(memory)  # keeps `memory` alive
+        # Anonymous memory, which forked processes share.
+        self.buckets = table_type.from_buffer(mmap.mmap(-1, table_bytes))
         self.limit = limit
         self.seconds = seconds
-        # The same clock in all processes of a machine. Tests replace it.
-        self.clock_ns = time.monotonic_ns
+        self.clock_ns = time.monotonic_ns  # the same in all processes of a machine
         self.lock_file = open_lock_file()
 
     def hit(self, key: str) -> RateLimitResult:
         """Count a request, if the limit allows it. `key` stands for the client."""
-        # If another worker holds the lock, this blocks the event loop for microseconds.
+        # While another worker has the lock, this blocks the event loop: microseconds.
         fcntl.lockf(self.lock_file, fcntl.LOCK_EX)
         try:
             return self.record_request(self.find_row(key))
@@ -1498,15 +1486,15 @@ class SlidingWindowRateLimiter:
             fcntl.lockf(self.lock_file, fcntl.LOCK_UN)
 
     def find_row(self, key: str) -> ctypes.Structure:
-        # All workers share the random seed of Python's hash. Clients do not know it, so
-        # they cannot choose a bucket.
+        # The hash has a random seed, which all workers share. Clients do not know it,
+        # so they cannot choose a bucket.
         client_hash = hash(key)
-        bucket = self.buckets[client_hash % len(self.buckets)]
-        rows: list[ctypes.Structure] = list(bucket)  # views of the memory, not copies
-        for row in rows:
+        index = client_hash % len(self.buckets)
+        bucket: Iterable[ctypes.Structure] = self.buckets[index]
+        for row in bucket:
             if row.client_hash == client_hash:
                 return row
-        row = min(rows, key=attrgetter("last_seen_ns"))
+        row = min(bucket, key=attrgetter("last_seen_ns"))
         row.client_hash = client_hash
         row.count = 0  # `oldest` may stay: an empty ring buffer may begin anywhere
         return row
@@ -1537,8 +1525,7 @@ class RedisRateLimiter(MonitoredBackend):
 
     def __init__(self, url: str, project_name: str) -> None:
         super().__init__()
-        # A retry would take longer than the timeout.
-        self.client = Redis.from_url(url, retry=None)
+        self.client = Redis.from_url(url, retry=None)  # a retry outlasts the timeout
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
@@ -1551,8 +1538,7 @@ class RedisRateLimiter(MonitoredBackend):
     async def prepare(self) -> None:
         """Open all connections, before a burst of requests has to wait for that.
 
-        redis-py has no call for that, but opens a connection for each command that runs
-        at the same time. So run as many harmless commands at once.
+        redis-py opens one for each command that runs at the same time.
         """
         # Old connections may be dead.
         await self.client.connection_pool.disconnect(inuse_connections=False)
@@ -1564,8 +1550,7 @@ class RedisRateLimiter(MonitoredBackend):
 
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
-        # The wait for a slot is not part of the timeout, because it shows that this
-        # worker is busy, not that Redis is slow.
+        # This wait is not part of the timeout: the worker is busy, Redis is not slow.
         async with self.slots:
             if not self.is_available:  # it has failed during the wait
                 return None
@@ -1586,16 +1571,16 @@ class RedisRateLimiter(MonitoredBackend):
 class RateLimiter:
     """All limits: counted in Redis, or in shared memory if Redis cannot be used.
 
-    Made before the fork, so that the workers share the memory. Each worker opens its
-    own connections to Redis when it starts.
+    Made before the fork, so that the workers share the memory. Each worker connects to
+    Redis when it starts.
     """
 
     def __init__(self, settings: Settings) -> None:
-        seconds = settings.RATE_LIMIT_WINDOW_SECONDS
         limits = {
             "api": settings.RATE_LIMIT_REQUESTS,
             "login": settings.RATE_LIMIT_LOGIN_REQUESTS,
         }
+        seconds = settings.RATE_LIMIT_WINDOW_SECONDS
         table_bytes = SHARED_MEMORY_BYTES // len(limits)
         self.memory_limiters = {
             name: SlidingWindowRateLimiter(limit, seconds, table_bytes)
@@ -1605,31 +1590,26 @@ class RateLimiter:
         if settings.REDIS_URL:
             self.redis = RedisRateLimiter(settings.REDIS_URL, settings.PROJECT_NAME)
 
-    async def count_request(self, name: str, address: str) -> RateLimitResult:
+    async def hit(self, name: str, address: str) -> RateLimitResult:
         """Count a request, if the limit of this name allows it."""
-        memory_limiter = self.memory_limiters[name]
+        limiter = self.memory_limiters[name]
         key = f"{name}:{client_key(address)}"
+        result = None
         if self.redis:
-            result = await self.redis.hit(
-                key, memory_limiter.limit, memory_limiter.seconds
-            )
-            if result:
-                return result
-        return memory_limiter.hit(key)
+            result = await self.redis.hit(key, limiter.limit, limiter.seconds)
+        return result or limiter.hit(key)
 
     async def enforce(self, name: str, scope: Scope) -> None:
         """Count a request of the client. Raises RateLimitedException.
 
-        RequestLoggingMiddleware has set `client` in `request.state`. This sets
-        `rate_limit` there, for the headers of the response.
+        It sets `rate_limit` in `request.state`, for the headers of the response. A
+        login counts in both limits: the headers show the one that refused it, else the
+        one that leaves less.
         """
         state = scope["state"]
-        result = await self.count_request(name, state["client"])
-        previous: RateLimitResult | None = state.get("rate_limit")
-        # A login counts in both limits. The headers show the limit that refused it,
-        # else the tighter one.
-        is_tighter = previous is None or result.remaining < previous.remaining
-        if is_tighter or not result.allowed:
+        result = await self.hit(name, state["client"])
+        shown: RateLimitResult = state.setdefault("rate_limit", result)
+        if not result.allowed or result.remaining < shown.remaining:
             state["rate_limit"] = result
         if not result.allowed:
             raise RateLimitedException(result.reset_seconds)
@@ -1646,16 +1626,13 @@ class RateLimiter:
 # user_id, rate_limit, status_code, and for the log line `reason` and `exception`.
 
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
-# W3C Trace Context § 3.2. Later versions may append parts.
+# version-trace_id-parent_id-flags, in hexadecimal (W3C Trace Context § 3.2). "ff" and
+# ids of zeros are invalid. Later versions may append parts.
 TRACEPARENT_PATTERN = re.compile(
-    rb"""(?!ff)[\da-f]{2}             # version, not ff
-    -(?!0{32})(?P<id>[\da-f]{32})   # trace id, not zero
-    -(?!0{16})[\da-f]{16}           # parent id, not zero
-    -[\da-f]{2}(-.*)?               # flags
-    """,
-    re.VERBOSE,
+    rb"(?!ff)[\da-f]{2}-(?!0+-)([\da-f]{32})-(?!0+-)[\da-f]{16}-[\da-f]{2}(-.*)?"
 )
-MAX_CONTENT_TYPE_BYTES = 1000  # to parse some of 60,000 bytes takes 0.1 s
+# Starlette needs 0.1 s to parse a Content-Type of 60,000 semicolons.
+MAX_CONTENT_TYPE_BYTES = 1000
 MAX_PATH_CHARACTERS = 500  # keeps a log line under 4 KiB, as Logging explains
 CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 # MDN's HTTP Observatory rates this set A+.
@@ -1674,26 +1651,21 @@ SECURITY_HEADERS = {
 # RFC 6797 § 7.2: over https only. Not for subdomains: they may be somebody else's.
 HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
 LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
-# With CORS, scripts of other origins may read all headers that the service adds.
-EXPOSED_HEADERS = (
-    *SECURITY_HEADERS,
-    *HTTPS_HEADERS,
-    *LIMIT_HEADERS,
-    "Location",
-    "Retry-After",
-    "X-Request-ID",
-    "X-Response-Time",
-)
+OTHER_HEADERS = ("Location", "Retry-After", "X-Request-ID", "X-Response-Time")
+# What scripts of the origins in CORS_ORIGINS may read: all that the service adds.
+EXPOSED_HEADERS = (*SECURITY_HEADERS, *HTTPS_HEADERS, *LIMIT_HEADERS, *OTHER_HEADERS)
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
-# Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline. With
-# require-corp, browsers would block what the CDN sends.
-DOCS_HEADERS = SECURITY_HEADERS | {
-    "Content-Security-Policy": f"{CSP}; connect-src 'self'; worker-src blob:; "
+# Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline.
+DOCS_CSP = (
+    f"{CSP}; connect-src 'self'; worker-src blob:; "
     "script-src 'unsafe-inline' https://cdn.jsdelivr.net; "
     "style-src 'unsafe-inline' https://cdn.jsdelivr.net https://fonts.googleapis.com; "
     "font-src https://fonts.gstatic.com; "
-    "img-src data: https://cdn.redoc.ly https://fastapi.tiangolo.com",
-    "Cross-Origin-Embedder-Policy": "credentialless",
+    "img-src data: https://cdn.redoc.ly https://fastapi.tiangolo.com"
+)
+DOCS_HEADERS = SECURITY_HEADERS | {
+    "Content-Security-Policy": DOCS_CSP,
+    "Cross-Origin-Embedder-Policy": "credentialless",  # the CDN is of another origin
 }
 
 
@@ -1706,19 +1678,11 @@ def warn_of_untrusted_proxy() -> None:
 
 
 def comes_from_header(address: str, port: int, forwarded_for: str) -> bool:
-    """Return whether uvicorn has read the client's address from X-Forwarded-For.
+    """Guess whether uvicorn has read the client's address from X-Forwarded-For.
 
-    A guess, good enough for a warning. If uvicorn trusts the peer, address and port are
-    from the header (port 0 if it has none). Otherwise, they are those of the peer's
-    connection.
+    It does so if it trusts the peer; the port is then the header's, or 0.
     """
-    has_port = port == 0 or f":{port}" in forwarded_for
-    return has_port and address in forwarded_for
-
-
-def route_path(scope: Scope) -> str:
-    """Return the path without ROOT_PATH, as the router sees it."""
-    return str(scope["path"]).removeprefix(scope["root_path"])
+    return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
 
 class RequestLoggingMiddleware:
@@ -1732,8 +1696,8 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # The proxy strips ROOT_PATH. ASGI wants `path` to contain root_path, so put it
-        # back. (FastAPI's own argument root_path does not do that.)
+        # The proxy strips ROOT_PATH. ASGI wants it in `path`, so put it back. (The
+        # argument root_path of FastAPI does not do that.)
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1761,11 +1725,10 @@ class RequestLoggingMiddleware:
         if not REQUEST_ID_PATTERN.fullmatch(request_id):
             request_id = secrets.token_hex(16)
         state["request_id"] = request_id
-        # Never reset: each request sets it before anything is logged.
-        request_id_context.set(request_id)
+        request_id_context.set(request_id)  # never reset: each request sets it
         trace = TRACEPARENT_PATTERN.fullmatch(headers.get(b"traceparent", b""))
         if trace:
-            state["trace_id"] = trace["id"].decode()
+            state["trace_id"] = trace[1].decode()
         address, port = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
@@ -1807,7 +1770,7 @@ class SecurityHeadersMiddleware:
         async def send_with_security_headers(message: Message) -> None:
             # Other kinds of scopes pass unchanged: they have no such message.
             if message["type"] == "http.response.start":
-                is_docs = route_path(scope) in DOCS_PATHS
+                is_docs = scope["path"].removeprefix(scope["root_path"]) in DOCS_PATHS
                 headers = self.docs_headers if is_docs else self.headers
                 if scope["scheme"] == "https":
                     headers = headers + self.https_headers
@@ -1834,11 +1797,11 @@ class RateLimitMiddleware:
 
     def __init__(self, app: ASGIApp, settings: Settings, limiter: RateLimiter) -> None:
         self.app = app
-        self.prefix = f"{settings.API_V1_PREFIX}/"
+        self.prefix = f"{settings.ROOT_PATH}{settings.API_V1_PREFIX}/"
         self.rate_limiter = limiter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not route_path(scope).startswith(self.prefix):
+        if scope["type"] != "http" or not scope["path"].startswith(self.prefix):
             return await self.app(scope, receive, send)
 
         async def send_with_rate_limit(message: Message) -> None:
@@ -1862,10 +1825,10 @@ class RateLimitMiddleware:
 
 
 class LimitsAndErrorsMiddleware:
-    """The innermost middleware.
+    """The innermost: it limits the body and the time, and answers what goes wrong.
 
-    It answers 413 if the body is too large, 504 if the request takes too long, 500 for
-    an unhandled exception, and 503 at the shutdown.
+    413 for a body that is too large, 504 for a request that takes too long, 500 for an
+    unhandled exception, 503 for a request that a shutdown interrupts.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -1882,15 +1845,13 @@ class LimitsAndErrorsMiddleware:
             for name, value in scope["headers"]
             if name != b"content-type" or len(value) <= MAX_CONTENT_TYPE_BYTES
         ]
-        limited_receive = self.limit_body(scope, receive)
         timer = asyncio.timeout(self.timeout_seconds)
         try:
             async with timer:
-                return await self.app(scope, limited_receive, send)
+                return await self.app(scope, self.limit_body(scope, receive), send)
         except asyncio.CancelledError:
-            # uvicorn cancels this task when a shutdown takes too long. The error is not
-            # raised again, because the client should get an answer. (The timer turns
-            # its own cancellation into a TimeoutError, below.)
+            # uvicorn cancels requests that a shutdown cannot wait for. They still get a
+            # response, so this does not raise the error again.
             stopping = ServiceUnavailableException("the server is shutting down")
             response = await app_exception_handler(Request(scope), stopping)
         except Exception as error:  # noqa: BLE001 - none may get past this line
@@ -1900,16 +1861,15 @@ class LimitsAndErrorsMiddleware:
                 response = await http_exception_handler(Request(scope), late)
             else:
                 response = await unhandled_exception_handler(Request(scope), error)
-        # If a response has started (RequestLoggingMiddleware has set status_code), it
-        # is too late for another one: uvicorn closes the connection.
+        # After the start of a response, uvicorn can only close the connection.
         if "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        It is raised when the route reads its body, so that FastAPI's handlers turn it
-        into a response. (FastAPI turns any other exception into a 400.)
+        If a route does not read the body, nothing is checked. (FastAPI turns any other
+        exception into a 400.)
         """
         received_bytes = 0
 

@@ -2028,7 +2028,7 @@ FREE_PROJECTS = (f"test-{secrets.token_hex(8)}" for _ in itertools.count())
 
 
 async def admitted(rate_limiter: main.RateLimiter, tries: int) -> int:
-    results = [await rate_limiter.count_request("api", ADDRESS) for _ in range(tries)]
+    results = [await rate_limiter.hit("api", ADDRESS) for _ in range(tries)]
     return sum(result.allowed for result in results)
 
 
@@ -2080,7 +2080,7 @@ async def test_rate_limit_is_exact_for_thousands_of_clients() -> None:
     rate_limiter = main.RateLimiter(make_settings(RATE_LIMIT_REQUESTS=1))
     addresses = [f"192.0.{n >> 8}.{n & 255}" for n in range(5000)]
     for expected in (True, False):
-        checks = [await rate_limiter.count_request("api", a) for a in addresses]
+        checks = [await rate_limiter.hit("api", a) for a in addresses]
         assert [check.allowed for check in checks] == [expected] * 5000
 
 
@@ -2218,7 +2218,7 @@ async def test_rate_limit_is_shared_through_redis(redis_url: str) -> None:
         redis_limiter(redis_url, project, limit=30) as one,
         redis_limiter(redis_url, project, limit=30) as other,
     ):
-        tries = [limiter.count_request("api", ADDRESS) for limiter in (one, other) * 50]
+        tries = [limiter.hit("api", ADDRESS) for limiter in (one, other) * 50]
         results = await asyncio.gather(*tries)
     remaining = [result.remaining for result in results if result.allowed]
     assert sorted(remaining) == list(range(30))
@@ -2243,7 +2243,7 @@ async def test_rate_limit_in_redis_is_the_same_as_in_memory(redis_url: str) -> N
             seconds = chance.choice([0, 5, 20, 60])
             clock.forward(seconds)
             make_older(redis_url, project, seconds)
-            result = await limiter.count_request("api", ADDRESS)
+            result = await limiter.hit("api", ADDRESS)
             expected = model.check(clock.now_ns)
             assert result[:3] == expected[:3]
             assert -3 <= result.reset_seconds - expected.reset_seconds <= 0
@@ -2254,7 +2254,7 @@ async def test_rate_limit_keys_in_redis_bear_a_name_and_expire(redis_url: str) -
     project = next(FREE_PROJECTS)
     async with redis_limiter(redis_url, project) as limiter:
         for budget in BUDGETS:
-            await limiter.count_request(budget, ADDRESS)
+            await limiter.hit(budget, ADDRESS)
     with Redis.from_url(redis_url) as redis:
         lifetimes = [redis.pttl(key) for key in redis.keys(f"{project}:*")]
     assert len(lifetimes) == len(BUDGETS)
@@ -2353,7 +2353,7 @@ async def test_rate_limit_is_kept_in_memory_while_redis_is_away(
         await let_others_run()
         skip_time(1)
         await eventually(lambda: limiter.redis.is_available, "Redis")
-        await limiter.count_request("api", "192.0.2.2")
+        await limiter.hit("api", "192.0.2.2")
         assert own_redis.client.keys("*:192.0.2.2")
     assert caplog.messages == ["Redis is not ready", "Redis is ready again"]
 
@@ -2967,7 +2967,7 @@ async def test_lifespan_opens_and_closes_connections_to_redis(redis_url: str) ->
     async with serve(REDIS_URL=f"{redis_url}?client_name={name}") as client:
         assert str(redis.client_list()).count(name) == main.MAX_REDIS_CONNECTIONS
         limiter = client.app.state.rate_limiter
-        counts = [limiter.count_request("api", ADDRESS) for _ in range(48)]
+        counts = [limiter.hit("api", ADDRESS) for _ in range(48)]
         await asyncio.gather(*counts, limiter.redis.is_ready())
         assert str(redis.client_list()).count(name) == main.MAX_REDIS_CONNECTIONS
     until(lambda: name not in str(redis.client_list()), "the connections' end")
