@@ -925,17 +925,15 @@ class Database(MonitoredBackend):
         """
         if not self.is_initialized:
             raise ServiceUnavailableException("the database is not reachable")
-        new_session = partial(
-            AsyncSession,
+        return AsyncSession(
+            self.write_engine if writes else self.read_engine,
+            sync_session_class=Session if writes else ReadOnlySession,
             # Objects are read after the commit, so they must not expire.
             expire_on_commit=False,
             # To use a session after its end raises an exception. Otherwise, a
             # StreamingResponse that does so would keep a connection for ever.
             close_resets_only=False,
         )
-        if writes:
-            return new_session(self.write_engine)
-        return new_session(self.read_engine, sync_session_class=ReadOnlySession)
 
     async def create_missing_tables(self) -> None:
         async with self.check_engine.connect() as connection:
