@@ -655,32 +655,24 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        # A record is SQLAlchemy's place for one connection. If the connection ends, the
-        # record gets a new one. So there are at most size() records, as max_overflow
-        # is 0.
-        self.records: set[ConnectionPoolEntry] = set()
+        # Each connection has a record, and each record its latest timer. SQLAlchemy
+        # uses a record again if its connection is replaced, so there are few.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # The timer starts at "connect", because SQLAlchemy's first statements on a new
-        # connection (it asks for the server's version) come before "checkout". There,
-        # it starts again.
-        event.listen(self, "connect", self.on_connect)
-        event.listen(self, "checkout", lambda _, record, __: self.start_timer(record))
-        event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
+        # Also at "connect": SQLAlchemy's first statements on a new connection (it asks
+        # for the server's version) come before "checkout".
+        event.listen(self, "connect", self.start_timer)
+        event.listen(self, "checkout", self.start_timer)
+        event.listen(self, "checkin", self.stop_timer)
 
-    def on_connect(self, _: object, record: ConnectionPoolEntry) -> None:
-        self.records.add(record)
-        self.start_timer(record)
-
-    def start_timer(self, record: ConnectionPoolEntry) -> None:
-        self.stop_timer(record)
-        seconds = self.timeout()  # SQLAlchemy's method: the pool_timeout
+    def start_timer(self, _: object, record: ConnectionPoolEntry, *__: object) -> None:
+        self.stop_timer(None, record)
         loop = asyncio.get_running_loop()
-        self.timers[record] = loop.call_later(seconds, abort_connection, record)
+        timer = loop.call_later(self.timeout(), abort_connection, record)
+        self.timers[record] = timer
 
-    def stop_timer(self, record: ConnectionPoolEntry) -> None:
-        timer = self.timers.pop(record, None)
-        if timer is not None:
-            timer.cancel()
+    def stop_timer(self, _: object, record: ConnectionPoolEntry) -> None:
+        if record in self.timers:
+            self.timers[record].cancel()
 
     async def wait_for_slot(self) -> None:
         try:
@@ -711,7 +703,7 @@ class FairPool(AsyncAdaptedQueuePool):
         (SQLAlchemy's dispose() would make a second pool, while the first one still has
         connections: together, they could be too many.)
         """
-        for record in self.records:
+        for record in self.timers:
             record.invalidate(soft=True)
 
 
