@@ -646,21 +646,16 @@ class FairPool(AsyncAdaptedQueuePool):
         # Each connection has a record, and each record its latest timer. SQLAlchemy
         # uses a record again if its connection is replaced, so there are few.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # Also at "connect": SQLAlchemy's first statements on a new connection (it asks
-        # for the server's version) come before "checkout".
+        # SQLAlchemy's first statements on a new connection (it asks for the server's
+        # version) come before the end of _do_get.
         event.listen(self, "connect", self.start_timer)
-        event.listen(self, "checkout", self.start_timer)
-        event.listen(self, "checkin", self.stop_timer)
 
-    def start_timer(self, _: object, record: ConnectionPoolEntry, *__: object) -> None:
-        self.stop_timer(None, record)
+    def start_timer(self, _: object, record: ConnectionPoolEntry) -> None:
+        if record in self.timers:
+            self.timers[record].cancel()
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self.timeout(), abort_connection, record)
         self.timers[record] = timer
-
-    def stop_timer(self, _: object, record: ConnectionPoolEntry) -> None:
-        if record in self.timers:
-            self.timers[record].cancel()
 
     async def wait_for_slot(self) -> None:
         try:
@@ -672,12 +667,15 @@ class FairPool(AsyncAdaptedQueuePool):
     def _do_get(self) -> ConnectionPoolEntry:
         await_(self.wait_for_slot())
         try:
-            return super()._do_get()
+            record = super()._do_get()
         except BaseException:
             self.slots.release()
             raise
+        self.start_timer(None, record)
+        return record
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        self.timers[record].cancel()
         try:
             super()._do_return_conn(record)
         finally:
