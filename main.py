@@ -605,11 +605,6 @@ class Item(Base):
 CHECK_INTERVAL_SECONDS = 1  # from a failed check to the next one
 HEALTH_CHECK_SECONDS = 2  # the longest time until a health check is answered
 LIFESPAN_TIMEOUT_SECONDS = 1  # how long the start and the stop wait for a check
-# One worker at a time creates tables. The number is arbitrary.
-LOCK_TABLES_QUERY = sa.select(sa.func.pg_advisory_xact_lock(7411))
-# Fails if a column is missing, or if the server is read-only: FOR UPDATE needs to write
-# (SQLAlchemy omits it on SQLite). It fetches no row.
-CHECK_QUERY = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
 
 
 def abort_connection(record: ConnectionPoolEntry) -> None:
@@ -630,10 +625,9 @@ class FairPool(AsyncAdaptedQueuePool):
     """A pool that serves requests in the order in which they came.
 
     In SQLAlchemy's own pool, newcomers overtake: under load, some requests wait until
-    they fail. Here, each first waits at a semaphore, which is fair.
-
-    A PostgreSQL connection that is held for longer than pool_timeout is closed.
-    Otherwise, requests to a silent server would hold all connections.
+    they fail. Here, each first waits at a semaphore, which is fair. A PostgreSQL
+    connection that is held for longer than pool_timeout is closed. Otherwise, requests
+    to a silent server would hold all connections.
 
     `_do_get` and `_do_return_conn` are private, but all pools of SQLAlchemy override
     them (as of 2.1.9). They run in a greenlet, where `await_(x)` does what `await x`
@@ -684,8 +678,7 @@ class FairPool(AsyncAdaptedQueuePool):
     def invalidate_all(self) -> None:
         """Replace each connection before its next use.
 
-        SQLAlchemy's dispose() would make a second pool beside the connections in use:
-        together, they could be too many.
+        dispose() would open others beside those in use: together, too many.
         """
         for record in self.timers:
             record.invalidate(soft=True)
@@ -860,7 +853,7 @@ class Database(MonitoredBackend):
             pool_timeout=seconds,
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,  # or every error would log them
-            enable_from_linting=False,  # or it warns of CHECK_QUERY's cross join
+            enable_from_linting=False,  # or it warns of check's cross join
         )
         event.listen(engine.sync_engine, "handle_error", cut_message)
         event.listen(engine.sync_engine, "handle_error", drop_read_only_connections)
@@ -902,7 +895,8 @@ class Database(MonitoredBackend):
         """Any number of workers and hosts may call this at once."""
         async with self.write_engine.begin() as connection:
             if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
-                await connection.execute(LOCK_TABLES_QUERY)
+                lock = sa.func.pg_advisory_xact_lock(7411)  # an arbitrary number
+                await connection.execute(sa.select(lock))
             await connection.run_sync(Base.metadata.create_all)
 
     async def prepare(self) -> None:
@@ -922,8 +916,11 @@ class Database(MonitoredBackend):
             await self.create_tables()
 
     async def check(self) -> None:
+        # Fails if a column is missing, or if the server is read-only: FOR UPDATE needs
+        # to write (SQLAlchemy omits it on SQLite). It fetches no row.
+        query = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
         async with self.check_engine.connect() as connection:
-            await connection.execute(CHECK_QUERY)
+            await connection.execute(query)
 
     async def close(self) -> None:
         await self.stop_checks()
@@ -936,6 +933,7 @@ async def database_exception_handler(
     request: Request, exc: sa_exc.SQLAlchemyError
 ) -> Response:
     """Turn the error into a 503 if the database cannot serve now, else into a 500."""
+    # Also after drop_read_only_connections.
     is_lost = getattr(exc, "connection_invalidated", False)
     # The server is not reachable, full or too slow, or no connection was free in time.
     is_outage = isinstance(exc, sa_exc.OperationalError | sa_exc.TimeoutError)
