@@ -599,8 +599,8 @@ class Item(Base):
 
 # --- Database -------------------------------------------------------------------------
 # A request holds a connection only while it talks to the database. Each worker has
-# three engines: read_engine, in autocommit; write_engine, with transactions; and
-# check_engine, so that health checks do not wait for requests.
+# three engines: read_engine, in autocommit, which saves round trips; write_engine, with
+# transactions; and check_engine, so that health checks do not wait for requests.
 
 CHECK_INTERVAL_SECONDS = 1  # from a failed check to the next one
 HEALTH_CHECK_SECONDS = 2  # the longest time until a health check is answered
