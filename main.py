@@ -752,8 +752,8 @@ class MonitoredBackend:
     def __init__(self) -> None:
         self.is_available = True  # False in an outage; True before the first check
         self.is_initialized = False  # True after the first success of `prepare`
-        self.check_task: asyncio.Task[None] | None = None
-        self.retry_timer: asyncio.TimerHandle | None = None
+        self.check_task: asyncio.Task[None] | None = None  # the latest check
+        self.retry_timer: asyncio.TimerHandle | None = None  # starts the next one
 
     async def check(self) -> None:
         """Raise an exception if the backend cannot be used."""
@@ -784,7 +784,7 @@ class MonitoredBackend:
         self.is_available = True
 
     def handle_failure(self, error: Exception) -> None:
-        """Begin an outage, or continue it. Log it once. Check again in a second."""
+        """Begin an outage, or continue it. Check again in a second."""
         if self.is_available:
             extra = {"reason": summarize_error(error)}
             logger.warning("%s is not ready", self.name, extra=extra)
