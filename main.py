@@ -567,89 +567,58 @@ class Item(Base):
 
 
 # --- Database -------------------------------------------------------------------------
-# A request holds a connection only while it talks to the database. The parts:
-#
-#   FairPool          gives connections to requests first come, first served
-#   ReadOnlySession   the session of a route that only reads
-#   MonitoredBackend  knows whether the database, or Redis, is available
-#   Database          the three engines of a worker:
-#     read_engine       for requests that only read; in autocommit, without transactions
-#     write_engine      for requests that write, in transactions. On PostgreSQL it uses
-#                       the connections of read_engine. On SQLite, which has one writer
-#                       at a time, it has one connection, for which requests wait
-#     check_engine      one connection for health checks: they do not wait for requests
+# A request holds a connection only while it talks to the database. Each worker has
+# three engines: read_engine, in autocommit, which saves round trips; write_engine, with
+# transactions; and check_engine, so that health checks do not wait for requests.
 
 CHECK_INTERVAL_SECONDS = 1  # from a failed check to the next one
 HEALTH_CHECK_SECONDS = 2  # the longest time until a health check is answered
 LIFESPAN_TIMEOUT_SECONDS = 1  # how long the start and the stop wait for a check
-# Takes a lock until the end of the transaction, so that one worker at a time creates
-# tables. The number is arbitrary.
-LOCK_TABLES_QUERY = sa.select(sa.func.pg_advisory_xact_lock(7411))
-# It checks that every column exists, by selecting all (in a cross join), and that the
-# server is writable, by FOR UPDATE (SQLAlchemy omits that on SQLite, which has none).
-# The limit of 0 makes it cheap.
-CHECK_QUERY = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
 
 
 def abort_connection(record: ConnectionPoolEntry) -> None:
     """Make the statement that runs on a PostgreSQL connection fail now.
 
-    To cancel it, the server would have to answer, and it may be silent. So shut down
-    the socket: psycopg sees that the connection has ended. SQLite has no server.
+    A silent server would not cancel it. So shut down the socket, which wakes psycopg.
     """
     connection = record.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
         client_socket = socket.socket(fileno=connection.fileno())
         with suppress(OSError):  # the server has closed the connection
             client_socket.shutdown(socket.SHUT_RDWR)
-        client_socket.detach()  # closes nothing: the descriptor belongs to psycopg
-        record.invalidate(soft=True)  # the pool opens another one at the next use
+        client_socket.detach()  # psycopg closes the file descriptor
+        record.invalidate(soft=True)  # replace the connection before its next use
 
 
 class FairPool(AsyncAdaptedQueuePool):
-    """A pool that gives connections to requests in the order in which they came.
+    """A pool that serves requests in the order in which they came.
 
-    SQLAlchemy's own pool lets newcomers overtake: under load, some requests wait until
-    they fail. Here each request first waits at a semaphore, which is fair. It has one
-    slot for each connection, so SQLAlchemy's pool never has to wait.
-
-    A PostgreSQL connection that a request holds for longer than pool_timeout is closed.
-    Otherwise, requests to a silent server would hold all connections.
+    In SQLAlchemy's own pool, newcomers overtake: under load, some requests wait until
+    they fail. Here, each first waits at a semaphore, which is fair. A PostgreSQL
+    connection that is held for longer than pool_timeout is closed. Otherwise, requests
+    to a silent server would hold all connections.
 
     `_do_get` and `_do_return_conn` are private, but all pools of SQLAlchemy override
-    them (as of 2.1.9). They are plain functions, which SQLAlchemy runs in a greenlet:
-    there, `await_(x)` does what `await x` does in a coroutine.
+    them (as of 2.1.9). They run in a greenlet, where `await_(x)` does what `await x`
+    does in a coroutine.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        # A record is SQLAlchemy's place for one connection. If the connection ends, the
-        # record gets a new one. So there are at most size() records, as max_overflow
-        # is 0.
-        self.records: set[ConnectionPoolEntry] = set()
+        # Each connection has a record, and each record its latest timer. SQLAlchemy
+        # uses a record again if its connection is replaced, so there are few.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # The timer starts at "connect", because SQLAlchemy's first statements on a new
-        # connection (it asks for the server's version) come before "checkout". There,
-        # it starts again.
-        event.listen(self, "connect", self.on_connect)
-        event.listen(self, "checkout", lambda _, record, __: self.start_timer(record))
-        event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
+        # SQLAlchemy's first statements on a new connection (it asks for the server's
+        # version) come before the end of _do_get.
+        event.listen(self, "connect", self.start_timer)
 
-    def on_connect(self, _: object, record: ConnectionPoolEntry) -> None:
-        self.records.add(record)
-        self.start_timer(record)
-
-    def start_timer(self, record: ConnectionPoolEntry) -> None:
-        self.stop_timer(record)
-        seconds = self.timeout()  # SQLAlchemy's method: the pool_timeout
+    def start_timer(self, _: object, record: ConnectionPoolEntry) -> None:
+        if record in self.timers:
+            self.timers[record].cancel()
         loop = asyncio.get_running_loop()
-        self.timers[record] = loop.call_later(seconds, abort_connection, record)
-
-    def stop_timer(self, record: ConnectionPoolEntry) -> None:
-        timer = self.timers.pop(record, None)
-        if timer is not None:
-            timer.cancel()
+        timer = loop.call_later(self.timeout(), abort_connection, record)
+        self.timers[record] = timer
 
     async def wait_for_slot(self) -> None:
         try:
@@ -659,28 +628,28 @@ class FairPool(AsyncAdaptedQueuePool):
             raise sa_exc.TimeoutError("no connection was free in time") from None
 
     def _do_get(self) -> ConnectionPoolEntry:
-        """Take an idle connection out of the pool, or open one."""
         await_(self.wait_for_slot())
         try:
-            return super()._do_get()
+            record = super()._do_get()
         except BaseException:
             self.slots.release()
             raise
+        self.start_timer(None, record)
+        return record
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        """Put a connection back into the pool."""
+        self.timers[record].cancel()
         try:
             super()._do_return_conn(record)
         finally:
             self.slots.release()
 
     def invalidate_all(self) -> None:
-        """Let the pool replace each connection before its next use.
+        """Replace each connection before its next use.
 
-        (SQLAlchemy's dispose() would make a second pool, while the first one still has
-        connections: together, they could be too many.)
+        dispose() would open others beside those in use: together, too many.
         """
-        for record in self.records:
+        for record in self.timers:
             record.invalidate(soft=True)
 
 
@@ -692,21 +661,21 @@ def cut_message(context: sa.engine.ExceptionContext) -> None:
 
 
 def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
-    """Replace all connections of the pool if one turns out to be read-only.
+    """Replace the pool's connections if one is read-only.
 
-    After a failover, the former primary refuses writes. SQLite opens a file read-only
-    if it may not write to it, and that connection stays read-only.
+    After a failover, it leads to the former primary. On SQLite, it was opened while the
+    file was not writable.
     """
     error = context.original_exception
     sqlite_error = getattr(error, "sqlite_errorname", "")
     is_read_only = isinstance(error, psycopg.errors.ReadOnlySqlTransaction)
     if is_read_only or sqlite_error.startswith("SQLITE_READONLY"):
-        context.is_disconnect = True  # so SQLAlchemy replaces the connections
+        context.is_disconnect = True
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
     # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
-    # mode is stored in the file, so the other worker has set it for both.
+    # mode is a property of the file.
     with suppress(sqlite3.OperationalError):
         connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA foreign_keys = ON")
@@ -715,20 +684,17 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def begin_immediate(connection: sa.Connection) -> None:
     """Begin a transaction of SQLite's write_engine.
 
-    Database.create_engine sets AUTOCOMMIT, in which sqlite3 sends no BEGIN. SQLAlchemy
-    still calls this when a transaction begins, and at its end sqlite3's commit() or
-    rollback(), which end the BEGIN of this function. IMMEDIATE takes the write lock
-    now, and waits for it: a transaction that reads first and takes the lock later fails
-    at once if another has written in between.
+    In AUTOCOMMIT, sqlite3 sends no BEGIN; its commit() and rollback() end this one.
+    IMMEDIATE waits for the write lock now: a transaction that reads first and takes the
+    lock later fails at once if another has written in between.
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 class ReadOnlySession(Session):
-    """The session behind the dependency `ReadSession`. It refuses to write.
+    """Refuses to write: in autocommit, a write could not be rolled back.
 
-    Its connections are in autocommit: a write could not be rolled back. (A write in
-    sa.text() is not noticed.)
+    A write in sa.text() is not noticed.
     """
 
 
@@ -744,10 +710,10 @@ def refuse_write_statement(state: orm.ORMExecuteState) -> None:
 
 
 class MonitoredBackend:
-    """The base class of `Database` and `RedisRateLimiter`: watches their availability.
+    """A server that may be away: the base class of Database and RedisRateLimiter.
 
-    After a failure, the backend is checked every second until it is available again.
-    While all is well, nothing runs in the background.
+    After a failure, it is checked every second until it is available again. While all
+    is well, nothing runs in the background.
     """
 
     name: str
@@ -755,21 +721,21 @@ class MonitoredBackend:
     def __init__(self) -> None:
         self.is_available = True  # False in an outage; True before the first check
         self.is_initialized = False  # True after the first success of `prepare`
-        self.check_task: asyncio.Task[None] | None = None
-        self.retry_timer: asyncio.TimerHandle | None = None
+        self.check_task: asyncio.Task[None] | None = None  # the latest check
+        self.retry_timer: asyncio.TimerHandle | None = None  # starts the next one
 
     async def check(self) -> None:
-        """Raise an exception unless the backend can be used."""
+        """Raise an exception if the backend cannot be used."""
         raise NotImplementedError
 
     async def prepare(self) -> None:
-        """Called before the first check, and before each check in an outage."""
+        """Run before the first check, and before each check in an outage."""
         raise NotImplementedError
 
     def start_check(self) -> asyncio.Task[None]:
-        """Start a check, unless one is running: callers share the task."""
+        """Start a check, unless one is running."""
         if self.check_task is None or self.check_task.done():
-            # An empty context: its log lines do not have the request_id of a caller.
+            # An empty context: its log lines have no request_id.
             self.check_task = asyncio.create_task(self.run_check(), context=Context())
         return self.check_task
 
@@ -787,7 +753,7 @@ class MonitoredBackend:
         self.is_available = True
 
     def handle_failure(self, error: Exception) -> None:
-        """Begin an outage, or continue it. Log it once. Check again in a second."""
+        """Begin an outage, or continue it. Check again in a second."""
         if self.is_available:
             extra = {"reason": summarize_error(error)}
             logger.warning("%s is not ready", self.name, extra=extra)
@@ -798,12 +764,8 @@ class MonitoredBackend:
         self.retry_timer = loop.call_later(CHECK_INTERVAL_SECONDS, self.start_check)
 
     async def is_ready(self) -> bool:
-        """Answer a health check, within HEALTH_CHECK_SECONDS.
-
-        A check that takes longer goes on, and the next caller shares it. In a known
-        outage, do not wait: there is a check every second.
-        """
-        if not self.is_available:
+        """Check, for HEALTH_CHECK_SECONDS at most. A longer check goes on."""
+        if not self.is_available:  # it is checked every second
             return False
         task = self.start_check()
         await asyncio.wait({task}, timeout=HEALTH_CHECK_SECONDS)
@@ -830,39 +792,37 @@ class Database(MonitoredBackend):
         self.read_engine = self.create_engine(size)
         self.check_engine = self.create_engine(1)
         if self.is_sqlite:
+            # SQLite has one writer at a time: they take turns with one connection.
             self.write_engine = self.create_engine(1)
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
-            # The same pool, but with transactions. READ COMMITTED is the usual level.
+            # The same pool, with transactions of PostgreSQL's usual level.
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
 
     def create_engine(self, pool_size: int) -> AsyncEngine:
-        """Return an engine in autocommit: the driver begins no transactions."""
         options: dict[str, Any] = {}
         url = self.settings.DATABASE_URL
         seconds = self.settings.DATABASE_TIMEOUT_SECONDS
         if self.is_sqlite:
-            # How long to wait for SQLite's lock.
-            options["connect_args"] = {"timeout": seconds}
+            options["connect_args"] = {"timeout": seconds}  # for SQLite's lock
         else:
             url = url.set(query={**self.postgresql_options(), **url.query})
-            # None: psycopg prepares no statements. After an ALTER TABLE, PostgreSQL
-            # would refuse those that were prepared before it.
+            # No prepared statements: after an ALTER TABLE, PostgreSQL refuses them.
             options["connect_args"] = {"prepare_threshold": None}
-            # To look for hstore, which is not used here, takes three round trips.
+            # To look for the type hstore takes three round trips.
             options["use_native_hstore"] = False
         engine = create_async_engine(
             url,
             **options,
             poolclass=FairPool,
             pool_size=pool_size,
-            max_overflow=0,  # pool_size includes it: all connections stay open
+            max_overflow=0,  # all connections stay open
             pool_timeout=seconds,
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,  # or every error would log them
-            enable_from_linting=False,  # or it warns of CHECK_QUERY's cross join
+            enable_from_linting=False,  # or it warns of check's cross join
         )
         event.listen(engine.sync_engine, "handle_error", cut_message)
         event.listen(engine.sync_engine, "handle_error", drop_read_only_connections)
@@ -871,13 +831,12 @@ class Database(MonitoredBackend):
         return engine
 
     def postgresql_options(self) -> dict[str, str]:
-        """Return options of libpq. Those in DATABASE_URL override them."""
+        """Return options of libpq; DATABASE_URL can override them."""
         seconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS)
         milliseconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS * 1000)
-        # The server ends a slow statement shortly before FairPool would close its
-        # connection. So the connection survives.
+        # The server ends a slow statement before FairPool closes its connection.
         statement_timeout = f"-c statement_timeout={milliseconds * 9 // 10}"
-        # The server ends the transaction of a lost worker, and frees its locks.
+        # The server ends the transaction of a lost worker, which frees its locks.
         idle_timeout = f"-c idle_in_transaction_session_timeout={milliseconds}"
         return {
             "application_name": self.settings.PROJECT_NAME,
@@ -888,61 +847,53 @@ class Database(MonitoredBackend):
         }
 
     def session(self, writes: bool) -> AsyncSession:
-        """Return a session in a transaction, or a ReadOnlySession.
-
-        Raises ServiceUnavailableException until the tables have been found or created.
-        """
+        """Raises ServiceUnavailableException until the tables have been found."""
         if not self.is_initialized:
             raise ServiceUnavailableException("the database is not reachable")
-        new_session = partial(
-            AsyncSession,
+        return AsyncSession(
+            self.write_engine if writes else self.read_engine,
+            sync_session_class=Session if writes else ReadOnlySession,
             # Objects are read after the commit, so they must not expire.
             expire_on_commit=False,
-            # To use a session after its end raises an exception. Otherwise, a
-            # StreamingResponse that does so would keep a connection for ever.
+            # A StreamingResponse that uses a session after its end gets an exception.
+            # Otherwise, it would keep a connection for ever.
             close_resets_only=False,
         )
-        if writes:
-            return new_session(self.write_engine)
-        return new_session(self.read_engine, sync_session_class=ReadOnlySession)
-
-    async def create_missing_tables(self) -> None:
-        async with self.check_engine.connect() as connection:
-            names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
-        missing = Base.metadata.tables.keys() - names
-        is_start = not self.is_initialized
-        is_empty = not names
-        # At the start, create what is missing. After an outage, create tables only in
-        # an empty database: if it has tables, a migration may be running.
-        if missing and (is_start or is_empty):
-            await self.create_tables()
 
     async def create_tables(self) -> None:
         """Any number of workers and hosts may call this at once."""
         async with self.write_engine.begin() as connection:
             if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
-                await connection.execute(LOCK_TABLES_QUERY)
+                lock = sa.func.pg_advisory_xact_lock(7411)  # an arbitrary number
+                await connection.execute(sa.select(lock))
             await connection.run_sync(Base.metadata.create_all)
 
     async def prepare(self) -> None:
         # After a failover, the connections of requests may lead to the former primary.
-        # (If a check fails because its own connection does, SQLAlchemy replaces that.)
         pool: Any = self.read_engine.pool
         pool.invalidate_all()
         if not self.is_initialized:
             # Open a connection, which takes long, before the first request needs it.
             async with self.read_engine.connect():
                 pass
-        await self.create_missing_tables()
+        async with self.check_engine.connect() as connection:
+            names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
+        missing = Base.metadata.tables.keys() - names
+        # In an outage, create tables only in an empty database: if it has some, a
+        # migration may be running.
+        if missing and (not names or not self.is_initialized):
+            await self.create_tables()
 
     async def check(self) -> None:
-        """Raise an exception unless the database can be used."""
+        # Fails if a column is missing, or if the server is read-only: FOR UPDATE needs
+        # to write (SQLAlchemy omits it on SQLite). It fetches no row.
+        query = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
         async with self.check_engine.connect() as connection:
-            await connection.execute(CHECK_QUERY)
+            await connection.execute(query)
 
     async def close(self) -> None:
         await self.stop_checks()
-        # On PostgreSQL, two of them share a pool. To dispose of it twice is harmless.
+        # Two of them may share a pool. To dispose of it twice is harmless.
         for engine in (self.read_engine, self.write_engine, self.check_engine):
             await engine.dispose()
 
@@ -951,14 +902,14 @@ async def database_exception_handler(
     request: Request, exc: sa_exc.SQLAlchemyError
 ) -> Response:
     """Turn the error into a 503 if the database cannot serve now, else into a 500."""
+    # Also after drop_read_only_connections.
     is_lost = getattr(exc, "connection_invalidated", False)
     # The server is not reachable, full or too slow, or no connection was free in time.
     is_outage = isinstance(exc, sa_exc.OperationalError | sa_exc.TimeoutError)
-    # sqlite3's OperationalError can mean wrong SQL, too, which is a bug.
+    # sqlite3's OperationalError can mean wrong SQL, too.
     driver_error = getattr(exc, "orig", None)
-    is_bug = getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR"
-    is_unavailable = (is_lost or is_outage) and not is_bug
-    if not is_unavailable:
+    is_wrong_sql = getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR"
+    if is_wrong_sql or not (is_lost or is_outage):
         raise exc  # LimitsAndErrorsMiddleware answers 500
     database: Database = request.app.state.database
     if database.is_available:
