@@ -342,8 +342,12 @@ def setup_logging(settings: Settings) -> None:
     # Without a handler, uvicorn writes no access log: RequestLoggingMiddleware does.
     logging.getLogger("uvicorn.access").handlers = []
     logging.captureWarnings(True)
-    # Do not look up which line of code logs: saves 5 µs (see Python's Logging HOWTO).
+    # Do not look up which line, thread and process log: the formatters do not show it,
+    # and it takes 7 µs (see "Optimization" in Python's Logging HOWTO).
     logging._srcfile = None
+    logging.logThreads = False
+    logging.logProcesses = False
+    logging.logMultiprocessing = False
     # If stdout is closed or full, logging would print a traceback for each record.
     logging.raiseExceptions = False
 
@@ -1674,7 +1678,7 @@ class RequestLoggingMiddleware:
         headers = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not REQUEST_ID_PATTERN.fullmatch(request_id):
-            request_id = secrets.token_hex(16)
+            request_id = os.urandom(16).hex()
         state["request_id"] = request_id
         request_id_context.set(request_id)  # never reset: each request sets it
         trace = TRACEPARENT_PATTERN.fullmatch(headers.get(b"traceparent", b""))
@@ -1895,7 +1899,8 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 # --- Health routes --------------------------------------------------------------------
 # For orchestrators and monitors: no rate limit, and only the log says what is wrong.
-# Some monitors send HEAD requests, which need a route of their own in FastAPI.
+# Some monitors send HEAD requests, which need a route of their own in FastAPI. (The
+# lower of two decorators makes the route that is tried first.)
 
 health_router = APIRouter(
     prefix="/health",
@@ -1923,15 +1928,15 @@ async def check_redis(request: Request) -> CheckResult | MISSING:
     return HEALTHY if await redis.is_ready() else UNHEALTHY
 
 
-@health_router.get("/live")
 @health_router.head("/live", include_in_schema=False)
+@health_router.get("/live")
 async def liveness_probe() -> ProbeStatus:
     """Does the process answer? If not, restart it."""
     return ProbeStatus(status="alive")
 
 
-@health_router.get("/ready", responses={503: {"model": ProbeStatus}})
 @health_router.head("/ready", include_in_schema=False)
+@health_router.get("/ready", responses={503: {"model": ProbeStatus}})
 async def readiness_probe(request: Request, response: Response) -> ProbeStatus:
     """Can it serve requests? If not, send them elsewhere."""
     if await check_database(request) == HEALTHY:
@@ -1940,8 +1945,8 @@ async def readiness_probe(request: Request, response: Response) -> ProbeStatus:
     return ProbeStatus(status="not_ready")
 
 
-@health_router.get("", responses={503: {"model": HealthStatus}})
 @health_router.head("", include_in_schema=False)
+@health_router.get("", responses={503: {"model": HealthStatus}})
 async def health_check(request: Request, response: Response) -> HealthStatus:
     """How are the service and the servers that it depends on?"""
     database, redis = await asyncio.gather(
