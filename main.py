@@ -148,8 +148,8 @@ def parse_origin(value: str) -> str:
 DatabaseUrl = Annotated[sa.URL, NoDecode, pydantic.BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
-# Only in a str with a max_length or a pattern does pydantic refuse invalid Unicode:
-# surrogates, from "\ud800" in JSON or from a variable that is not UTF-8.
+# pydantic refuses invalid Unicode only in a str with a max_length or a pattern: lone
+# surrogates, from "\ud800" in JSON, or from a variable that is not UTF-8.
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -932,7 +932,12 @@ NO_NUL = r"^[^\x00]*$"  # for texts that reach the database: PostgreSQL refuses 
 
 def to_utc(moment: datetime) -> datetime:
     """PostgreSQL returns times in its own zone, SQLite returns UTC without a zone."""
-    return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    if moment.tzinfo is None:
+        return moment.replace(tzinfo=UTC)
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:  # a client can send a time at the end of the year 9999
+        raise ValueError("is out of range") from None
 
 
 UtcTime = Annotated[datetime, AfterValidator(to_utc)]

@@ -154,10 +154,7 @@ class Client(httpx.AsyncClient):
 
 @cache
 def built_app(**changes: Any) -> FastAPI:
-    """Build an application once for each set of settings; each test starts it anew.
-
-    A test that adds a route or an override to one calls `main.create_app` itself.
-    """
+    """Made once for each set of settings. A test that changes an app makes its own."""
     return main.create_app(make_settings(**changes))
 
 
@@ -1516,8 +1513,6 @@ VALID: dict[type[pydantic.BaseModel], dict[str, str]] = {
 
 
 class Text(NamedTuple):
-    """A field, and the lengths that it may have."""
-
     schema: type[pydantic.BaseModel]
     field: str
     least: int
@@ -1581,6 +1576,11 @@ def test_time_is_written_in_utc_with_its_offset() -> None:
     for moment in (utc, elsewhere, utc.replace(tzinfo=None)):
         user = main.UserOut(id=1, username="ada", created_at=moment)
         assert '"2026-01-02T03:04:05Z"' in user.model_dump_json()
+
+
+def test_time_that_utc_cannot_express_is_refused() -> None:
+    with pytest.raises(ValueError, match="is out of range"):
+        main.to_utc(datetime.max.replace(tzinfo=timezone(timedelta(hours=-1))))
 
 
 # --- Security -------------------------------------------------------------------------
