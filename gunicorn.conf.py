@@ -18,7 +18,7 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 import main
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
-HEADER_SECONDS = 10  # from the connection's start; for later requests, from byte one
+HEADER_SECONDS = 10  # from the connection's start; later, from a request's first byte
 
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
@@ -64,7 +64,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(400)
-        if self.header_bytes > MAX_HEADER_BYTES:  # on_headers_complete has not reset it
+        if self.header_bytes > MAX_HEADER_BYTES:  # and they are not complete yet
             self.refuse(431)
         needs_timer = self.header_bytes > 0 and self.header_timer.cancelled()
         # While another request is answered, no timer: 408 would get into its response.
@@ -108,7 +108,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # for trailers. The request's scope keeps the old list
+        self.headers = []  # trailers go here, not into the list that the request has
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # the parser that stops calls this, too
@@ -142,7 +142,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn sends it at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # for SIGQUIT, gunicorn's at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

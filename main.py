@@ -79,7 +79,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
-from sqlalchemy.util import await_  # `await` for code in a greenlet: see FairPool
+from sqlalchemy.util import await_  # `await` in SQLAlchemy's sync code: see FairPool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -103,8 +103,9 @@ def parse_database_url(value: str) -> sa.URL:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
-            dialect = url.get_dialect()()
-            _, options = dialect.create_connect_args(url)  # what psycopg will get
+            dialect_class = url.get_dialect()
+            # What psycopg will get.
+            _, options = dialect_class().create_connect_args(url)
             make_conninfo(**options)  # refuses unknown names of options
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
@@ -114,7 +115,8 @@ def parse_database_url(value: str) -> sa.URL:
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
-    # In "sqlite://./app.db", the dot is a host. In memory, each connection of the pool
+    # A file's URL has only a driver and a path: "?mode=memory" is an option, and in
+    # "sqlite://./app.db", the dot is a host. In memory, each connection of the pool
     # would have its own database.
     file_url = sa.URL.create(url.drivername, database=url.database)
     is_file = url == file_url and url.database not in {None, "", ":memory:"}
@@ -153,7 +155,7 @@ Origin = Annotated[str, AfterValidator(parse_origin)]
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
-# At most a day, far below PostgreSQL's own maximum of 24 days.
+# At most a day. (The maximum of PostgreSQL's statement_timeout is 24 days.)
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -184,7 +186,7 @@ class Settings(BaseSettings):
     DATABASE_TIMEOUT_SECONDS: Seconds = 5
     CORS_ORIGINS: list[Origin] = []
     RATE_LIMIT_REQUESTS: RequestCount = 100
-    # The limiter counts nanoseconds in 64 bits: 10**9 seconds are 10**18.
+    # The limiter counts nanoseconds in 64 bits: 10**9 seconds still fit.
     RATE_LIMIT_WINDOW_SECONDS: int = Field(default=60, gt=0, le=10**9)
     RATE_LIMIT_LOGIN_REQUESTS: RequestCount = 10
     REDIS_URL: RedisUrl | None = None
@@ -197,7 +199,7 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        For a text of spaces only, the default applies.
+        A text of spaces only, which env_ignore_empty does not see, counts as not set.
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         return {k: v for k, v in (values | texts).items() if v != ""}
@@ -231,7 +233,7 @@ def get_settings() -> Settings:
     except pydantic.ValidationError as error:
         reason = "; ".join(describe_invalid_value(e) for e in error.errors())
     except (ValueError, OSError) as error:  # invalid JSON, or an unreadable file
-        # The error names the variable; its cause says what is wrong.
+        # pydantic-settings names the variable; the error's cause says what is wrong.
         reason = f"{error}: {error.__cause__ or 'in .env or /run/secrets'}"
     raise SystemExit(f"bad settings: {reason}")
 
@@ -242,8 +244,8 @@ def get_settings() -> Settings:
 
 logger = logging.getLogger(__name__)
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
-# A record's other attributes come from `extra`, and are logged. (color_message is
-# uvicorn's copy of the message for terminals.)
+# The attributes that each record has. All others come from `extra`, and are logged.
+# (color_message is uvicorn's copy of the message for terminals.)
 STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "color_message"}
 # Linux writes a line of up to 4 KiB (PIPE_BUF) to a pipe in one piece; a longer one
 # could be mixed with others. 3000 leaves room for the other fields.
@@ -266,7 +268,8 @@ LIBRARY_LEVELS = {
 def shorten_traceback(text: str) -> str:
     """Return the end, which has the error: as JSON, at most MAX_TRACEBACK_BYTES."""
     if len(text) > MAX_TRACEBACK_BYTES:
-        # SQLAlchemy's frames alone are longer than that, and come after your code's.
+        # First leave out the frames of libraries: SQLAlchemy's alone are longer than
+        # that, and come after those of your code.
         text = LIBRARY_FRAME.sub("", text)[-MAX_TRACEBACK_BYTES:]
     while len(json.dumps(text)) > MAX_TRACEBACK_BYTES:  # JSON writes "é" in 6 bytes
         text = text[50:]
@@ -325,7 +328,8 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # With LOG_LEVEL=ERROR, this drops the warnings of LIBRARY_LEVELS.
+    # The loggers of LIBRARY_LEVELS ignore the level of the root logger. So the handler
+    # has that level, too: with LOG_LEVEL=ERROR, it drops the libraries' warnings.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
@@ -334,13 +338,15 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger("sqlalchemy").setLevel("INFO")
     # UvicornWorker gives uvicorn's loggers the handlers of gunicorn.error, and turns
     # their propagation off. So each of these has the handler itself.
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "gunicorn.error"):
+    for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # the root logger's level applies
         server_logger.propagate = False
     # Without a handler, uvicorn writes no access log: RequestLoggingMiddleware does.
-    logging.getLogger("uvicorn.access").handlers = []
+    access_logger = logging.getLogger("uvicorn.access")
+    access_logger.handlers = []
+    access_logger.propagate = False
     logging.captureWarnings(True)
     # Do not look up which line, thread and process log: the formatters do not show it,
     # and it takes 7 µs (see "Optimization" in Python's Logging HOWTO).
@@ -378,7 +384,7 @@ ERROR_CODES = {  # status code: the `error` in the body
     504: "timeout",
 }
 DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
-# Those that the header Allow can name (RFC 9110 § 15.5.6).
+# The methods that the header Allow can name (RFC 9110 § 15.5.6).
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -482,11 +488,15 @@ async def app_exception_handler(request: Request, exc: AppException) -> Response
 
 
 def allowed_methods(request: Request) -> str:
-    """Return the methods of all routes on the path; the framework names one route's."""
+    """Return the methods of all routes on the path.
+
+    The framework's own 405 names the methods of one route only.
+    """
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # Not route.methods, because a router in app.routes (FastAPI 0.165) has none.
+        # Not route.methods: since FastAPI 0.165, include_router adds the router as one
+        # entry of app.routes, which has no methods.
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -496,7 +506,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     """Turn an HTTPException into a response: the framework raises it, or your code."""
     if exc.status_code in {204, 304}:  # must not have a body
         return Response(None, exc.status_code, exc.headers)
-    error = AppException(exc.detail)
+    error = AppException(exc.detail)  # the text for the log
     error.status_code = exc.status_code
     error.message = str(exc.detail)
     error.headers = exc.headers or {}
@@ -590,7 +600,7 @@ def abort_connection(record: ConnectionPoolEntry) -> None:
         client_socket = socket.socket(fileno=connection.fileno())
         with suppress(OSError):  # the server has closed the connection
             client_socket.shutdown(socket.SHUT_RDWR)
-        client_socket.detach()  # psycopg closes the file descriptor
+        client_socket.detach()  # closes nothing: the descriptor belongs to psycopg
         record.invalidate(soft=True)  # replace the connection before its next use
 
 
@@ -610,11 +620,11 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
-        # Each connection has a record, and each record its latest timer. SQLAlchemy
-        # uses a record again if its connection is replaced, so there are few.
+        # A record is SQLAlchemy's place for one connection; if the connection ends, the
+        # record gets a new one. So there are at most size() records, with a timer each.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # SQLAlchemy's first statements on a new connection (it asks for the server's
-        # version) come before the end of _do_get.
+        # _do_get starts the timer at its end. On a new connection, SQLAlchemy sends its
+        # first statements before that (it asks for the server's version).
         event.listen(self, "connect", self.start_timer)
 
     def start_timer(self, _: object, record: ConnectionPoolEntry) -> None:
@@ -651,7 +661,8 @@ class FairPool(AsyncAdaptedQueuePool):
     def invalidate_all(self) -> None:
         """Replace each connection before its next use.
 
-        dispose() would open others beside those in use: together, too many.
+        After dispose(), new connections would be opened while the old ones are in use:
+        together, they could be too many.
         """
         for record in self.timers:
             record.invalidate(soft=True)
@@ -674,7 +685,7 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
     sqlite_error = getattr(error, "sqlite_errorname", "")
     is_read_only = isinstance(error, psycopg.errors.ReadOnlySqlTransaction)
     if is_read_only or sqlite_error.startswith("SQLITE_READONLY"):
-        context.is_disconnect = True
+        context.is_disconnect = True  # then SQLAlchemy replaces them all
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
@@ -688,9 +699,10 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def begin_immediate(connection: sa.Connection) -> None:
     """Begin a transaction of SQLite's write_engine.
 
-    In AUTOCOMMIT, sqlite3 sends no BEGIN; its commit() and rollback() end this one.
-    IMMEDIATE waits for the write lock now: a transaction that reads first and takes the
-    lock later fails at once if another has written in between.
+    Its connections are in AUTOCOMMIT: so sqlite3 sends no BEGIN of its own. SQLAlchemy
+    ends this one, by sqlite3's commit() or rollback(). IMMEDIATE waits for the write
+    lock now: a transaction that reads first and takes the lock later fails at once if
+    another has written in between.
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
@@ -768,7 +780,7 @@ class MonitoredBackend:
         self.retry_timer = loop.call_later(CHECK_INTERVAL_SECONDS, self.start_check)
 
     async def is_ready(self) -> bool:
-        """Check, for HEALTH_CHECK_SECONDS at most. A longer check goes on."""
+        """Check, but answer after HEALTH_CHECK_SECONDS, while the check goes on."""
         if not self.is_available:  # it is checked every second
             return False
         task = self.start_check()
@@ -815,7 +827,7 @@ class Database(MonitoredBackend):
             url = url.set(query={**self.postgresql_options(), **url.query})
             # No prepared statements: after an ALTER TABLE, PostgreSQL refuses them.
             options["connect_args"] = {"prepare_threshold": None}
-            # To look for the type hstore takes three round trips.
+            # Otherwise, SQLAlchemy looks for the type hstore: three round trips.
             options["use_native_hstore"] = False
         engine = create_async_engine(
             url,
@@ -826,7 +838,7 @@ class Database(MonitoredBackend):
             pool_timeout=seconds,
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,  # or every error would log them
-            enable_from_linting=False,  # or it warns of check's cross join
+            enable_from_linting=False,  # or it warns of the cross join in `check`
         )
         event.listen(engine.sync_engine, "handle_error", cut_message)
         event.listen(engine.sync_engine, "handle_error", drop_read_only_connections)
@@ -859,8 +871,8 @@ class Database(MonitoredBackend):
             sync_session_class=Session if writes else ReadOnlySession,
             # Objects are read after the commit, so they must not expire.
             expire_on_commit=False,
-            # A StreamingResponse that uses a session after its end gets an exception.
-            # Otherwise, it would keep a connection for ever.
+            # A closed session cannot be used again. Otherwise, a StreamingResponse that
+            # does so would keep a connection for ever.
             close_resets_only=False,
         )
 
@@ -874,6 +886,7 @@ class Database(MonitoredBackend):
 
     async def prepare(self) -> None:
         # After a failover, the connections of requests may lead to the former primary.
+        # (SQLite has none. On PostgreSQL, write_engine has the same pool.)
         pool: Any = self.read_engine.pool
         pool.invalidate_all()
         if not self.is_initialized:
@@ -883,14 +896,17 @@ class Database(MonitoredBackend):
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         missing = Base.metadata.tables.keys() - names
-        # In an outage, create tables only in an empty database: if it has some, a
+        is_empty = not names
+        is_start = not self.is_initialized
+        # After an outage, create tables only in an empty database: if it has some, a
         # migration may be running.
-        if missing and (not names or not self.is_initialized):
+        if missing and (is_start or is_empty):
             await self.create_tables()
 
     async def check(self) -> None:
-        # Fails if a column is missing, or if the server is read-only: FOR UPDATE needs
-        # to write (SQLAlchemy omits it on SQLite). It fetches no row.
+        # To select all columns (in a cross join) fails if one is missing. FOR UPDATE
+        # fails on a read-only server; SQLAlchemy omits it on SQLite. The limit of 0
+        # makes it cheap.
         query = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
         async with self.check_engine.connect() as connection:
             await connection.execute(query)
@@ -906,7 +922,7 @@ async def database_exception_handler(
     request: Request, exc: sa_exc.SQLAlchemyError
 ) -> Response:
     """Turn the error into a 503 if the database cannot serve now, else into a 500."""
-    # Also after drop_read_only_connections.
+    # The connection was lost, or drop_read_only_connections has replaced it.
     is_lost = getattr(exc, "connection_invalidated", False)
     # The server is not reachable, full or too slow, or no connection was free in time.
     is_outage = isinstance(exc, sa_exc.OperationalError | sa_exc.TimeoutError)
@@ -914,7 +930,7 @@ async def database_exception_handler(
     driver_error = getattr(exc, "orig", None)
     is_wrong_sql = getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR"
     if is_wrong_sql or not (is_lost or is_outage):
-        raise exc  # LimitsAndErrorsMiddleware answers 500
+        raise exc  # it reaches LimitsAndErrorsMiddleware, which answers 500
     database: Database = request.app.state.database
     if database.is_available:
         database.start_check()  # to find out whether only this request has failed
@@ -1008,7 +1024,8 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(RequestBody):
-    # MISSING: the field may be left out, and model_dump() then leaves it out, too.
+    # MISSING: the field may be left out, and model_dump() then leaves it out, too. It
+    # may not be null, as `title: Title | None = None` would allow.
     title: Title | MISSING = Field(default=MISSING, examples=["tea"])
     description: Description | None | MISSING = Field(
         default=MISSING, examples=["green"]
@@ -1065,8 +1082,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already.
 
-    Not `run_sync(…, limiter=…)`, which yields to the event loop before it waits: all
-    requests of a burst would pass the check first.
+    Not `run_sync(…, limiter=…)`, which gives way to other requests before it joins the
+    queue: all requests of a burst would find the queue empty.
     """
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
@@ -1088,7 +1105,10 @@ async def verify_password(password: str, known_hash: str) -> tuple[bool, str | N
 
 
 def signing_key(settings: Settings) -> dict[str, str]:
-    """Return the secret as a JSON Web Key: python-jose would parse a text as JSON."""
+    """Return the secret as a JSON Web Key.
+
+    python-jose would take a secret that looks like JSON for such a key.
+    """
     # surrogateescape, because a variable may have bytes that are not UTF-8.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
@@ -1129,10 +1149,12 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 # `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects. The order is
 # that of the index.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-# Both conditions mean the same. With the other one, the last page would be slow: SQLite
-# would walk through all rows of the owner, and PostgreSQL perhaps through all rows.
+# Both conditions mean the same. Each database has the one for which it starts in the
+# index at (owner_id, id), so that the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
+    # For PostgreSQL's condition, SQLite would walk through all rows of the owner.
     "sqlite": ITEMS_QUERY.where(sa.text("owner_id = :owner AND id > :after")),
+    # For SQLite's condition, PostgreSQL may walk through the rows of all owners.
     "postgresql": ITEMS_QUERY.where(
         sa.text("(owner_id, id) > (:owner, :after) AND owner_id <= :owner")
     ),
@@ -1163,8 +1185,8 @@ async def update_user_if_unchanged(
 ) -> bool:
     """Return False if the password has been changed since `user` was read.
 
-    So of two password changes at once, one fails. (If this compared token_version, a
-    logout at the same time would make a password change fail, too.)
+    Of two password changes at once, one fails. It compares password_hash, because a
+    logout at the same time, which changes token_version, must not make it fail.
     """
     condition = (User.id == user.id) & (User.password_hash == user.password_hash)
     query = sa.update(User).where(condition).values(**changes).returning(User.id)
@@ -1213,7 +1235,7 @@ Page = dict[str, Any]
 
 
 def make_page(name: str, rows: Rows, limit: int) -> Page:
-    """Callers get one row more than `limit`, which shows that there is a next page."""
+    """`rows` has up to `limit + 1` rows: the last shows that there is a next page."""
     has_next = len(rows) > limit
     return {name: rows[:limit], "next": rows[limit - 1].id if has_next else None}
 
@@ -1228,7 +1250,7 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # The user who had this name has just been deleted, so try again. If another
+        # The name is free: its user has just been deleted. So try again. If another
         # constraint was violated, which is a bug, this raises IntegrityError again.
         await add_row(db, user)
     await db.commit()
@@ -1349,7 +1371,7 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 # memory. RateLimiter.enforce calls it, and raises if the limit refuses the request.
 
 SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
-ROWS_IN_BUCKET = 16  # of the hash table in SlidingWindowRateLimiter
+ROWS_IN_BUCKET = 16  # see SlidingWindowRateLimiter
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for all connections of a worker, opened at once
@@ -1368,12 +1390,13 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- A retry waits for the oldest time, at index 0, to leave the window. But after the
--- limit was lowered, there can be more times than `limit`, and the excess leaves first.
+-- A retry waits for the oldest time, at index 0, to leave the window. After the limit
+-- was lowered, there can be more times than `limit`: then it waits for a later one.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_seconds = math.ceil((member_and_time[2] + window - now) / 1000000)
-return {allowed, limit, math.max(0, limit - count), reset_seconds} -- as RateLimitResult
+-- The fields of RateLimitResult. Redis sends true as 1, and false as null.
+return {allowed, limit, math.max(0, limit - count), reset_seconds}
 """
 
 
@@ -1400,7 +1423,7 @@ def client_key(address: str) -> str:
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
-        return "unknown"  # one limit for all: a client could vary the text
+        return "unknown"  # not the text: a client could send a new one each time
     if isinstance(ip, ipaddress.IPv4Address):
         return str(ip)
     if ip.ipv4_mapped:
@@ -1411,9 +1434,14 @@ def client_key(address: str) -> str:
 class SlidingWindowRateLimiter:
     """Allow at most `limit` requests of a client in any period of `seconds`, exactly.
 
-    It is a hash table of fixed size in shared memory. A client's hash selects a bucket
-    of 16 rows; a row belongs to one client. In a full bucket, a new client takes the
-    row of the one that was idle for longest, whose requests are then forgotten.
+    It is a hash table of fixed size in shared memory:
+
+        table = buckets, of which a client's hash selects one
+        bucket = 16 rows, one for each client
+        row = the times of the client's allowed requests, in a ring buffer
+
+    In a full bucket, a new client takes the row of the one that was idle for longest,
+    whose requests are then forgotten.
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
@@ -1433,12 +1461,14 @@ class SlidingWindowRateLimiter:
         self.buckets = table_type.from_buffer(mmap.mmap(-1, table_bytes))
         self.limit = limit
         self.seconds = seconds
-        self.clock_ns = time.monotonic_ns  # the same in all processes of a machine
+        # The same clock in all processes of a machine. Tests replace it.
+        self.clock_ns = time.monotonic_ns
         self.lock_file = open_lock_file()
 
     def hit(self, key: str) -> RateLimitResult:
         """Count a request, if the limit allows it. `key` stands for the client."""
-        # While another worker has the lock, this blocks the event loop: microseconds.
+        # While another worker has the lock, this blocks the event loop, but only for
+        # microseconds.
         fcntl.lockf(self.lock_file, fcntl.LOCK_EX)
         try:
             return self.record_request(self.find_row(key))
@@ -1510,7 +1540,7 @@ class RedisRateLimiter(MonitoredBackend):
 
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
-        # This wait is not part of the timeout: the worker is busy, Redis is not slow.
+        # This wait is outside the timeout, because it does not mean that Redis is slow.
         async with self.slots:
             if not self.is_available:  # it has failed during the wait
                 return None
@@ -1557,7 +1587,7 @@ class RateLimiter:
         result = None
         if self.redis:
             result = await self.redis.hit(key, limiter.limit, limiter.seconds)
-        return result or limiter.hit(key)
+        return limiter.hit(key) if result is None else result
 
     async def enforce(self, name: str, scope: Scope) -> None:
         """Count a request of the client. Raises RateLimitedException.
@@ -1568,8 +1598,8 @@ class RateLimiter:
         """
         state = scope["state"]
         result = await self.hit(name, state["client"])
-        shown: RateLimitResult = state.setdefault("rate_limit", result)
-        if not result.allowed or result.remaining < shown.remaining:
+        previous: RateLimitResult = state.get("rate_limit", result)
+        if not result.allowed or result.remaining <= previous.remaining:
             state["rate_limit"] = result
         if not result.allowed:
             raise RateLimitedException(result.reset_seconds)
@@ -1640,7 +1670,8 @@ def warn_of_untrusted_proxy() -> None:
 def comes_from_header(address: str, port: int, forwarded_for: str) -> bool:
     """Guess whether uvicorn has read the client's address from X-Forwarded-For.
 
-    It does so if it trusts the peer; the port is then the header's, or 0.
+    If uvicorn trusts the peer, address and port are the header's (port 0 if it has
+    none). Otherwise, they are those of the peer's connection.
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
@@ -1656,8 +1687,8 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # The proxy strips ROOT_PATH. ASGI wants it in `path`, so put it back. (The
-        # argument root_path of FastAPI does not do that.)
+        # The proxy strips ROOT_PATH: it sends /shop/health as /health. ASGI wants the
+        # whole path, so put it back. (FastAPI's own argument root_path does not.)
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1799,7 +1830,8 @@ class LimitsAndErrorsMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        # A longer Content-Type is dropped. FastAPI then sees no JSON: 422.
+        # A longer Content-Type, which is slow to parse, is dropped. FastAPI then sees
+        # no JSON: 422.
         scope["headers"] = [
             (name, value)
             for name, value in scope["headers"]
@@ -1810,8 +1842,8 @@ class LimitsAndErrorsMiddleware:
             async with timer:
                 return await self.app(scope, self.limit_body(scope, receive), send)
         except asyncio.CancelledError:
-            # uvicorn cancels requests that a shutdown cannot wait for. They still get a
-            # response, so this does not raise the error again.
+            # uvicorn cancels requests, once, if a shutdown cannot wait for them. The
+            # error is not raised again, so that the client still gets a response.
             stopping = ServiceUnavailableException("the server is shutting down")
             response = await app_exception_handler(Request(scope), stopping)
         except Exception as error:  # noqa: BLE001 - none may get past this line
@@ -1821,15 +1853,16 @@ class LimitsAndErrorsMiddleware:
                 response = await http_exception_handler(Request(scope), late)
             else:
                 response = await unhandled_exception_handler(Request(scope), error)
-        # After the start of a response, uvicorn can only close the connection.
+        # RequestLoggingMiddleware sets status_code when a response starts. Then it is
+        # too late for another one, and uvicorn closes the connection.
         if "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        If a route does not read the body, nothing is checked. (FastAPI turns any other
-        exception into a 400.)
+        (FastAPI turns any other exception into a 400.) If a route does not read the
+        body, nothing is checked.
         """
         received_bytes = 0
 
@@ -1905,14 +1938,15 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 # --- Health routes --------------------------------------------------------------------
 # For orchestrators and monitors: no rate limit, and only the log says what is wrong.
 # Some monitors send HEAD requests, which need a route of their own in FastAPI. (The
-# lower of two decorators makes the route that is tried first.)
+# lower one of two decorators makes the route that is tried first: GET.)
 
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=document_errors(500, 503, 504),
-    # The operation id is the function's name. create_app's option does not apply here.
+    # The operation id is the function's name. The same option of create_app does not
+    # apply, because it gets these routes ready-made.
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -1970,7 +2004,8 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
 # --- API routes -----------------------------------------------------------------------
 # HTTP and nothing else, in a few lines a route. Callers read the docstrings in /docs.
 # A route makes the model of its return type itself, so that mypy can check it.
-# Routes with a body document 413 (it is too large) and 400 (it cannot be decoded).
+# Routes with a body document 413 (it is too large) and 400 (it cannot be decoded). A
+# route with an unused `user` is for logged-in users.
 
 IdPath = Annotated[int, Path(ge=1, le=MAX_ID)]
 After = Annotated[int, Query(ge=0, le=MAX_ID, description="`next` of the page before")]
@@ -1979,7 +2014,7 @@ LoginFormBody = Annotated[LoginForm, Form()]
 LOGIN_LIMITED = [Depends(rate_limit_dependency)]  # for routes that hash a password
 
 users_router = APIRouter(prefix="/users", tags=["users"])
-# form_limits: FastAPI (as of 0.165) refuses larger forms. Its default is 1,000 fields.
+# A form with more fields, or with a file, is refused. FastAPI would allow 1,000 fields.
 auth_router = APIRouter(
     prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
 )
@@ -2149,7 +2184,7 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
 
 
 def register_exception_handlers(app: FastAPI) -> None:
-    # Not `app.add_exception_handler`: its types refuse a handler of a subclass.
+    # Not app.add_exception_handler: mypy refuses a handler of a subclass of Exception.
     app.exception_handler(AppException)(app_exception_handler)
     app.exception_handler(HTTPException)(http_exception_handler)
     app.exception_handler(RequestValidationError)(validation_exception_handler)
@@ -2189,7 +2224,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router: to match twice makes a health check a fifth slower.
+        # Not include_router, which matches the router first, then its routes: a health
+        # check would be a fifth slower.
         routes=health_router.routes,
         # OpenTelemetry costs time. To use it, see "Operate" in README.
         telemetry={"tracing": False, "metrics": False, "logs": False},
@@ -2202,8 +2238,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# Importing this module must not read settings, so `app` is built at its first use
-# (PEP 562). mypy sees the declaration only.
+# Importing this module must not read settings, so `app` is built at its first use: then
+# Python calls __getattr__ (PEP 562). mypy sees the declaration only.
 if TYPE_CHECKING:
     app: FastAPI
 else:
