@@ -876,6 +876,17 @@ class Database(MonitoredBackend):
             close_resets_only=False,
         )
 
+    async def create_missing_tables(self) -> None:
+        async with self.check_engine.connect() as connection:
+            names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
+        missing = Base.metadata.tables.keys() - names
+        is_start = not self.is_initialized
+        is_empty = not names
+        # After an outage, create tables only in an empty database: if it has some, a
+        # migration may be running.
+        if missing and (is_start or is_empty):
+            await self.create_tables()
+
     async def create_tables(self) -> None:
         """Any number of workers and hosts may call this at once."""
         async with self.write_engine.begin() as connection:
@@ -893,15 +904,7 @@ class Database(MonitoredBackend):
             # Open a connection, which takes long, before the first request needs it.
             async with self.read_engine.connect():
                 pass
-        async with self.check_engine.connect() as connection:
-            names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
-        missing = Base.metadata.tables.keys() - names
-        is_empty = not names
-        is_start = not self.is_initialized
-        # After an outage, create tables only in an empty database: if it has some, a
-        # migration may be running.
-        if missing and (is_start or is_empty):
-            await self.create_tables()
+        await self.create_missing_tables()
 
     async def check(self) -> None:
         # To select all columns (in a cross join) fails if one is missing. FOR UPDATE
