@@ -398,7 +398,7 @@ class AppException(Exception):
     status_code = 500
     error: str | None = None  # None: that of ERROR_CODES
     message = "Something went wrong. Quote the request_id if you report it."
-    headers: Mapping[str, str] = {}  # they override DEFAULT_HEADERS
+    headers: Mapping[str, str] | None = None  # they override DEFAULT_HEADERS
     details: list[dict[str, str]] | None = None
 
 
@@ -407,7 +407,7 @@ class UnauthorizedException(AppException):
     status_code = 401
     message = "The access token is not valid."
     # RFC 6750 § 3.1
-    headers: Mapping[str, str] = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
+    headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
 
 class WrongCredentialsException(AppException):
@@ -509,7 +509,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     error = AppException(exc.detail)  # the text for the log
     error.status_code = exc.status_code
     error.message = str(exc.detail)
-    error.headers = exc.headers or {}
+    error.headers = exc.headers
     if exc.status_code == 405:
         error.headers = {"Allow": allowed_methods(request)}
     return await app_exception_handler(request, error)
@@ -979,6 +979,9 @@ LoginName = Annotated[LoginText, Field(pattern=NO_NUL), Lowercase]
 LoginPassword = Annotated[LoginText, Normalized]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
 Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
+NextCursor = Annotated[
+    int | None, Field(description="The next `after`; null at the end")
+]
 
 
 class RequestBody(BaseModel, extra="forbid"):
@@ -1004,7 +1007,7 @@ class UserOut(BaseModel, from_attributes=True):
 
 class UserPage(BaseModel):
     users: list[UserOut]
-    next: int | None = Field(description="The next `after`; null at the end")
+    next: NextCursor
 
 
 class PasswordChange(RequestBody):
@@ -1050,7 +1053,7 @@ class ItemOut(BaseModel, from_attributes=True):
 
 class ItemPage(BaseModel):
     items: list[ItemOut]
-    next: int | None = Field(description="The next `after`; null at the end")
+    next: NextCursor
 
 
 class ProbeStatus(BaseModel):
