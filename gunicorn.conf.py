@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import signal
-from asyncio import TimerHandle
 from contextlib import suppress
 from typing import Any
 
@@ -41,12 +40,13 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 class LimitedHttpProtocol(HttpToolsProtocol):
     """The HTTP protocol of uvicorn 0.54, with limits on headers, without `Upgrade`.
 
-    data_received feeds the parser; it calls on_headers_complete, on_message_complete.
+    uvicorn calls data_received, which feeds the parser. The parser calls the two
+    functions on_…_complete. `cycle` is uvicorn's object for a request and its response.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
     header_bytes = 0  # received so far; 0 again when the headers are complete
-    header_timer: TimerHandle  # cancelled when the headers are complete
+    header_timer: Any  # runs until the headers are complete, then it is cancelled
     is_stopping = False  # True when the worker ends
 
     def connection_made(self, transport: Any) -> None:
@@ -62,21 +62,21 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_bytes += len(data.lstrip(b"\r\n"))  # empty lines may come first
         try:
             self.parse(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # by CONNECT
             self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:  # and they are not complete yet
             self.refuse(431)
-        needs_timer = self.header_bytes > 0 and self.header_timer.cancelled()
-        # While another request is answered, no timer: 408 would get into its response.
-        if needs_timer and (self.cycle is None or self.cycle.response_complete):
+        # No timer while a response is being sent, because a 408 would get into it.
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if self.header_bytes > 0 and self.header_timer.cancelled() and is_idle:
             self._unset_keepalive_if_required()  # private; stops uvicorn's idle timer
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
     def parse(self, data: bytes) -> None:
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
-        httptools stops after such headers. So feed a new parser the same ones without
-        it, then the rest of `data`. (CONNECT stops that one, too, and is refused.)
+        1. httptools stops after headers with Upgrade, and raises HttpParserUpgrade.
+        2. A new parser gets the same headers without it, then the rest of `data`.
         """
         while data:
             try:
@@ -101,17 +101,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops the parser; refuse answers once
+            raise httptools.HttpParserError  # to stop the parser; refuse answers only once
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
         self._unset_keepalive_if_required()
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # trailers go here, not into the list that the request has
+        self.headers = []  # trailers go here, not into the list that the request keeps
 
     def on_message_complete(self) -> None:
-        if not self.parser.should_upgrade():  # the parser that stops calls this, too
+        if not self.parser.should_upgrade():  # not for a parser that `parse` replaces
             super().on_message_complete()
             self.is_in_body = False
 
@@ -127,22 +127,22 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_stopping = True
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        self.loop.call_later(0.5, super().shutdown)  # a request may be on its way
+        self.loop.call_later(0.5, super().shutdown)  # a client may be sending a request
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
     def run(self) -> None:
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
-        self.config.timeout_notify = 1  # call callback_notify each second
+        self.config.timeout_notify = 1  # callback_notify looks for gunicorn each second
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn handles SIGTERM while it runs. When the requests are finished, it
-        # raises it again for the handler that it found: this one exits with status 0.
+        # uvicorn replaces this handler while it runs. At its end, it restores the
+        # handler, and raises SIGTERM again. gunicorn's handle_quit exits with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # for SIGQUIT, gunicorn's at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, which Ctrl+C leads to
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:
@@ -152,7 +152,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # gunicorn was started for main:create_app()
+    if not logging.getLogger().handlers:  # unlike main:app, main:create_app() sets none
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit

@@ -79,7 +79,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
-from sqlalchemy.util import await_  # `await` in SQLAlchemy's sync code: see FairPool
+from sqlalchemy.util import await_  # runs a coroutine in a sync method: see FairPool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -103,21 +103,21 @@ def parse_database_url(value: str) -> sa.URL:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
+            # SQLAlchemy makes options for psycopg, which checks their names.
             dialect_class = url.get_dialect()
-            # What psycopg will get.
             _, options = dialect_class().create_connect_args(url)
-            make_conninfo(**options)  # refuses unknown names of options
+            make_conninfo(**options)
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("no PostgreSQL or SQLite URL, or bad options") from None
-    # In "user:pass@word@host", "word" would belong to the host, which drivers put into
-    # their messages, and so into the log.
+    # In "user:pass@word@host", the host would be "word@host": drivers put the host into
+    # their messages, so a part of the password would be in the log.
     if "@" in (url.host or ""):
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
-    # A file's URL has only a driver and a path: "?mode=memory" is an option, and in
-    # "sqlite://./app.db", the dot is a host. In memory, each connection of the pool
-    # would have its own database.
+    # Accept only sqlite:///path: the URL must equal one that has nothing but a driver
+    # and a path. ("?mode=memory" is an option; in "sqlite://./app.db", the dot is a
+    # host.) In memory, each connection of the pool would have its own database.
     file_url = sa.URL.create(url.drivername, database=url.database)
     is_file = url == file_url and url.database not in {None, "", ":memory:"}
     if url.get_backend_name() == "sqlite" and not is_file:
@@ -146,12 +146,14 @@ def parse_origin(value: str) -> str:
     return origin
 
 
-# sa.URL is a tuple, which pydantic-settings would decode as JSON: hence NoDecode.
+# NoDecode: otherwise pydantic-settings decodes the text as JSON, because sa.URL is a
+# tuple.
 DatabaseUrl = Annotated[sa.URL, NoDecode, pydantic.BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
-# pydantic refuses invalid Unicode only in a str with a max_length or a pattern: lone
-# surrogates, from "\ud800" in JSON, or from a variable that is not UTF-8.
+# pydantic accepts invalid Unicode in a plain str, and refuses it in a str that has a
+# max_length or a pattern. (A lone surrogate is invalid. It comes from "\ud800" in JSON,
+# or from a variable that is not UTF-8.)
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -218,7 +220,8 @@ class Settings(BaseSettings):
 
 def describe_invalid_value(error: ErrorDetails) -> str:
     """Return text such as "DEBUG: …", without the value, which may be secret."""
-    names = [str(part) for part in error["loc"]]  # empty for refuse_unsafe_values
+    # Empty for refuse_unsafe_values, whose messages begin with the name themselves.
+    names = [str(part) for part in error["loc"]]
     message = error["msg"].removeprefix("Value error, ")  # pydantic adds it
     return ": ".join([*names, message])
 
@@ -226,16 +229,17 @@ def describe_invalid_value(error: ErrorDetails) -> str:
 @lru_cache
 def get_settings() -> Settings:
     """Read the settings. A bad value ends the process with a line that names it."""
-    # Not in model_config: tests, and other code that makes Settings, do not read it.
-    # pydantic-settings would warn of a folder that does not exist.
+    # The folder is not in model_config, so that tests, which make Settings themselves,
+    # do not read it. pydantic-settings warns of a folder that does not exist.
     folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
     try:
         # Without pydantic's plugin, mypy does not know this argument.
         return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
     except pydantic.ValidationError as error:
         reason = "; ".join(describe_invalid_value(e) for e in error.errors())
-    except (ValueError, OSError) as error:  # invalid JSON, or an unreadable file
-        # pydantic-settings names the variable; the error's cause says what is wrong.
+    except (ValueError, OSError) as error:
+        # For invalid JSON, pydantic-settings names the variable, and the error's cause
+        # says what is wrong. For a file that cannot be read, there is no cause.
         reason = f"{error}: {error.__cause__ or 'in .env or /run/secrets'}"
     raise SystemExit(f"bad settings: {reason}")
 
@@ -252,14 +256,15 @@ STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "color_message"}
 # Linux writes a line of up to 4 KiB (PIPE_BUF) to a pipe in one piece; a longer one
 # could be mixed with others. 3000 leaves room for the other fields.
 MAX_TRACEBACK_BYTES = 3000
-# In a traceback: the line that names a library's file, and the code under it.
-LIBRARY_FRAME = re.compile(r"^  File .*site-packages.*(\n    .*)*\n?", re.MULTILINE)
+# A library's part of a traceback: the line "  File …", and the indented code under it.
+LIBRARY_FRAME = re.compile(r"^  File .*site-packages.*\n(    .*\n)*", re.MULTILINE)
 LIBRARY_LEVELS = {
     # These log each statement or URL, some with parameters.
     "aiosqlite": "WARNING",
     "asyncio": "WARNING",  # logs its selector
     "httpx": "WARNING",  # if you use it, as the tests do
-    f"{__name__}.FairPool": "WARNING",  # SQLAlchemy names a logger after the class
+    # Our connection pool (see Database): SQLAlchemy names its logger after its class.
+    f"{__name__}.FairPool": "WARNING",
     "sqlalchemy": "WARNING",
     # Their warnings repeat what the request's own line says.
     "psycopg": "ERROR",
@@ -330,8 +335,8 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # The loggers of LIBRARY_LEVELS ignore the level of the root logger. So the handler
-    # has that level, too: with LOG_LEVEL=ERROR, it drops the libraries' warnings.
+    # A logger with a level of its own, as LIBRARY_LEVELS gives, ignores the root's. So
+    # the handler has a level, too: with LOG_LEVEL=ERROR, it drops libraries' warnings.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
@@ -350,8 +355,8 @@ def setup_logging(settings: Settings) -> None:
     access_logger.handlers = []
     access_logger.propagate = False
     logging.captureWarnings(True)
-    # Do not look up which line of code logs, nor the name of the process: saves 5 µs
-    # (see "Optimization" in Python's Logging HOWTO).
+    # Do not look up which line of code logs, nor the name of the process: saves 5 µs.
+    # (Python's Logging HOWTO describes both, under "Optimization".)
     logging._srcfile = None
     logging.logMultiprocessing = False
     # If stdout is closed or full, logging would print a traceback for each record.
@@ -391,8 +396,8 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 class AppException(Exception):
     """Base class of errors. A client gets the class's `message`.
 
-    The text in `raise SomeException("text")` never reaches clients: it is the `reason`
-    in the request's log line, if the status is 500 or more.
+    In `raise SomeException("a reason")`, the reason never reaches clients. It is in the
+    request's log line, if the status is 500 or more.
     """
 
     status_code = 500
@@ -406,7 +411,7 @@ class UnauthorizedException(AppException):
     # The same error for every fault of a token, so that a forger learns nothing.
     status_code = 401
     message = "The access token is not valid."
-    # RFC 6750 § 3.1
+    # RFC 6750 § 3.1 has this one code for every fault of a token.
     headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
 
@@ -495,8 +500,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # Not route.methods: since FastAPI 0.165, include_router adds the router as one
-        # entry of app.routes, which has no methods.
+        # Not route.methods: app.routes has an included router as one entry, which has
+        # no methods (FastAPI 0.165). Its `matches` asks the router's routes.
         if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -506,7 +511,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     """Turn an HTTPException into a response: the framework raises it, or your code."""
     if exc.status_code in {204, 304}:  # must not have a body
         return Response(None, exc.status_code, exc.headers)
-    error = AppException(exc.detail)  # the text for the log
+    error = AppException(exc.detail)  # the reason, for the log
     error.status_code = exc.status_code
     error.message = str(exc.detail)
     error.headers = exc.headers
@@ -560,7 +565,7 @@ class User(Base):
     __tablename__ = "users"
     # Without autoincrement, SQLite gives the id of a deleted user to the next new user,
     # and the deleted user's tokens would be valid for that account.
-    __table_args__ = ({"sqlite_autoincrement": True},)
+    __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012
     username: Mapped[str] = mapped_column(sa.String(32), unique=True)
     password_hash: Mapped[str]
     # Each token carries this number. Incrementing it makes all earlier tokens invalid.
@@ -576,7 +581,7 @@ class Item(Base):
     owner_id: Mapped[int] = mapped_column(sa.ForeignKey(User.id, ondelete="CASCADE"))
     title: Mapped[str] = mapped_column(sa.String(200))
     description: Mapped[str | None] = mapped_column(sa.String(2000))
-    # No default: `create_item` sets both times to the same moment.
+    # `create_item` sets it, to the same moment as `created_at`.
     updated_at: Mapped[datetime] = mapped_column(onupdate=now)
 
 
@@ -593,24 +598,30 @@ LIFESPAN_TIMEOUT_SECONDS = 1  # how long the start and the stop wait for a check
 def abort_connection(record: ConnectionPoolEntry) -> None:
     """Make the statement that runs on a PostgreSQL connection fail now.
 
-    A silent server would not cancel it. So shut down the socket, which wakes psycopg.
+    A silent server would not answer a request to cancel it. To shut down the socket
+    wakes psycopg, which then raises OperationalError.
     """
     connection = record.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        client_socket = socket.socket(fileno=connection.fileno())
+        database_socket = socket.socket(fileno=connection.fileno())
         with suppress(OSError):  # the server has closed the connection
-            client_socket.shutdown(socket.SHUT_RDWR)
-        client_socket.detach()  # closes nothing: the descriptor belongs to psycopg
-        record.invalidate(soft=True)  # replace the connection before its next use
+            database_socket.shutdown(socket.SHUT_RDWR)
+        database_socket.detach()  # closes nothing: the descriptor belongs to psycopg
+        record.invalidate(soft=True)  # a mark: the next checkout opens a new connection
 
 
 class FairPool(AsyncAdaptedQueuePool):
     """A pool that serves requests in the order in which they came.
 
     In SQLAlchemy's own pool, newcomers overtake: under load, some requests wait until
-    they fail. Here, each first waits at a semaphore, which is fair. A PostgreSQL
-    connection that is held for longer than pool_timeout is closed. Otherwise, requests
-    to a silent server would hold all connections.
+    they fail. Here, a request
+
+    1. waits for a slot of a semaphore, which is fair (`_do_get`),
+    2. takes a connection out of the pool, which starts a timer (`checkout`),
+    3. gives it back, which stops the timer (`checkin`) and frees the slot.
+
+    If the timer ends first, after pool_timeout, it closes the connection (PostgreSQL).
+    Otherwise, requests to a silent server would hold all connections.
 
     `_do_get` and `_do_return_conn` are private, but all pools of SQLAlchemy override
     them (as of 2.1.9). They run in a greenlet, where `await_(x)` does what `await x`
@@ -623,14 +634,13 @@ class FairPool(AsyncAdaptedQueuePool):
         # A record is SQLAlchemy's place for one connection; if the connection ends, the
         # record gets a new one. So there are at most size() records, with a timer each.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # _do_get starts the timer at its end. On a new connection, SQLAlchemy sends its
-        # first statements before that (it asks for the server's version).
+        # On a new connection, SQLAlchemy sends statements (it asks for the server's
+        # version) before the checkout. So start the timer at the connect, too.
         event.listen(self, "connect", self.start_timer)
-        # Not in _do_return_conn: the pool after dispose() has these listeners, too, and
-        # each pool stops the timers that it has started.
+        event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
 
-    def start_timer(self, _: object, record: ConnectionPoolEntry) -> None:
+    def start_timer(self, _: object, record: ConnectionPoolEntry, *__: object) -> None:
         if record in self.timers:
             self.timers[record].cancel()
         loop = asyncio.get_running_loop()
@@ -650,12 +660,10 @@ class FairPool(AsyncAdaptedQueuePool):
     def _do_get(self) -> ConnectionPoolEntry:
         await_(self.wait_for_slot())
         try:
-            record = super()._do_get()
+            return super()._do_get()
         except BaseException:
             self.slots.release()
             raise
-        self.start_timer(None, record)
-        return record
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         try:
@@ -669,7 +677,7 @@ class FairPool(AsyncAdaptedQueuePool):
         After dispose(), new connections would be opened while the old ones are in use:
         together, they could be too many.
         """
-        for record in self.timers:
+        for record in self.timers:  # it has a key for each record
             record.invalidate(soft=True)
 
 
@@ -704,10 +712,10 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def begin_immediate(connection: sa.Connection) -> None:
     """Begin a transaction of SQLite's write_engine.
 
-    Its connections are in AUTOCOMMIT: so sqlite3 sends no BEGIN of its own. SQLAlchemy
-    ends this one, by sqlite3's commit() or rollback(). IMMEDIATE waits for the write
-    lock now: a transaction that reads first and takes the lock later fails at once if
-    another has written in between.
+    In AUTOCOMMIT, sqlite3 sends no BEGIN of its own, so this function sends one.
+    SQLAlchemy calls commit() or rollback() all the same, which end the transaction.
+    IMMEDIATE waits for the write lock now: a transaction that reads first and takes the
+    lock later fails at once if another has written in between.
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
@@ -843,7 +851,7 @@ class Database(MonitoredBackend):
             pool_timeout=seconds,
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,  # or every error would log them
-            enable_from_linting=False,  # or it warns of the cross join in `check`
+            enable_from_linting=False,  # it warns of the cross join in Database.check
         )
         event.listen(engine.sync_engine, "handle_error", cut_message)
         event.listen(engine.sync_engine, "handle_error", drop_read_only_connections)
@@ -868,7 +876,10 @@ class Database(MonitoredBackend):
         }
 
     def session(self, writes: bool) -> AsyncSession:
-        """Raises ServiceUnavailableException until the tables have been found."""
+        """A new session. Raises ServiceUnavailableException before the first `prepare`.
+
+        (That is, until the database has answered once, and has the tables.)
+        """
         if not self.is_initialized:
             raise ServiceUnavailableException("the database is not reachable")
         return AsyncSession(
@@ -902,7 +913,8 @@ class Database(MonitoredBackend):
 
     async def prepare(self) -> None:
         # After a failover, the connections of requests may lead to the former primary.
-        # (SQLite has none. On PostgreSQL, write_engine has the same pool.)
+        # A failed check replaces only check_engine's, so replace theirs here. (On
+        # PostgreSQL, write_engine has the same pool. SQLite has no failover.)
         pool: Any = self.read_engine.pool
         pool.invalidate_all()
         if not self.is_initialized:
@@ -912,9 +924,9 @@ class Database(MonitoredBackend):
         await self.create_missing_tables()
 
     async def check(self) -> None:
-        # To select all columns (in a cross join) fails if one is missing. FOR UPDATE
-        # fails on a read-only server; SQLAlchemy omits it on SQLite. The limit of 0
-        # makes it cheap.
+        # A SELECT of all columns of all tables fails if one is missing. FOR UPDATE
+        # fails on a read-only server. (SQLAlchemy omits it on SQLite.) LIMIT 0 makes
+        # both cheap.
         query = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
         async with self.check_engine.connect() as connection:
             await connection.execute(query)
@@ -955,12 +967,15 @@ NO_NUL = r"^[^\x00]*$"  # for texts that reach the database: PostgreSQL refuses 
 
 
 def to_utc(moment: datetime) -> datetime:
-    """PostgreSQL returns times in its own zone, SQLite returns UTC without a zone."""
+    """Return the time in UTC.
+
+    PostgreSQL returns times in a zone of its own, SQLite in UTC, but without a zone.
+    """
     if moment.tzinfo is None:
         return moment.replace(tzinfo=UTC)
     try:
         return moment.astimezone(UTC)
-    except OverflowError:  # a client can send a time at the end of the year 9999
+    except OverflowError:  # the end of the year 9999, if a request has a time
         raise ValueError("is out of range") from None
 
 
@@ -973,7 +988,8 @@ NewUsername = Annotated[
 ]
 # NIST SP 800-63B-4: at least 15 characters without a second factor, and no other rules.
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), Normalized]
-# No more rules than these: a name that cannot exist gets 401, like any wrong name.
+# A login has no other rules: a name that cannot exist gets 401, like any wrong name,
+# not 422.
 LoginText = Annotated[str, Field(min_length=1, max_length=1024)]
 LoginName = Annotated[LoginText, Field(pattern=NO_NUL), Lowercase]
 LoginPassword = Annotated[LoginText, Normalized]
@@ -1093,8 +1109,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already.
 
-    Not `run_sync(…, limiter=…)`, which gives way to other requests before it joins the
-    queue: all requests of a burst would find the queue empty.
+    Not `run_sync(…, limiter=…)`, which lets other tasks run before it joins the queue:
+    each request of a burst would find the queue empty.
     """
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
@@ -1116,9 +1132,9 @@ async def verify_password(password: str, known_hash: str) -> tuple[bool, str | N
 
 
 def signing_key(settings: Settings) -> dict[str, str]:
-    """Return the secret as a JSON Web Key.
+    """Return the secret as a JSON Web Key, which python-jose accepts, too.
 
-    python-jose would take a secret that looks like JSON for such a key.
+    It would parse a plain secret that looks like JSON, as if that were such a key.
     """
     # surrogateescape, because a variable may have bytes that are not UTF-8.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
@@ -1160,12 +1176,14 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 # `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects. The order is
 # that of the index.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-# Both conditions mean the same. Each database has the one for which it starts in the
-# index at (owner_id, id), so that the last page costs what the first does.
+# Both conditions mean the same. With its own, each database starts in the index at
+# (owner_id, id), so that the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
-    # For PostgreSQL's condition, SQLite would walk through all rows of the owner.
+    # SQLite uses only the first column of a row comparison: it would walk through all
+    # rows of the owner.
     "sqlite": ITEMS_QUERY.where(sa.text("owner_id = :owner AND id > :after")),
-    # For SQLite's condition, PostgreSQL may walk through the rows of all owners.
+    # Without the row comparison, PostgreSQL may walk through the primary key, and so
+    # through the rows of all owners.
     "postgresql": ITEMS_QUERY.where(
         sa.text("(owner_id, id) > (:owner, :after) AND owner_id <= :owner")
     ),
@@ -1196,8 +1214,8 @@ async def update_user_if_unchanged(
 ) -> bool:
     """Return False if the password has been changed since `user` was read.
 
-    Of two password changes at once, one fails. It compares password_hash, because a
-    logout at the same time, which changes token_version, must not make it fail.
+    So one of two simultaneous password changes fails. The condition is not on
+    token_version: a simultaneous logout, which changes it, must not make this fail.
     """
     condition = (User.id == user.id) & (User.password_hash == user.password_hash)
     query = sa.update(User).where(condition).values(**changes).returning(User.id)
@@ -1261,8 +1279,9 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # The name is free: its user has just been deleted. So try again. If another
-        # constraint was violated, which is a bug, this raises IntegrityError again.
+        # The name is free: its user has just been deleted. So try again; after the
+        # rollback, `user` counts as new. If another constraint was violated, which is a
+        # bug, this raises IntegrityError again.
         await add_row(db, user)
     await db.commit()
     return user
@@ -1273,7 +1292,7 @@ async def authenticate_user(
 ) -> User:
     """Raises WrongCredentialsException, after the same time whatever is wrong.
 
-    Two sessions, because only some logins write: on SQLite, `db` waits for the one
+    Most logins only read. With `db` alone, on SQLite, each would wait for the one
     connection that can write.
     """
     user = await find_user_by_name(read_db, username)
@@ -1401,24 +1420,14 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- A retry waits for the oldest time, at index 0, to leave the window. After the limit
--- was lowered, there can be more times than `limit`: then it waits for a later one.
+-- A retry waits for the oldest time, at index 0, to leave the window. If the limit was
+-- lowered, count - limit more times must leave first.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_seconds = math.ceil((member_and_time[2] + window - now) / 1000000)
 -- The fields of RateLimitResult. Redis sends true as 1, and false as null.
 return {allowed, limit, math.max(0, limit - count), reset_seconds}
 """
-
-
-@cache  # one file for all limiters
-def open_lock_file() -> IO[bytes]:
-    """Return the file that a worker locks while it uses the shared memory.
-
-    If a worker is killed, the kernel releases its lock. (A multiprocessing.Lock would
-    be locked for ever.)
-    """
-    return tempfile.TemporaryFile()
 
 
 class RateLimitResult(NamedTuple):
@@ -1440,6 +1449,17 @@ def client_key(address: str) -> str:
     if ip.ipv4_mapped:
         return str(ip.ipv4_mapped)
     return str(ipaddress.ip_network((ip, 64), strict=False))
+
+
+@cache  # one file for all limiters
+def open_lock_file() -> IO[bytes]:
+    """Return the file that a worker locks while it uses the shared memory.
+
+    fcntl.lockf locks it for one process, although the workers share the open file. If
+    a worker is killed, the kernel releases its lock. (A multiprocessing.Lock would stay
+    locked for ever.)
+    """
+    return tempfile.TemporaryFile()
 
 
 class SlidingWindowRateLimiter:
@@ -1604,13 +1624,14 @@ class RateLimiter:
         """Count a request of the client. Raises RateLimitedException.
 
         It sets `rate_limit` in `request.state`, for the headers of the response. A
-        login counts in both limits: the headers show the one that refused it, else the
-        one that leaves less.
+        login counts in both limits: the headers show the limit that refused it, else
+        the one with fewer requests remaining.
         """
         state = scope["state"]
         result = await self.hit(name, state["client"])
-        previous: RateLimitResult = state.get("rate_limit", result)
-        if not result.allowed or result.remaining <= previous.remaining:
+        previous: RateLimitResult | None = state.get("rate_limit")
+        is_tighter = previous is None or result.remaining <= previous.remaining
+        if is_tighter or not result.allowed:
             state["rate_limit"] = result
         if not result.allowed:
             raise RateLimitedException(result.reset_seconds)
@@ -1627,10 +1648,12 @@ class RateLimiter:
 # user_id, rate_limit, status_code, and for the log line `reason` and `exception`.
 
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
-# version-trace_id-parent_id-flags, in hexadecimal (W3C Trace Context § 3.2). "ff" and
-# ids of zeros are invalid. Later versions may append parts.
+# W3C Trace Context § 3.2. The version "ff" and ids of zeros are invalid.
 TRACEPARENT_PATTERN = re.compile(
-    rb"(?!ff)[\da-f]{2}-(?!0+-)([\da-f]{32})-(?!0+-)[\da-f]{16}-[\da-f]{2}(-.*)?"
+    rb"(?!ff)[\da-f]{2}"  # version
+    rb"-(?!0+-)([\da-f]{32})"  # trace_id
+    rb"-(?!0+-)[\da-f]{16}"  # parent_id
+    rb"-[\da-f]{2}(-.*)?"  # flags; later versions may append parts
 )
 # Starlette needs 0.1 s to parse a Content-Type of 60,000 semicolons.
 MAX_CONTENT_TYPE_BYTES = 1000
@@ -1682,7 +1705,8 @@ def comes_from_header(address: str, port: int, forwarded_for: str) -> bool:
     """Guess whether uvicorn has read the client's address from X-Forwarded-For.
 
     If uvicorn trusts the peer, address and port are the header's (port 0 if it has
-    none). Otherwise, they are those of the peer's connection.
+    none). Otherwise, they are those of the peer's connection. A wrong guess does little
+    harm: only the warning depends on it.
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
@@ -1699,7 +1723,8 @@ class RequestLoggingMiddleware:
             return await self.app(scope, receive, send)
         started = time.perf_counter()
         # The proxy strips ROOT_PATH: it sends /shop/health as /health. ASGI wants the
-        # whole path, so put it back. (FastAPI's own argument root_path does not.)
+        # whole path, so put it back. (FastAPI's own argument root_path sets only
+        # scope["root_path"].)
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1841,8 +1866,8 @@ class LimitsAndErrorsMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        # A longer Content-Type, which is slow to parse, is dropped. FastAPI then sees
-        # no JSON: 422.
+        # Drop a Content-Type that is too long, because it is slow to parse. Without it,
+        # FastAPI takes no body for JSON, and answers 422.
         scope["headers"] = [
             (name, value)
             for name, value in scope["headers"]
@@ -1853,8 +1878,9 @@ class LimitsAndErrorsMiddleware:
             async with timer:
                 return await self.app(scope, self.limit_body(scope, receive), send)
         except asyncio.CancelledError:
-            # uvicorn cancels requests, once, if a shutdown cannot wait for them. The
-            # error is not raised again, so that the client still gets a response.
+            # uvicorn cancels requests if a shutdown cannot wait for them. It does so
+            # only once: so it is safe to send a response, and not to raise the error
+            # again. (The timer cancels, too, but leaves its block with TimeoutError.)
             stopping = ServiceUnavailableException("the server is shutting down")
             response = await app_exception_handler(Request(scope), stopping)
         except Exception as error:  # noqa: BLE001 - none may get past this line
@@ -1948,16 +1974,16 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 # --- Health routes --------------------------------------------------------------------
 # For orchestrators and monitors: no rate limit, and only the log says what is wrong.
-# Some monitors send HEAD requests, which need a route of their own in FastAPI. (The
-# lower one of two decorators makes the route that is tried first: GET.)
+# Some monitors send HEAD requests, which need a route of their own in FastAPI. (Python
+# applies the lower decorator first, so the usual GET is also tried first.)
 
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=document_errors(500, 503, 504),
-    # The operation id is the function's name. The same option of create_app does not
-    # apply, because it gets these routes ready-made.
+    # The operation id is the function's name. create_app has this option, too, but it
+    # passes these routes to FastAPI as a list, to which the option does not apply.
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2014,7 +2040,7 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
 
 # --- API routes -----------------------------------------------------------------------
 # HTTP and nothing else, in a few lines a route. Callers read the docstrings in /docs.
-# A route makes the model of its return type itself, so that mypy can check it.
+# A route returns the response model, not a row, so that mypy can check it.
 # Routes with a body document 413 (it is too large) and 400 (it cannot be decoded). A
 # route with an unused `user` is for logged-in users.
 
@@ -2025,7 +2051,8 @@ LoginFormBody = Annotated[LoginForm, Form()]
 LOGIN_LIMITED = [Depends(rate_limit_dependency)]  # for routes that hash a password
 
 users_router = APIRouter(prefix="/users", tags=["users"])
-# A form with more fields, or with a file, is refused. FastAPI would allow 1,000 fields.
+# A form with more fields, or with a file, is refused. (FastAPI's `form_limits` allow
+# 1,000 fields by default.)
 auth_router = APIRouter(
     prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
 )
@@ -2238,7 +2265,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         # Not include_router, which matches the router first, then its routes: a health
         # check would be a fifth slower.
         routes=health_router.routes,
-        # OpenTelemetry costs time. To use it, see "Operate" in README.
+        # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
+        # see "Operate" in README.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.settings = settings
@@ -2249,8 +2277,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# Importing this module must not read settings, so `app` is built at its first use: then
-# Python calls __getattr__ (PEP 562). mypy sees the declaration only.
+# Importing this module must not read settings, so `app` is built at its first use: when
+# a server asks for `main.app`, Python finds no such name, and calls __getattr__ (PEP
+# 562), which stores it. mypy sees the declaration only.
 if TYPE_CHECKING:
     app: FastAPI
 else:
