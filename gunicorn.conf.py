@@ -17,7 +17,7 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 import main
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
-HEADER_SECONDS = 10  # from the connection's start; later, from a request's first byte
+HEADER_SECONDS = 10  # from the connect; for later requests, from their first byte
 
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
@@ -101,7 +101,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # to stop the parser; refuse answers only once
+            raise httptools.HttpParserError  # to stop the parser; refuse answers once
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
@@ -134,15 +134,15 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
     def run(self) -> None:
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
-        self.config.timeout_notify = 1  # callback_notify looks for gunicorn each second
+        self.config.timeout_notify = 1  # call callback_notify each second
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn replaces this handler while it runs. At its end, it restores the
-        # handler, and raises SIGTERM again. gunicorn's handle_quit exits with status 0.
+        # uvicorn handles SIGTERM while it runs. At its end, it restores this handler
+        # and raises SIGTERM again: then gunicorn's handle_quit exits with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, which Ctrl+C leads to
+    def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn's at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:
@@ -152,7 +152,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # unlike main:app, main:create_app() sets none
+    if not logging.getLogger().handlers:  # main:create_app() does not set up logging
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit

@@ -2453,8 +2453,8 @@ Strict-Transport-Security: max-age=63072000
 """
 SECURITY = dict(line.split(": ", 1) for line in SECURE.strip().splitlines())
 WIDER_IN_DOCS = ("Content-Security-Policy", "Cross-Origin-Embedder-Policy")
-BREAKS = [("ERROR", b"seconds=0", "hunter2"), ("WARNING", b"seconds=999", "too long")]
-REASONS = {503: "The printer burns.", 504: "The request took too long."}
+BREAKS = [("ERROR", b"seconds=0", "hunter2"), ("WARNING", b"seconds=999", "TIMEOUT")]
+REASONS = {503: "The printer burns.", 504: "REQUEST_TIMEOUT_SECONDS is over"}
 
 
 async def test_response_of_each_kind_has_its_headers_once(answer: Answer) -> None:
@@ -2786,7 +2786,7 @@ async def test_health_with_redis_is_healthy(redis_url: str) -> None:
 
 
 async def test_health_is_told_while_servers_are_silent(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(main, "HEALTH_CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(main, "HEALTH_CHECK_TIMEOUT_SECONDS", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         app = built_app(REDIS_URL=f"redis://{address}")
