@@ -84,7 +84,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Match
+from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # --- Settings -------------------------------------------------------------------------
@@ -482,11 +482,13 @@ def error_response(request: Request, exc: AppException) -> Response:
         "details": exc.details,
         "request_id": request.state.request_id,
     }
-    headers = {**DEFAULT_HEADERS.get(status_code, {}), **(exc.headers or {})}
     # JSONResponse, and ErrorResponse's own JSON, cannot encode invalid Unicode. But
     # `details` repeats the name of an unknown field, which can be any text.
     content = json.dumps(body, separators=(",", ":"))
-    return Response(content, status_code, headers, "application/json")
+    response = Response(content, status_code, exc.headers, "application/json")
+    for name, value in DEFAULT_HEADERS.get(status_code, {}).items():
+        response.headers.setdefault(name, value)
+    return response
 
 
 async def app_exception_handler(request: Request, exc: AppException) -> Response:
@@ -501,11 +503,13 @@ def allowed_methods(request: Request) -> str:
     The framework's own 405 names the methods of one route only.
     """
     allowed = []
+    # A mounted application answers for itself: its route matches every method.
+    routes = [route for route in request.app.routes if not isinstance(route, Mount)]
     for method in METHODS:
         scope = {**request.scope, "method": method}
         # Not route.methods: app.routes has an included router as one entry, which has
         # no methods (FastAPI 0.165). Its `matches` asks the router's routes.
-        if any(route.matches(scope)[0] == Match.FULL for route in request.app.routes):
+        if any(route.matches(scope)[0] == Match.FULL for route in routes):
             allowed.append(method)
     return ", ".join(allowed)
 
@@ -514,13 +518,14 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     """Turn an HTTPException into a response: the framework raises it, or your code."""
     if exc.status_code in {204, 304}:  # must not have a body
         return Response(None, exc.status_code, exc.headers)
-    # The detail is public: it is both the reason in the log and the message.
-    error = AppException(exc.detail)
+    error = AppException(exc.detail)  # the reason, for the log
     error.status_code = exc.status_code
-    error.message = str(exc.detail)
     error.headers = exc.headers
-    if exc.status_code == 405:
-        error.headers = {"Allow": allowed_methods(request)}
+    if exc.status_code != 500:  # a 500 tells clients nothing
+        error.message = str(exc.detail)
+    allowed = allowed_methods(request) if exc.status_code == 405 else ""
+    if allowed:
+        error.headers = {**(exc.headers or {}), "Allow": allowed}
     return await app_exception_handler(request, error)
 
 
@@ -538,7 +543,7 @@ async def validation_exception_handler(
     return error_response(request, error)
 
 
-async def unhandled_exception_handler(request: Request, exc: Exception) -> Response:
+async def unhandled_exception_handler(request: Request, exc: BaseException) -> Response:
     """Turn an unhandled exception into a 500; the log line has the traceback.
 
     LimitsAndErrorsMiddleware calls it. A handler that is registered for Exception runs
@@ -1004,8 +1009,10 @@ LoginName = Annotated[LoginText, Field(pattern=NO_NUL), LowercaseValidator]
 LoginPassword = Annotated[LoginText, NormalizedValidator]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
 Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
+# Generated clients of languages such as Go need the format: their int has 32 bits.
+Int64 = Annotated[int, Field(json_schema_extra={"format": "int64"})]
 NextCursor = Annotated[
-    int | None, Field(description="The next `after`; null at the end")
+    Int64 | None, Field(description="The next `after`; null at the end")
 ]
 
 
@@ -1025,7 +1032,7 @@ class UserIn(RequestBody):
 
 
 class UserOut(BaseModel, from_attributes=True):
-    id: int
+    id: Int64
     username: str
     created_at: UtcTime
 
@@ -1069,7 +1076,7 @@ class ItemPatch(RequestBody):
 
 
 class ItemOut(BaseModel, from_attributes=True):
-    id: int
+    id: Int64
     title: str
     description: str | None
     created_at: UtcTime
@@ -1890,23 +1897,28 @@ class LimitsAndErrorsMiddleware:
         try:
             async with timer:
                 return await self.app(scope, self.limit_body(scope, receive), send)
-        except asyncio.CancelledError:
-            # uvicorn cancels each request, once, if a shutdown cannot wait for it. So
-            # it is safe to send a response in place of raising the error again. (The
-            # timer cancels, too, but its block then raises TimeoutError.)
-            stopping = ServiceUnavailableException("the server is shutting down")
-            response = await app_exception_handler(Request(scope), stopping)
-        except Exception as error:  # noqa: BLE001 - none may get past this line
-            # Not `except TimeoutError`: the code of a route can raise that, too.
-            if timer.expired():
-                late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
-                response = await app_exception_handler(Request(scope), late)
-            else:
-                response = await unhandled_exception_handler(Request(scope), error)
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - any
+            response = await self.answer_error(Request(scope), error, timer.expired())
         # RequestLoggingMiddleware sets status_code when a response starts. Then it is
         # too late for another one, and uvicorn closes the connection.
         if "status_code" not in scope["state"]:
             await response(scope, receive, send)
+
+    async def answer_error(
+        self, request: Request, error: BaseException, is_late: bool
+    ) -> Response:
+        # The kind of error does not decide: the code of a route can raise TimeoutError
+        # and CancelledError, too.
+        task = asyncio.current_task()
+        if task and task.cancelling():
+            # uvicorn cancels each request, once, if a shutdown cannot wait for it. So
+            # it is safe to answer, and not to raise the CancelledError again.
+            stopping = ServiceUnavailableException("the server is shutting down")
+            return await app_exception_handler(request, stopping)
+        if is_late:
+            late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
+            return await app_exception_handler(request, late)
+        return await unhandled_exception_handler(request, error)
 
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
@@ -2026,7 +2038,7 @@ async def liveness_probe() -> ProbeStatus:
 
 
 @health_router.head("/ready", include_in_schema=False)
-@health_router.get("/ready", responses={503: {"model": ProbeStatus}})
+@health_router.get("/ready", responses={503: {"model": ProbeStatus | ErrorResponse}})
 async def readiness_probe(request: Request, response: Response) -> ProbeStatus:
     """Can it serve requests? If not, send them elsewhere."""
     if await check_database(request) == HEALTHY:
@@ -2036,7 +2048,7 @@ async def readiness_probe(request: Request, response: Response) -> ProbeStatus:
 
 
 @health_router.head("", include_in_schema=False)
-@health_router.get("", responses={503: {"model": HealthStatus}})
+@health_router.get("", responses={503: {"model": HealthStatus | ErrorResponse}})
 async def health_check(request: Request, response: Response) -> HealthStatus:
     """How are the service and the servers that it depends on?"""
     database, redis = await asyncio.gather(
@@ -2058,8 +2070,10 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
 # Routes with a body document 413 (it is too large) and 400 (it cannot be decoded). A
 # route with an unused `user` is for logged-in users.
 
-IdPath = Annotated[int, Path(ge=1, le=MAX_ID)]
-After = Annotated[int, Query(ge=0, le=MAX_ID, description="`next` of the page before")]
+IdPath = Annotated[Int64, Path(ge=1, le=MAX_ID)]
+After = Annotated[
+    Int64, Query(ge=0, le=MAX_ID, description="`next` of the page before")
+]
 Limit = Annotated[int, Query(ge=1, le=100)]
 LoginFormBody = Annotated[LoginForm, Form()]
 LOGIN_LIMITED = [Depends(rate_limit_dependency)]  # for routes that hash a password
