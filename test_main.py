@@ -3017,7 +3017,7 @@ def test_openapi_schema_is_a_model_with_a_name() -> None:
         text = json.dumps(schema)
         assert issubclass(getattr(main, name), pydantic.BaseModel)
         assert '"additionalProperties": {' not in text
-        assert schema["properties"].get("id", {}).get("format", "int64") == "int64"
+        assert "id" not in schema["properties"] or '"format": "int64"' in text
         assert '"default": ""' not in text  # which would break its own minLength
         for pattern in re.findall(r'"pattern": "(.*?)"', text):
             assert not re.search(r"\\[AzZ]|\(\?", pattern)  # unknown to ECMA-262
