@@ -262,7 +262,8 @@ LIBRARY_LEVELS = {
     "asyncio": "WARNING",  # logs its selector
     "httpx": "WARNING",  # if you use it, as the tests do
     # Our connection pool (see Database): SQLAlchemy names its logger after its class.
-    f"{__name__}.FairPool": "WARNING",
+    # Its errors, with tracebacks, are of connections that it replaces anyway.
+    f"{__name__}.FairPool": "CRITICAL",
     "sqlalchemy": "WARNING",
     # Their warnings repeat what the request's own line says.
     "psycopg": "ERROR",
@@ -1421,7 +1422,7 @@ ROWS_IN_BUCKET = 16  # see SlidingWindowRateLimiter
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for all connections of a worker, opened at once
-MAX_REDIS_CONNECTIONS = 8  # of a worker
+MAX_REDIS_CONNECTIONS = 8  # of a worker, for requests
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
 # ARGV[3] is random, because each member of a set must be different.
 REDIS_SCRIPT = """
@@ -1570,18 +1571,20 @@ class RedisRateLimiter(MonitoredBackend):
 
     async def check(self) -> None:
         # The answer does not matter. An exception does: Redis is read-only, or slow.
-        async with self.slots:
-            await self.run_script("check", limit=1, seconds=1)
+        # No slot: a health check does not wait for requests.
+        await self.run_script("check", limit=1, seconds=1)
 
     async def prepare(self) -> None:
         """Open all connections, before a burst of requests has to wait for that.
 
-        redis-py opens one for each command that runs at the same time.
+        redis-py opens one for each command that runs at the same time. The last one is
+        for `check`.
         """
         # Old connections may be dead.
         await self.client.connection_pool.disconnect(inuse_connections=False)
         commands = [
-            self.client.script_load(REDIS_SCRIPT) for _ in range(MAX_REDIS_CONNECTIONS)
+            self.client.script_load(REDIS_SCRIPT)
+            for _ in range(MAX_REDIS_CONNECTIONS + 1)
         ]
         async with asyncio.timeout(REDIS_CONNECT_SECONDS):
             await asyncio.gather(*commands)
