@@ -929,7 +929,7 @@ class Database(MonitoredBackend):
 
     async def prepare(self) -> None:
         # After a failover, the connections of requests may lead to the former primary.
-        # A failed check replaces only check_engine's, so replace theirs here. (On
+        # A failed check replaces only check_engine's: replace read_engine's, too. (On
         # PostgreSQL, write_engine has the same pool. SQLite has no failover.)
         pool: Any = self.read_engine.pool
         pool.invalidate_all()
@@ -1533,7 +1533,7 @@ class SlidingWindowRateLimiter:
         for row in bucket:
             if row.client_hash == client_hash:
                 return row
-        row = min(bucket, key=attrgetter("last_seen_ns"))
+        row = min(bucket, key=attrgetter("last_seen_ns"))  # 0 in an unused row
         row.client_hash = client_hash
         row.count = 0  # `oldest` may stay: an empty ring buffer may begin anywhere
         return row
@@ -1564,7 +1564,7 @@ class RedisRateLimiter(MonitoredBackend):
 
     def __init__(self, url: str, project_name: str) -> None:
         super().__init__()
-        self.client = Redis.from_url(url, retry=None)  # a retry outlasts the timeout
+        self.client = Redis.from_url(url, retry=None)  # the timeout leaves no time
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
@@ -2082,7 +2082,7 @@ LoginFormBody = Annotated[LoginForm, Form()]
 LOGIN_LIMITED = [Depends(rate_limit_dependency)]  # for routes that hash a password
 
 users_router = APIRouter(prefix="/users", tags=["users"])
-# A form with more fields, or with a file, is refused. (FastAPI's `form_limits` allow
+# A form with more than 20 fields, or a file, is refused. (FastAPI's `form_limits` allow
 # 1,000 fields by default.)
 auth_router = APIRouter(
     prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
