@@ -84,7 +84,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Match, Mount
+from starlette.routing import Host, Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # --- Settings -------------------------------------------------------------------------
@@ -117,7 +117,8 @@ def parse_database_url(value: str) -> sa.URL:
         raise ValueError("has a bad port")
     # Only sqlite:///path: no host, as in "sqlite://./app.db", and no options, such as
     # "?mode=memory". Each connection of the pool would have its own database in memory.
-    is_file = re.fullmatch(r"[^:]+:///[^?]+", str(url)) and url.database != ":memory:"
+    file_url = sa.URL.create(url.drivername, database=url.database)
+    is_file = url == file_url and url.database not in {None, "", ":memory:"}
     if url.get_backend_name() == "sqlite" and not is_file:
         raise ValueError("should name a file, without options: sqlite:///./app.db")
     return url
@@ -261,11 +262,10 @@ LIBRARY_LEVELS = {
     "aiosqlite": "WARNING",
     "asyncio": "WARNING",  # logs its selector
     "httpx": "WARNING",  # if you use it, as the tests do
-    # Our connection pool (see Database): SQLAlchemy names its logger after its class.
-    # Its errors, with tracebacks, are of connections that it replaces anyway.
-    f"{__name__}.FairPool": "CRITICAL",
     "sqlalchemy": "WARNING",
-    # Their warnings repeat what the request's own line says.
+    # These repeat what the request's own line says. (SQLAlchemy names the logger of our
+    # connection pool after its class. It logs errors with a traceback.)
+    f"{__name__}.FairPool": "CRITICAL",
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
 }
@@ -504,10 +504,12 @@ def allowed_methods(request: Request) -> str:
     The framework's own 405 names the methods of one route only.
     """
     allowed = []
-    # A mounted application answers for itself: its route matches every method.
-    routes = [route for route in request.app.routes if not isinstance(route, Mount)]
+    # A mounted application answers for itself: its route matches every method, and has
+    # changed root_path.
+    routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
+    root_path = request.scope.get("app_root_path", request.scope["root_path"])
     for method in METHODS:
-        scope = {**request.scope, "method": method}
+        scope = {**request.scope, "method": method, "root_path": root_path}
         # Not route.methods: app.routes has an included router as one entry, which has
         # no methods (FastAPI 0.165). Its `matches` asks the router's routes.
         if any(route.matches(scope)[0] == Match.FULL for route in routes):
@@ -524,10 +526,11 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     error.headers = exc.headers
     if exc.status_code != 500:  # a 500 tells clients nothing
         error.message = str(exc.detail)
+    response = await app_exception_handler(request, error)
     allowed = allowed_methods(request) if exc.status_code == 405 else ""
     if allowed:
-        error.headers = {**(exc.headers or {}), "Allow": allowed}
-    return await app_exception_handler(request, error)
+        response.headers["Allow"] = allowed
+    return response
 
 
 async def validation_exception_handler(
@@ -643,7 +646,7 @@ class FairPool(AsyncAdaptedQueuePool):
         super().__init__(*args, **options)
         self.slots = asyncio.Semaphore(self.size())
         # A record is SQLAlchemy's place for one connection; if the connection ends, the
-        # record gets a new one. So there are at most size() records, with a timer each.
+        # record gets a new one. At most size() records are in use, with a timer each.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # On a new connection, SQLAlchemy sends statements (it asks for the server's
         # version) before the checkout. So start the timer at the connect, too.
@@ -1422,7 +1425,7 @@ ROWS_IN_BUCKET = 16  # see SlidingWindowRateLimiter
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for all connections of a worker, opened at once
-MAX_REDIS_CONNECTIONS = 8  # of a worker, for requests
+MAX_REDIS_CONNECTIONS = 9  # of a worker; one is kept for `check`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
 # ARGV[3] is random, because each member of a set must be different.
 REDIS_SCRIPT = """
@@ -1567,7 +1570,7 @@ class RedisRateLimiter(MonitoredBackend):
         self.client = Redis.from_url(url, retry=None)  # the timeout leaves no time
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
-        self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS)
+        self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS - 1)
 
     async def check(self) -> None:
         # The answer does not matter. An exception does: Redis is read-only, or slow.
@@ -1577,14 +1580,12 @@ class RedisRateLimiter(MonitoredBackend):
     async def prepare(self) -> None:
         """Open all connections, before a burst of requests has to wait for that.
 
-        redis-py opens one for each command that runs at the same time. The last one is
-        for `check`.
+        redis-py opens one for each command that runs at the same time.
         """
         # Old connections may be dead.
         await self.client.connection_pool.disconnect(inuse_connections=False)
         commands = [
-            self.client.script_load(REDIS_SCRIPT)
-            for _ in range(MAX_REDIS_CONNECTIONS + 1)
+            self.client.script_load(REDIS_SCRIPT) for _ in range(MAX_REDIS_CONNECTIONS)
         ]
         async with asyncio.timeout(REDIS_CONNECT_SECONDS):
             await asyncio.gather(*commands)
@@ -1910,10 +1911,11 @@ class LimitsAndErrorsMiddleware:
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
-        # The kind of error does not decide: the code of a route can raise TimeoutError
-        # and CancelledError, too.
+        # The kind of error is not enough: the code of a route can raise CancelledError
+        # and TimeoutError, too.
         task = asyncio.current_task()
-        if task and task.cancelling():
+        is_cancelled = task is not None and task.cancelling() > 0
+        if is_cancelled and isinstance(error, asyncio.CancelledError):
             # uvicorn cancels each request, once, if a shutdown cannot wait for it. So
             # it is safe to answer, and not to raise the CancelledError again.
             stopping = ServiceUnavailableException("the server is shutting down")
