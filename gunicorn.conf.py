@@ -46,7 +46,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     is_in_body = False  # True between the end of the headers and the end of the body
     header_bytes = 0  # received so far; 0 again when the headers are complete
-    header_timer: Any  # runs until the headers are complete, then it is cancelled
     is_stopping = False  # True when the worker ends
 
     def connection_made(self, transport: Any) -> None:
@@ -60,23 +59,24 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if not self.is_in_body:
             self.header_bytes += len(data.lstrip(b"\r\n"))  # empty lines may come first
+        if self.header_bytes > 0:
+            self._unset_keepalive_if_required()  # private; stops uvicorn's idle timer
         try:
             self.parse(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # by CONNECT
-            self.refuse(400)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self.refuse(400)  # also CONNECT, for which the parser always raises Upgrade
         if self.header_bytes > MAX_HEADER_BYTES:  # and they are not complete yet
             self.refuse(431)
-        # No timer while a response is being sent, because a 408 would get into it.
-        is_idle = self.cycle is None or self.cycle.response_complete
-        if self.header_bytes > 0 and self.header_timer.cancelled() and is_idle:
-            self._unset_keepalive_if_required()  # private; stops uvicorn's idle timer
+        # A later request starts it again. In a response, not: a 408 would get into it.
+        is_responding = self.cycle and not self.cycle.response_complete
+        if self.header_bytes and self.header_timer.cancelled() and not is_responding:
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
     def parse(self, data: bytes) -> None:
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
-        1. httptools stops after headers with Upgrade, and raises HttpParserUpgrade.
-        2. A new parser gets the same headers without it, then the rest of `data`.
+        After headers with it, httptools stops: what follows would be another protocol.
+        So a new parser gets the same headers without it, then the rest of `data`.
         """
         while data:
             try:
@@ -86,6 +86,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.repeat_headers_without_upgrade()
 
     def repeat_headers_without_upgrade(self) -> None:
+        # Collect them now: the new parser calls on_message_begin, which empties them.
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
@@ -101,11 +102,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # to stop the parser; refuse answers once
+            raise httptools.HttpParserError  # stops the parser; no 400 after the 431
         self.is_in_body = True
         self.header_bytes = 0
-        self.header_timer.cancel()
-        self._unset_keepalive_if_required()
+        self.header_timer.cancel()  # it limits the time until the headers are complete
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
         self.headers = []  # trailers go here, not into the list that the request keeps
@@ -127,23 +127,23 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_stopping = True
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        self.loop.call_later(0.5, super().shutdown)  # a client may be sending a request
+        self.loop.call_later(0.5, super().shutdown)  # a request may be on its way
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
     def run(self) -> None:
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
-        self.config.timeout_notify = 1  # call callback_notify each second
+        self.config.timeout_notify = 1  # seconds between calls of callback_notify
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn handles SIGTERM while it runs. At its end, it restores this handler
-        # and raises SIGTERM again: then gunicorn's handle_quit exits with status 0.
+        # While it runs, uvicorn replaces this handler. After it has stopped, it raises
+        # the same signal again, for this handler: gunicorn's, which exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn's at Ctrl+C
-        signal.raise_signal(signal.SIGTERM)
+    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, which Ctrl+C leads to
+        signal.raise_signal(signal.SIGTERM)  # stop as at SIGTERM
 
     async def callback_notify(self) -> None:
         await super().callback_notify()
@@ -152,7 +152,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # main:create_app() does not set up logging
+    if not logging.getLogger().handlers:  # if wsgi_app is "main:create_app()"
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit

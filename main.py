@@ -71,7 +71,7 @@ from pydantic_core import (
     PydanticSerializationError,
     to_json,
 )
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 from python_multipart.multipart import parse_options_header
 from redis.asyncio import Redis
 from sqlalchemy import event, orm
@@ -115,10 +115,11 @@ def parse_database_url(value: str) -> sa.URL:
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
-    # Only sqlite:///path: no host, as in "sqlite://./app.db", and no options, such as
-    # "?mode=memory". Each connection of the pool would have its own database in memory.
-    file_url = sa.URL.create(url.drivername, database=url.database)
-    is_file = url == file_url and url.database not in {None, "", ":memory:"}
+    # SQLite needs a file: in memory, each connection of the pool would have a database
+    # of its own. The URL must equal one that is made of the path alone. So it has no
+    # host, as in sqlite://./app.db, and no options, such as ?mode=memory.
+    path_url = sa.URL.create(url.drivername, database=url.database)
+    is_file = url == path_url and url.database not in {None, "", ":memory:"}
     if url.get_backend_name() == "sqlite" and not is_file:
         raise ValueError("should name a file, without options: sqlite:///./app.db")
     return url
@@ -145,8 +146,8 @@ def parse_origin(value: str) -> str:
     return origin
 
 
-# NoDecode: otherwise pydantic-settings decodes the text as JSON, because sa.URL is a
-# tuple.
+# pydantic-settings decodes the text of a list or a tuple as JSON. sa.URL is a kind of
+# tuple, hence NoDecode.
 DatabaseUrl = Annotated[sa.URL, NoDecode, pydantic.BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
@@ -156,7 +157,7 @@ Origin = Annotated[str, AfterValidator(parse_origin)]
 ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
-# At most a day. (The maximum of PostgreSQL's statement_timeout is 24 days.)
+# At most a day, because more is surely a mistake.
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -200,8 +201,12 @@ class Settings(BaseSettings):
 
         A text of spaces only, which env_ignore_empty does not see, counts as not set.
         """
-        texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
-        return {k: v for k, v in (values | texts).items() if v != ""}
+        stripped = {}
+        for name, value in values.items():
+            value = value.strip() if isinstance(value, str) else value
+            if value != "":
+                stripped[name] = value
+        return stripped
 
     @pydantic.model_validator(mode="after")
     def refuse_unsafe_values(self) -> "Settings":
@@ -236,10 +241,10 @@ def get_settings() -> Settings:
         return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
     except pydantic.ValidationError as error:
         reason = "; ".join(describe_invalid_value(e) for e in error.errors())
-    except (ValueError, OSError) as error:
-        # For invalid JSON, pydantic-settings names the variable, and the error's cause
-        # says what is wrong. For a file that cannot be read, there is no cause.
-        reason = f"{error}: {error.__cause__ or 'in .env or /run/secrets'}"
+    except SettingsError as error:  # invalid JSON: it names the variable
+        reason = f"{error}: {error.__cause__}"
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f"{error}: in .env or /run/secrets"
     raise SystemExit(f"bad settings: {reason}")
 
 
@@ -263,8 +268,8 @@ LIBRARY_LEVELS = {
     "asyncio": "WARNING",  # logs its selector
     "httpx": "WARNING",  # if you use it, as the tests do
     "sqlalchemy": "WARNING",
-    # These repeat what the request's own line says. (SQLAlchemy names the logger of our
-    # connection pool after its class. It logs errors with a traceback.)
+    # These repeat what the request's own line says. (SQLAlchemy names a pool's logger
+    # after module and class. This one would add a traceback.)
     f"{__name__}.FairPool": "CRITICAL",
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
@@ -272,7 +277,10 @@ LIBRARY_LEVELS = {
 
 
 def shorten_traceback(text: str) -> str:
-    """Keep the end, with the error. As JSON, it has at most MAX_TRACEBACK_BYTES."""
+    """Cut the beginning, so that its JSON has at most MAX_TRACEBACK_BYTES.
+
+    The error itself is at the end.
+    """
     if len(text) > MAX_TRACEBACK_BYTES:
         # First leave out the frames of libraries: SQLAlchemy's alone exceed the limit,
         # and would push out those of your code.
@@ -334,8 +342,8 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # A logger with a level of its own, as LIBRARY_LEVELS gives, ignores the root's. So
-    # the handler has a level, too: with LOG_LEVEL=ERROR, it drops libraries' warnings.
+    # The loggers of LIBRARY_LEVELS have a level of their own, so the root logger's does
+    # not apply to them. The handler's does: LOG_LEVEL=ERROR drops their warnings.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
@@ -347,7 +355,7 @@ def setup_logging(settings: Settings) -> None:
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
-        server_logger.setLevel("NOTSET")  # the root logger's level applies
+        server_logger.setLevel("NOTSET")  # then it has the root logger's level
         server_logger.propagate = False
     # Without a handler, uvicorn writes no access log: RequestLoggingMiddleware does.
     access_logger = logging.getLogger("uvicorn.access")
@@ -504,8 +512,9 @@ def allowed_methods(request: Request) -> str:
     The framework's own 405 names the methods of one route only.
     """
     allowed = []
-    # A mounted application answers for itself: its route matches every method, and has
-    # changed root_path.
+    # Skip mounted applications: a mount matches every method. If the 405 comes from
+    # inside of one, Starlette has added the mount's path to root_path, and has kept
+    # what it was before as app_root_path.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
     root_path = request.scope.get("app_root_path", request.scope["root_path"])
     for method in METHODS:
@@ -527,9 +536,10 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     if exc.status_code != 500:  # a 500 tells clients nothing
         error.message = str(exc.detail)
     response = await app_exception_handler(request, error)
-    allowed = allowed_methods(request) if exc.status_code == 405 else ""
-    if allowed:
-        response.headers["Allow"] = allowed
+    if exc.status_code == 405:
+        allowed = allowed_methods(request)
+        if allowed:  # else a mounted StaticFiles has answered, with a header or without
+            response.headers["Allow"] = allowed
     return response
 
 
@@ -616,11 +626,11 @@ def abort_connection(record: ConnectionPoolEntry) -> None:
     """
     connection = record.driver_connection
     if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # In Python, a descriptor needs a socket object to be shut down.
+        # Python can shut down only a socket object: wrap psycopg's descriptor in one.
         database_socket = socket.socket(fileno=connection.fileno())
         with suppress(OSError):  # the server has closed the connection
             database_socket.shutdown(socket.SHUT_RDWR)
-        database_socket.detach()  # closes nothing: the descriptor belongs to psycopg
+        database_socket.detach()  # unwraps: only psycopg may close the descriptor
         record.invalidate(soft=True)  # a mark: the next checkout opens a new connection
 
 
@@ -644,7 +654,7 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.slots = asyncio.Semaphore(self.size())
+        self.slots = asyncio.Semaphore(self.size())  # max_overflow is 0
         # A record is SQLAlchemy's place for one connection; if the connection ends, the
         # record gets a new one. At most size() records are in use, with a timer each.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
@@ -663,7 +673,7 @@ class FairPool(AsyncAdaptedQueuePool):
         self.timers[record] = timer
 
     def stop_timer(self, _: object, record: ConnectionPoolEntry) -> None:
-        self.timers[record].cancel()
+        self.timers[record].cancel()  # it stays in the dict, for invalidate_all
 
     async def wait_for_slot(self) -> None:
         try:
@@ -692,7 +702,7 @@ class FairPool(AsyncAdaptedQueuePool):
         After dispose(), new connections would be opened while the old ones are in use:
         together, they could be too many.
         """
-        for record in self.timers:  # it has a key for each record
+        for record in self.timers:
             record.invalidate(soft=True)
 
 
@@ -727,10 +737,10 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def begin_immediate(connection: sa.Connection) -> None:
     """Send the BEGIN of a transaction of SQLite's write_engine.
 
-    The engine is in AUTOCOMMIT so that sqlite3 sends no BEGIN of its own. SQLAlchemy
-    calls commit() or rollback() all the same, which end this transaction. IMMEDIATE
-    waits for the write lock now: a transaction that reads first and takes the lock
-    later fails at once if another has written in between.
+    The engine is in AUTOCOMMIT, so sqlite3 sends no BEGIN of its own: it would send one
+    without IMMEDIATE. At the end, SQLAlchemy calls sqlite3's commit() or rollback(),
+    which end any transaction. IMMEDIATE waits for the write lock now. Without it, a
+    transaction that reads before it writes fails if another has written in between.
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
@@ -763,7 +773,9 @@ class MonitoredBackend:
     name: str
 
     def __init__(self) -> None:
-        self.is_available = True  # False in an outage; True before the first check
+        # False only in an outage. It is True before the first check, so that `is_ready`
+        # starts one.
+        self.is_available = True
         self.is_initialized = False  # True after the first success of `prepare`
         self.check_task: asyncio.Task[None] | None = None  # the latest check
         self.retry_timer: asyncio.TimerHandle | None = None  # starts the next one
@@ -931,10 +943,12 @@ class Database(MonitoredBackend):
             await connection.run_sync(Base.metadata.create_all)
 
     async def prepare(self) -> None:
-        # After a failover, the connections of requests may lead to the former primary.
-        # A failed check replaces only check_engine's: replace read_engine's, too. (On
-        # PostgreSQL, write_engine has the same pool. SQLite has no failover.)
-        pool: Any = self.read_engine.pool
+        # This also runs in an outage. After a failover, open connections lead to the
+        # former primary. SQLAlchemy has replaced those of check_engine, whose check has
+        # failed. Replace those of requests, too. (On PostgreSQL, write_engine has the
+        # same pool. SQLite has no failover.)
+        pool = self.read_engine.pool
+        assert isinstance(pool, FairPool)
         pool.invalidate_all()
         if not self.is_initialized:
             # Open a connection, which takes long, before the first request needs it.
@@ -957,18 +971,24 @@ class Database(MonitoredBackend):
             await engine.dispose()
 
 
+def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
+    """Return True if the database cannot serve now, False if the code is wrong."""
+    # sqlite3 raises OperationalError for wrong SQL, too.
+    driver_error = getattr(error, "orig", None)
+    if getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR":
+        return False
+    # The connection was lost, or drop_read_only_connections has replaced it.
+    if getattr(error, "connection_invalidated", False):
+        return True
+    # The server is not reachable, full or too slow, or no connection was free in time.
+    return isinstance(error, sa_exc.OperationalError | sa_exc.TimeoutError)
+
+
 async def database_exception_handler(
     request: Request, exc: sa_exc.SQLAlchemyError
 ) -> Response:
-    """Turn the error into a 503 if the database cannot serve now, else into a 500."""
-    # The connection was lost, or drop_read_only_connections has replaced it.
-    is_lost = getattr(exc, "connection_invalidated", False)
-    # The server is not reachable, full or too slow, or no connection was free in time.
-    is_outage = isinstance(exc, sa_exc.OperationalError | sa_exc.TimeoutError)
-    # sqlite3's OperationalError can mean wrong SQL, too.
-    driver_error = getattr(exc, "orig", None)
-    is_wrong_sql = getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR"
-    if is_wrong_sql or not (is_lost or is_outage):
+    """Turn the error into a 503 in an outage, else into a 500."""
+    if not is_outage(exc):
         raise exc  # it reaches LimitsAndErrorsMiddleware, which answers 500
     database: Database = request.app.state.database
     if database.is_available:
@@ -994,7 +1014,7 @@ def to_utc(moment: datetime) -> datetime:
         return moment.replace(tzinfo=UTC)
     try:
         return moment.astimezone(UTC)
-    except OverflowError:  # only in schemas of your own: 9999-12-31 in a western zone
+    except OverflowError:  # 9999-12-31T23:00-05:00, in a request of your own schemas
         raise ValueError("is out of range") from None
 
 
@@ -1107,7 +1127,7 @@ class HealthChecks(BaseModel):
 
 class HealthStatus(BaseModel):
     status: Literal["healthy", "degraded"]
-    timestamp: datetime
+    timestamp: UtcTime
     version: str
     checks: HealthChecks
 
@@ -1130,8 +1150,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already.
 
-    Not `run_sync(…, limiter=…)`: it lets other tasks run before it joins the queue, so
-    that a whole burst would pass this check of the queue's length.
+    Not `run_sync(…, limiter=…)`: it lets other tasks run before it joins the queue. So
+    in a burst, all requests would see a short queue, and pass.
     """
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
@@ -1197,13 +1217,14 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 # `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects. The order is
 # that of the index.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-# Both conditions mean "owner_id = :owner AND id > :after". With its own, each database
-# starts in the index at (owner_id, id): the last page costs what the first does.
+# Both conditions mean the same: owner_id = :owner AND id > :after. Each is in the form
+# for which its database jumps to the right place in the index, so that the last page
+# costs what the first does.
 LIST_ITEMS_QUERIES = {
-    # For a row comparison, SQLite would walk through all rows of the owner.
+    # For the condition below, SQLite would read all rows of the owner.
     "sqlite": ITEMS_QUERY.where(sa.text("owner_id = :owner AND id > :after")),
-    # Without the row comparison, PostgreSQL may walk through the primary key, and so
-    # through the rows of all owners. `owner_id <= :owner` ends it with this owner.
+    # For the condition above, PostgreSQL may read the primary key's index instead, with
+    # the rows of all owners. `owner_id <= :owner` stops after the owner's last row.
     "postgresql": ITEMS_QUERY.where(
         sa.text("(owner_id, id) > (:owner, :after) AND owner_id <= :owner")
     ),
@@ -1229,7 +1250,7 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
     return (await db.scalars(query)).all()
 
 
-async def update_user_if_unchanged(
+async def update_user_if_same_password(
     db: AsyncSession, user: User, **changes: object
 ) -> bool:
     """Return False if the password has been changed since `user` was read.
@@ -1299,9 +1320,9 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # The name is free: its user has just been deleted. So try again. (After
-        # rollback(), SQLAlchemy takes `user` for new again.) If another constraint was
-        # violated, which is a bug, this raises IntegrityError again.
+        # The name is free again: its user has just been deleted. So try again. (After
+        # rollback(), `user` is transient, so it can be added a second time.) If another
+        # constraint was violated, which is a bug, this raises IntegrityError again.
         await add_row(db, user)
     await db.commit()
     return user
@@ -1322,7 +1343,7 @@ async def authenticate_user(
     if user is None or not is_valid:
         raise WrongCredentialsException
     if new_hash:  # the known one was made with older parameters
-        await update_user_if_unchanged(db, user, password_hash=new_hash)
+        await update_user_if_same_password(db, user, password_hash=new_hash)
         await db.commit()
     return user
 
@@ -1352,9 +1373,10 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
     if not is_valid:
         raise WrongPasswordException
     new_hash = await hash_password(change.new_password)
-    # In SQL, because a logout may have incremented the version since `user` was read.
+    # The database increments the version, and not Python: a logout may have done so,
+    # too, since `user` was read.
     changes = {"password_hash": new_hash, "token_version": User.token_version + 1}
-    if not await update_user_if_unchanged(db, user, **changes):
+    if not await update_user_if_same_password(db, user, **changes):
         raise WrongPasswordException  # another request has changed the password
     await db.commit()
 
@@ -1417,8 +1439,8 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 
 # --- Rate limiting --------------------------------------------------------------------
 # Exact sliding windows: the limiter keeps the times of a client's allowed requests.
-# There are two limits, "api" and "login". `hit` counts a request, in Redis or in shared
-# memory. RateLimiter.enforce calls it, and raises if the limit refuses the request.
+# Each limit has a name, such as "api" or "login". `hit` counts a request, in Redis or
+# in shared memory. RateLimiter.enforce calls it, and raises if the request is refused.
 
 SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 ROWS_IN_BUCKET = 16  # see SlidingWindowRateLimiter
@@ -1440,8 +1462,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- A retry waits for the oldest time, at index 0, to leave the window. If the limit was
--- lowered since, there are surplus times: skip them.
+-- When may the client retry? When the oldest time, at index 0, has left the window. Or
+-- a later one, if the limit was lowered: then count > limit.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_seconds = math.ceil((member_and_time[2] + window - now) / 1000000)
@@ -1457,7 +1479,7 @@ class RateLimitResult(NamedTuple):
     reset_seconds: int  # until the oldest request leaves the window
 
 
-@lru_cache(8192)
+@lru_cache(8192)  # to parse an address takes 6 µs; a /64, 35 µs
 def client_key(address: str) -> str:
     """Return an IPv4 address, or an IPv6 /64 network: most sites have a whole /64."""
     try:
@@ -1567,14 +1589,15 @@ class RedisRateLimiter(MonitoredBackend):
 
     def __init__(self, url: str, project_name: str) -> None:
         super().__init__()
-        self.client = Redis.from_url(url, retry=None)  # the timeout leaves no time
+        # No retries: REDIS_TIMEOUT_SECONDS is too short for them.
+        self.client = Redis.from_url(url, retry=None)
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
         self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS - 1)
 
     async def check(self) -> None:
         # The answer does not matter. An exception does: Redis is read-only, or slow.
-        # No slot: a health check does not wait for requests.
+        # This takes no slot, because a health check must not wait behind requests.
         await self.run_script("check", limit=1, seconds=1)
 
     async def prepare(self) -> None:
@@ -1594,7 +1617,7 @@ class RedisRateLimiter(MonitoredBackend):
         """Count a request. Returns None if Redis cannot be used now."""
         # This wait is outside the timeout, because it does not mean that Redis is slow.
         async with self.slots:
-            if not self.is_available:  # it has failed during the wait
+            if not self.is_available:  # an outage, which may have begun in the wait
                 return None
             try:
                 return await self.run_script(key, limit, seconds)
@@ -1644,13 +1667,14 @@ class RateLimiter:
     async def enforce(self, name: str, scope: Scope) -> None:
         """Count a request of the client. Raises RateLimitedException.
 
-        It sets `rate_limit` in `request.state`, for the headers of the response. A
-        login counts in both limits: the headers show the limit that refused it, else
-        the one with fewer requests remaining.
+        It sets `rate_limit` in `request.state`, for the headers of the response. Some
+        requests, such as logins, count in several limits: the headers show the limit
+        that refused, else the one with the fewest requests remaining.
         """
         state = scope["state"]  # RequestLoggingMiddleware has put `client` there
         result = await self.hit(name, state["client"])
         previous: RateLimitResult | None = state.get("rate_limit")
+        # If both leave the same, show this one, which was counted last.
         is_tighter = previous is None or result.remaining <= previous.remaining
         if is_tighter or not result.allowed:
             state["rate_limit"] = result
@@ -1723,11 +1747,10 @@ def warn_of_untrusted_proxy() -> None:
 
 
 def comes_from_header(address: str, port: int, forwarded_for: str) -> bool:
-    """Guess whether uvicorn has read the client's address from X-Forwarded-For.
+    """Return True if the client's address and port are in X-Forwarded-For.
 
-    If uvicorn trusts the peer, it takes address and port from the header (port 0 if it
-    has none). So if they are not in the header, it does not trust the peer. A wrong
-    guess does little harm: only the warning depends on it.
+    uvicorn takes them from there if it trusts the peer. (The port is 0 if the header
+    has none.) Otherwise they are the peer's own. This is a guess, for a warning only.
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
@@ -1857,7 +1880,7 @@ class RateLimitMiddleware:
 
         async def send_with_rate_limit(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # Read now, because a route may have applied the login limit, too.
+                # Read it now, because the route may have applied another limit, too.
                 result: RateLimitResult = scope["state"]["rate_limit"]
                 message["headers"] = [
                     *message["headers"],
@@ -1876,7 +1899,7 @@ class RateLimitMiddleware:
 
 
 class LimitsAndErrorsMiddleware:
-    """The innermost: it limits the body and the time, and answers what goes wrong.
+    """The last of these: it limits the body and the time, and answers what goes wrong.
 
     413 for a body that is too large, 504 for a request that takes too long, 500 for an
     unhandled exception, 503 for a request that a shutdown interrupts.
@@ -1916,8 +1939,9 @@ class LimitsAndErrorsMiddleware:
         task = asyncio.current_task()
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
-            # uvicorn cancels each request, once, if a shutdown cannot wait for it. So
-            # it is safe to answer, and not to raise the CancelledError again.
+            # Somebody has cancelled the whole task, which only uvicorn does, if a
+            # shutdown cannot wait for it. (The timer has taken its own cancel() back.)
+            # uvicorn does it once, so nothing interrupts the answer.
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         if is_late:
@@ -1935,7 +1959,7 @@ class LimitsAndErrorsMiddleware:
 
         async def receive_limited() -> Message:
             nonlocal received_bytes
-            if received_bytes == 0:  # nothing has been received yet
+            if received_bytes == 0:  # before the first part of the body
                 self.check_body_headers(Headers(scope=scope))
             message = await receive()
             received_bytes += len(message.get("body", b""))
@@ -1994,7 +2018,7 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
 
 
 async def rate_limit_dependency(request: Request) -> None:
-    """Apply the login limit. (RateLimitMiddleware applies the other one, to all.)"""
+    """Apply the limit "login". (RateLimitMiddleware applies "api" to all requests.)"""
     await request.app.state.rate_limiter.enforce("login", request.scope)
 
 
@@ -2005,16 +2029,16 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 # --- Health routes --------------------------------------------------------------------
 # For orchestrators and monitors: no rate limit, and only the log says what is wrong.
-# Some monitors send HEAD requests, which need a route of their own in FastAPI. (Python
-# applies the lower decorator first, so the usual GET is also tried first.)
+# Some monitors send HEAD requests, which need a route of their own in FastAPI. (The
+# lower decorator is applied first. So GET, the usual method, is also tried first.)
 
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=document_errors(500, 503, 504),
-    # The operation id is the function's name. create_app has this option, too, but it
-    # adds these routes without include_router, so its option does not apply to them.
+    # The operation id is the function's name. (The same option of FastAPI applies only
+    # to routes that are added by include_router. In create_app, these are not.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2072,8 +2096,8 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
 # --- API routes -----------------------------------------------------------------------
 # HTTP and nothing else, in a few lines a route. Callers read the docstrings in /docs.
 # A route returns the response model, not a row, so that mypy can check it.
-# Routes with a body document 413 (it is too large) and 400 (it cannot be decoded). A
-# route with an unused `user` is for logged-in users.
+# Routes with a body document 413 (body too large) and 400 (body not decodable). If a
+# route has a `user` that it does not use, it is for logged-in users.
 
 IdPath = Annotated[Int64, Path(ge=1, le=MAX_ID)]
 After = Annotated[
@@ -2295,8 +2319,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router (of FastAPI 0.165), which matches the router first, then
-        # its routes: a health check would be a fifth slower.
+        # Not include_router: in FastAPI 0.165, it adds the router as one route, which
+        # is matched first, and its routes after it. Health checks are a fifth faster.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
@@ -2310,9 +2334,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# Importing this module must not read settings, so `app` is built at its first use: when
-# a server asks for `main.app`, Python finds no such name, and calls __getattr__ (PEP
-# 562), which stores it. mypy sees the declaration only.
+# Importing this module must not read settings, so `app` is built at its first use. For
+# a name that a module does not have, Python calls the module's __getattr__ (PEP 562).
+# This one builds the application and stores it as `main.app`, so it is called once.
+# (mypy reads the declaration only.)
 if TYPE_CHECKING:
     app: FastAPI
 else:

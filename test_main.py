@@ -1303,7 +1303,7 @@ async def test_sqlite_file_that_becomes_writable_is_written() -> None:
 async def test_read_session_refuses_to_write() -> None:
     async with connected() as database, database.session(writes=False) as db:
         for write in (
-            main.update_user_if_unchanged(db, main.User(id=1), token_version=1),
+            main.update_user_if_same_password(db, main.User(id=1), token_version=1),
             main.remove_user(db, 1),
             main.add_row(db, main.User(username="ada")),
         ):
