@@ -64,10 +64,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # also CONNECT, for which the parser always raises Upgrade
-        if self.header_bytes > MAX_HEADER_BYTES:  # and they are not complete yet
+            self.refuse(400)  # Upgrade only if the new parser raises it, for CONNECT
+        if self.header_bytes > MAX_HEADER_BYTES:  # it is 0 if they are complete
             self.refuse(431)
-        # A later request starts it again. In a response, not: a 408 would get into it.
+        # Restart it for the next request, but not while a response is being written.
         is_responding = self.cycle and not self.cycle.response_complete
         if self.header_bytes and self.header_timer.cancelled() and not is_responding:
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
@@ -75,8 +75,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def parse(self, data: bytes) -> None:
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
-        After headers with it, httptools stops: what follows would be another protocol.
-        So a new parser gets the same headers without it, then the rest of `data`.
+        After headers with `Upgrade`, httptools stops parsing. So a new parser gets the
+        same headers without `Upgrade`, then the rest of `data`.
         """
         while data:
             try:
@@ -90,10 +90,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
-        self.parser = httptools.HttpRequestParser(self)
-        # uvicorn does this, too: data after "Connection: close" is no error.
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
+        self.parser = parser = httptools.HttpRequestParser(self)
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn
+        parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -108,7 +107,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()  # it limits the time until the headers are complete
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # trailers go here, not into the list that the request keeps
+        self.headers = []  # for trailers: the request keeps the list of its headers
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # not for a parser that `parse` replaces
@@ -127,7 +126,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_stopping = True
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        self.loop.call_later(0.5, super().shutdown)  # a request may be on its way
+        self.loop.call_later(0.5, super().shutdown)  # a request may be under way
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
@@ -137,13 +136,13 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # seconds between calls of callback_notify
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # While it runs, uvicorn replaces this handler. After it has stopped, it raises
-        # the same signal again, for this handler: gunicorn's, which exits with 0.
+        # While uvicorn runs, it has its own handler of SIGTERM. When it has stopped, it
+        # restores ours and raises SIGTERM again. handle_quit, gunicorn's, exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, which Ctrl+C leads to
-        signal.raise_signal(signal.SIGTERM)  # stop as at SIGTERM
+    def handle_exit(self, *_: object) -> None:  # called at SIGQUIT (despite its name),
+        signal.raise_signal(signal.SIGTERM)  # which gunicorn sends at Ctrl+C
 
     async def callback_notify(self) -> None:
         await super().callback_notify()
@@ -172,6 +171,7 @@ worker_class = ServiceWorker  # with limits on headers, and a graceful stop
 errorlog = None  # gunicorn's errors go to the handler of main.setup_logging
 preload_app = True  # invalid settings stop the start; workers share rate limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
+max_requests_jitter = max_requests // 10  # or all workers would be replaced at once
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
 timeout = graceful_timeout + 30  # a worker sends no heartbeat while it shuts down
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s

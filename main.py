@@ -2,8 +2,8 @@
 
 Read it from the top: a section uses only names that are defined above it. A request
 passes through middleware, dependencies, route, service, repository and database. The
-verb of a function tells its layer: find_user is a repository, read_user a service,
-get_user a route.
+verb of a function tells its layer: find_user is in Repositories, read_user in Services,
+get_user in API routes.
 
     Settings       every variable is validated before the server starts
     Logging        one JSON object per record; clients cannot forge a line
@@ -59,7 +59,7 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, FastAPI, Form, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import OAuth2PasswordBearer
-from jose import jwt
+from jose import jwt  # python-jose, which the guides use
 from jose.utils import base64url_encode
 from psycopg.conninfo import make_conninfo
 from pwdlib import PasswordHash
@@ -233,8 +233,8 @@ def describe_invalid_value(error: ErrorDetails) -> str:
 @lru_cache
 def get_settings() -> Settings:
     """Read the settings. A bad value ends the process with a line that names it."""
-    # The folder is not in model_config, so that tests, which make Settings themselves,
-    # do not read it. pydantic-settings warns of a folder that does not exist.
+    # Not in model_config: tests must not read the secrets of their machine, and
+    # pydantic-settings warns of a folder that does not exist.
     folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
     try:
         # Without pydantic's plugin, mypy does not know this argument.
@@ -265,11 +265,11 @@ LIBRARY_FRAME = re.compile(r"^  File .*site-packages.*\n(    .*\n)*", re.MULTILI
 LIBRARY_LEVELS = {
     # These log each statement or URL, some with parameters.
     "aiosqlite": "WARNING",
-    "asyncio": "WARNING",  # logs its selector
+    "asyncio": "WARNING",  # logs the name of its selector at each start
     "httpx": "WARNING",  # if you use it, as the tests do
     "sqlalchemy": "WARNING",
     # These repeat what the request's own line says. (SQLAlchemy names a pool's logger
-    # after module and class. This one would add a traceback.)
+    # after its class. It logs an ERROR when a request is cancelled at its time limit.)
     f"{__name__}.FairPool": "CRITICAL",
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
@@ -285,7 +285,8 @@ def shorten_traceback(text: str) -> str:
         # First leave out the frames of libraries: SQLAlchemy's alone exceed the limit,
         # and would push out those of your code.
         text = LIBRARY_FRAME.sub("", text)[-MAX_TRACEBACK_BYTES:]
-    while len(json.dumps(text)) > MAX_TRACEBACK_BYTES:  # JSON writes "é" in 6 bytes
+    # The JSON can be longer than the text: it writes "é" as \u00e9.
+    while len(json.dumps(text)) > MAX_TRACEBACK_BYTES:
         text = text[50:]
     return text
 
@@ -401,7 +402,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class AppException(Exception):
-    """Base class of errors. A client gets the class's `message`.
+    """Base class of errors. A client gets the attribute `message`.
 
     In `raise SomeException("a reason")`, the reason never reaches clients. It is in the
     request's log line, if the status is 500 or more.
@@ -512,15 +513,15 @@ def allowed_methods(request: Request) -> str:
     The framework's own 405 names the methods of one route only.
     """
     allowed = []
-    # Skip mounted applications: a mount matches every method. If the 405 comes from
-    # inside of one, Starlette has added the mount's path to root_path, and has kept
-    # what it was before as app_root_path.
+    # Without mounts, which match every method. If a mounted application has answered,
+    # Starlette has added the mount's path to root_path, to which routes are relative.
+    # app_root_path is the original.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
     root_path = request.scope.get("app_root_path", request.scope["root_path"])
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
-        # Not route.methods: app.routes has an included router as one entry, which has
-        # no methods (FastAPI 0.165). Its `matches` asks the router's routes.
+        # Not route.methods: in FastAPI 0.165, include_router adds the whole router as
+        # one route, which has no methods. Its `matches` asks the router's routes.
         if any(route.matches(scope)[0] == Match.FULL for route in routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -538,7 +539,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     response = await app_exception_handler(request, error)
     if exc.status_code == 405:
         allowed = allowed_methods(request)
-        if allowed:  # else a mounted StaticFiles has answered, with a header or without
+        if allowed:  # else a mounted application has answered: keep its own Allow
             response.headers["Allow"] = allowed
     return response
 
@@ -654,9 +655,11 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.slots = asyncio.Semaphore(self.size())  # max_overflow is 0
+        # All connections: create_engine sets max_overflow to 0.
+        self.slots = asyncio.Semaphore(self.size())
         # A record is SQLAlchemy's place for one connection; if the connection ends, the
-        # record gets a new one. At most size() records are in use, with a timer each.
+        # record gets a new one. Timers that have stopped stay here, because this is
+        # also the list of all records.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # On a new connection, SQLAlchemy sends statements (it asks for the server's
         # version) before the checkout. So start the timer at the connect, too.
@@ -673,7 +676,7 @@ class FairPool(AsyncAdaptedQueuePool):
         self.timers[record] = timer
 
     def stop_timer(self, _: object, record: ConnectionPoolEntry) -> None:
-        self.timers[record].cancel()  # it stays in the dict, for invalidate_all
+        self.timers[record].cancel()
 
     async def wait_for_slot(self) -> None:
         try:
@@ -737,10 +740,10 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def begin_immediate(connection: sa.Connection) -> None:
     """Send the BEGIN of a transaction of SQLite's write_engine.
 
-    The engine is in AUTOCOMMIT, so sqlite3 sends no BEGIN of its own: it would send one
-    without IMMEDIATE. At the end, SQLAlchemy calls sqlite3's commit() or rollback(),
-    which end any transaction. IMMEDIATE waits for the write lock now. Without it, a
-    transaction that reads before it writes fails if another has written in between.
+    sqlite3 would send a plain BEGIN. AUTOCOMMIT, which all engines here have, stops it
+    from that. SQLAlchemy still calls commit() or rollback() to end the transaction.
+    IMMEDIATE takes the write lock at once. Otherwise, a transaction that reads before
+    it writes fails if another has written in between.
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
@@ -773,9 +776,7 @@ class MonitoredBackend:
     name: str
 
     def __init__(self) -> None:
-        # False only in an outage. It is True before the first check, so that `is_ready`
-        # starts one.
-        self.is_available = True
+        self.in_outage = False  # True from a failed check to the next successful one
         self.is_initialized = False  # True after the first success of `prepare`
         self.check_task: asyncio.Task[None] | None = None  # the latest check
         self.retry_timer: asyncio.TimerHandle | None = None  # starts the next one
@@ -797,23 +798,23 @@ class MonitoredBackend:
 
     async def run_check(self) -> None:
         try:
-            if not self.is_initialized or not self.is_available:
+            if not self.is_initialized or self.in_outage:
                 await self.prepare()
                 self.is_initialized = True
             await self.check()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
             self.handle_failure(error)
             return
-        if not self.is_available:
+        if self.in_outage:
             logger.info("%s is ready again", self.name)
-        self.is_available = True
+        self.in_outage = False
 
     def handle_failure(self, error: Exception) -> None:
         """Begin an outage, or continue it. Check again in a second."""
-        if self.is_available:
+        if not self.in_outage:
             extra = {"reason": summarize_error(error)}
             logger.warning("%s is not ready", self.name, extra=extra)
-        self.is_available = False
+        self.in_outage = True
         if self.retry_timer is not None:
             self.retry_timer.cancel()
         loop = asyncio.get_running_loop()
@@ -825,11 +826,11 @@ class MonitoredBackend:
         If the check takes longer than HEALTH_CHECK_TIMEOUT_SECONDS, this returns False,
         while the check goes on for the next caller.
         """
-        if not self.is_available:
+        if self.in_outage:
             return False
         task = self.start_check()
         await asyncio.wait({task}, timeout=HEALTH_CHECK_TIMEOUT_SECONDS)
-        return task.done() and self.is_available
+        return task.done() and not self.in_outage
 
     async def stop_checks(self) -> None:
         if self.retry_timer is not None:
@@ -944,9 +945,9 @@ class Database(MonitoredBackend):
 
     async def prepare(self) -> None:
         # This also runs in an outage. After a failover, open connections lead to the
-        # former primary. SQLAlchemy has replaced those of check_engine, whose check has
-        # failed. Replace those of requests, too. (On PostgreSQL, write_engine has the
-        # same pool. SQLite has no failover.)
+        # former primary. When the check failed, SQLAlchemy has replaced check_engine's
+        # connection. Replace the connections of requests, too. (On PostgreSQL,
+        # write_engine has the same pool. SQLite has no failover.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)
         pool.invalidate_all()
@@ -957,9 +958,8 @@ class Database(MonitoredBackend):
         await self.create_missing_tables()
 
     async def check(self) -> None:
-        # A SELECT of all columns of all tables fails if one is missing. FOR UPDATE
-        # fails on a read-only server. (SQLAlchemy omits it on SQLite.) LIMIT 0 makes
-        # both cheap.
+        # This fails if a column is missing. FOR UPDATE fails on a read-only server.
+        # (SQLAlchemy omits it on SQLite.) LIMIT 0 makes both cheap: no row is read.
         query = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
         async with self.check_engine.connect() as connection:
             await connection.execute(query)
@@ -991,7 +991,7 @@ async def database_exception_handler(
     if not is_outage(exc):
         raise exc  # it reaches LimitsAndErrorsMiddleware, which answers 500
     database: Database = request.app.state.database
-    if database.is_available:
+    if not database.in_outage:
         database.start_check()  # to find out whether only this request has failed
     unavailable = ServiceUnavailableException(f"database: {summarize_error(exc)}")
     return await app_exception_handler(request, unavailable)
@@ -1014,7 +1014,7 @@ def to_utc(moment: datetime) -> datetime:
         return moment.replace(tzinfo=UTC)
     try:
         return moment.astimezone(UTC)
-    except OverflowError:  # 9999-12-31T23:00-05:00, in a request of your own schemas
+    except OverflowError:  # 9999-12-31T23:00-05:00, if you add a time to a request
         raise ValueError("is out of range") from None
 
 
@@ -1033,10 +1033,10 @@ LoginName = Annotated[LoginText, Field(pattern=NO_NUL), LowercaseValidator]
 LoginPassword = Annotated[LoginText, NormalizedValidator]
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
 Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
-# Generated clients of languages such as Go need the format: their int has 32 bits.
+# Without a format, openapi-generator gives an id only 32 bits in Go, Java and others.
 Int64 = Annotated[int, Field(json_schema_extra={"format": "int64"})]
 NextCursor = Annotated[
-    Int64 | None, Field(description="The next `after`; null at the end")
+    Int64 | None, Field(description="Send it as `after`; null on the last page")
 ]
 
 
@@ -1150,8 +1150,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already.
 
-    Not `run_sync(…, limiter=…)`: it lets other tasks run before it joins the queue. So
-    in a burst, all requests would see a short queue, and pass.
+    Not `run_sync(…, limiter=…)`: it lets other tasks run before it joins the queue. In
+    a burst, all requests would find a short queue before any of them joins it.
     """
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
@@ -1177,7 +1177,7 @@ def signing_key(settings: Settings) -> dict[str, str]:
 
     python-jose would read a plain secret that looks like JSON as such a key.
     """
-    # surrogateescape, because a variable may have bytes that are not UTF-8.
+    # surrogateescape, because SecretStr (unlike str) accepts bytes that are not UTF-8.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1217,14 +1217,13 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 # `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects. The order is
 # that of the index.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-# Both conditions mean the same: owner_id = :owner AND id > :after. Each is in the form
-# for which its database jumps to the right place in the index, so that the last page
-# costs what the first does.
+# Both conditions mean the same. Each is in the form for which its database jumps to the
+# right place in the index, so that the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
-    # For the condition below, SQLite would read all rows of the owner.
+    # SQLite would read all rows of the owner for PostgreSQL's form.
     "sqlite": ITEMS_QUERY.where(sa.text("owner_id = :owner AND id > :after")),
-    # For the condition above, PostgreSQL may read the primary key's index instead, with
-    # the rows of all owners. `owner_id <= :owner` stops after the owner's last row.
+    # PostgreSQL may read the primary key's index, with the rows of all owners, for
+    # SQLite's form. `owner_id <= :owner` stops after the owner's last row.
     "postgresql": ITEMS_QUERY.where(
         sa.text("(owner_id, id) > (:owner, :after) AND owner_id <= :owner")
     ),
@@ -1297,15 +1296,18 @@ async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
 
 
 # --- Services -------------------------------------------------------------------------
-# Business logic. A service that writes commits at its end. A session takes a connection
-# at its first statement and gives it back at commit() or rollback(). No service holds
-# one while a password is hashed, which takes 30 ms.
+# Business logic. A service that changes data calls commit() as its last step. A session
+# takes a connection at its first statement, and returns it at commit() or rollback().
+# No service holds one while a password is hashed, which takes 30 ms.
 
 Page = dict[str, Any]
 
 
 def make_page(name: str, rows: Rows, limit: int) -> Page:
-    """`rows` has up to `limit + 1` rows: the last shows that there is a next page."""
+    """Return up to `limit` rows, and where the next page starts.
+
+    `rows` has up to `limit + 1`: one more shows that there is a next page.
+    """
     has_next = len(rows) > limit
     return {name: rows[:limit], "next": rows[limit - 1].id if has_next else None}
 
@@ -1320,31 +1322,32 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # The name is free again: its user has just been deleted. So try again. (After
-        # rollback(), `user` is transient, so it can be added a second time.) If another
-        # constraint was violated, which is a bug, this raises IntegrityError again.
+        # The name is free again: its user has just been deleted. So try again, with the
+        # same object, which rollback() has detached. If another constraint is violated,
+        # which is a bug, this raises IntegrityError again.
         await add_row(db, user)
     await db.commit()
     return user
 
 
 async def authenticate_user(
-    read_db: AsyncSession, db: AsyncSession, username: str, password: str
+    read_db: AsyncSession, write_db: AsyncSession, username: str, password: str
 ) -> User:
     """Raises WrongCredentialsException, after the same time whatever is wrong.
 
-    Most logins only read. With `db` alone, on SQLite, each would wait for the one
+    Most logins only read. With `write_db` alone, on SQLite, each would wait for the one
     connection that can write.
     """
     user = await find_user_by_name(read_db, username)
-    await read_db.commit()  # gives the connection back, before the slow verify_password
+    # Nothing was written: this gives the connection back, before verify_password.
+    await read_db.commit()
     known_hash = user.password_hash if user else DUMMY_HASH
     is_valid, new_hash = await verify_password(password, known_hash)
     if user is None or not is_valid:
         raise WrongCredentialsException
     if new_hash:  # the known one was made with older parameters
-        await update_user_if_same_password(db, user, password_hash=new_hash)
-        await db.commit()
+        await update_user_if_same_password(write_db, user, password_hash=new_hash)
+        await write_db.commit()
     return user
 
 
@@ -1447,7 +1450,7 @@ ROWS_IN_BUCKET = 16  # see SlidingWindowRateLimiter
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for all connections of a worker, opened at once
-MAX_REDIS_CONNECTIONS = 9  # of a worker; one is kept for `check`
+REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `check`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
 # ARGV[3] is random, because each member of a set must be different.
 REDIS_SCRIPT = """
@@ -1462,8 +1465,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- When may the client retry? When the oldest time, at index 0, has left the window. Or
--- a later one, if the limit was lowered: then count > limit.
+-- When may the client retry? When enough times have left the window: usually one, the
+-- oldest, at index 0; after the limit was lowered, count - limit more.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_seconds = math.ceil((member_and_time[2] + window - now) / 1000000)
@@ -1479,7 +1482,7 @@ class RateLimitResult(NamedTuple):
     reset_seconds: int  # until the oldest request leaves the window
 
 
-@lru_cache(8192)  # to parse an address takes 6 µs; a /64, 35 µs
+@lru_cache(8192)  # because it takes 6 µs for IPv4, and 35 µs for IPv6
 def client_key(address: str) -> str:
     """Return an IPv4 address, or an IPv6 /64 network: most sites have a whole /64."""
     try:
@@ -1497,9 +1500,9 @@ def client_key(address: str) -> str:
 def open_lock_file() -> IO[bytes]:
     """Return the file that a worker locks while it uses the shared memory.
 
-    fcntl.lockf locks it for one process, although the workers share the open file. If
-    a worker is killed, the kernel releases its lock. (A multiprocessing.Lock would stay
-    locked for ever.)
+    The locks of fcntl.lockf belong to a process. So they exclude the other workers,
+    although all have the same open file, and if a worker is killed, the kernel releases
+    its lock. (A multiprocessing.Lock would stay locked for ever.)
     """
     return tempfile.TemporaryFile()
 
@@ -1550,8 +1553,8 @@ class SlidingWindowRateLimiter:
             fcntl.lockf(self.lock_file, fcntl.LOCK_UN)
 
     def find_row(self, key: str) -> ctypes.Structure:
-        # The hash has a random seed, which all workers share. Clients do not know it,
-        # so they cannot choose a bucket.
+        # Python's hash has a random seed. The workers share it, because they are forked
+        # from one process. Clients do not know it, so they cannot choose a bucket.
         client_hash = hash(key)
         index = client_hash % len(self.buckets)
         bucket: Iterable[ctypes.Structure] = self.buckets[index]
@@ -1593,7 +1596,7 @@ class RedisRateLimiter(MonitoredBackend):
         self.client = Redis.from_url(url, retry=None)
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
-        self.slots = asyncio.Semaphore(MAX_REDIS_CONNECTIONS - 1)
+        self.slots = asyncio.Semaphore(REDIS_CONNECTIONS - 1)
 
     async def check(self) -> None:
         # The answer does not matter. An exception does: Redis is read-only, or slow.
@@ -1603,12 +1606,13 @@ class RedisRateLimiter(MonitoredBackend):
     async def prepare(self) -> None:
         """Open all connections, before a burst of requests has to wait for that.
 
-        redis-py opens one for each command that runs at the same time.
+        redis-py opens one for each command that runs at the same time. So any command
+        would do.
         """
         # Old connections may be dead.
         await self.client.connection_pool.disconnect(inuse_connections=False)
         commands = [
-            self.client.script_load(REDIS_SCRIPT) for _ in range(MAX_REDIS_CONNECTIONS)
+            self.client.script_load(REDIS_SCRIPT) for _ in range(REDIS_CONNECTIONS)
         ]
         async with asyncio.timeout(REDIS_CONNECT_SECONDS):
             await asyncio.gather(*commands)
@@ -1617,7 +1621,7 @@ class RedisRateLimiter(MonitoredBackend):
         """Count a request. Returns None if Redis cannot be used now."""
         # This wait is outside the timeout, because it does not mean that Redis is slow.
         async with self.slots:
-            if not self.is_available:  # an outage, which may have begun in the wait
+            if self.in_outage:  # which may have begun during the wait
                 return None
             try:
                 return await self.run_script(key, limit, seconds)
@@ -1674,7 +1678,7 @@ class RateLimiter:
         state = scope["state"]  # RequestLoggingMiddleware has put `client` there
         result = await self.hit(name, state["client"])
         previous: RateLimitResult | None = state.get("rate_limit")
-        # If both leave the same, show this one, which was counted last.
+        # On a tie, show the limit that was counted last.
         is_tighter = previous is None or result.remaining <= previous.remaining
         if is_tighter or not result.allowed:
             state["rate_limit"] = result
@@ -1749,8 +1753,9 @@ def warn_of_untrusted_proxy() -> None:
 def comes_from_header(address: str, port: int, forwarded_for: str) -> bool:
     """Return True if the client's address and port are in X-Forwarded-For.
 
-    uvicorn takes them from there if it trusts the peer. (The port is 0 if the header
-    has none.) Otherwise they are the peer's own. This is a guess, for a warning only.
+    If uvicorn trusts the peer, it has taken them from there. (The port is 0 if the
+    header has none.) If they are not there, they are the peer's own, and uvicorn does
+    not trust it. A peer can write its own address there, so this is only for a warning.
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
@@ -1839,7 +1844,7 @@ class SecurityHeadersMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_security_headers(message: Message) -> None:
-            # Other kinds of scopes pass unchanged: they have no such message.
+            # (Websockets and the lifespan have no such message.)
             if message["type"] == "http.response.start":
                 is_docs = scope["path"].removeprefix(scope["root_path"]) in DOCS_PATHS
                 headers = self.docs_headers if is_docs else self.headers
@@ -1899,7 +1904,7 @@ class RateLimitMiddleware:
 
 
 class LimitsAndErrorsMiddleware:
-    """The last of these: it limits the body and the time, and answers what goes wrong.
+    """Limit the body and the time of a request, and answer what goes wrong.
 
     413 for a body that is too large, 504 for a request that takes too long, 500 for an
     unhandled exception, 503 for a request that a shutdown interrupts.
@@ -1925,23 +1930,24 @@ class LimitsAndErrorsMiddleware:
             async with timer:
                 return await self.app(scope, self.limit_body(scope, receive), send)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - any
+            # This also stores the reason for the log.
             response = await self.answer_error(Request(scope), error, timer.expired())
-        # RequestLoggingMiddleware sets status_code when a response starts. Then it is
-        # too late for another one, and uvicorn closes the connection.
-        if "status_code" not in scope["state"]:
-            await response(scope, receive, send)
+            # RequestLoggingMiddleware sets status_code when a response starts. Then it
+            # is too late for another one, and uvicorn closes the connection.
+            if "status_code" not in scope["state"]:
+                await response(scope, receive, send)
 
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
         # The kind of error is not enough: the code of a route can raise CancelledError
-        # and TimeoutError, too.
+        # and TimeoutError, too. So ask the task: cancelling() counts cancel() without
+        # uncancel(). A timer that has expired has called both.
         task = asyncio.current_task()
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
-            # Somebody has cancelled the whole task, which only uvicorn does, if a
-            # shutdown cannot wait for it. (The timer has taken its own cancel() back.)
-            # uvicorn does it once, so nothing interrupts the answer.
+            # uvicorn has cancelled the request, because a shutdown could not wait for
+            # it. It does so once, so nothing interrupts the answer.
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         if is_late:
@@ -1952,8 +1958,8 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        (FastAPI turns any other exception into a 400.) If a route does not read the
-        body, nothing is checked.
+        For any other exception of `receive`, FastAPI would answer 400. If a route does
+        not read the body, nothing is checked.
         """
         received_bytes = 0
 
@@ -2029,16 +2035,16 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 # --- Health routes --------------------------------------------------------------------
 # For orchestrators and monitors: no rate limit, and only the log says what is wrong.
-# Some monitors send HEAD requests, which need a route of their own in FastAPI. (The
-# lower decorator is applied first. So GET, the usual method, is also tried first.)
+# Some monitors send HEAD requests, which need a route of their own in FastAPI. (Python
+# applies decorators from the bottom up: GET, the usual method, is matched first.)
 
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=document_errors(500, 503, 504),
-    # The operation id is the function's name. (The same option of FastAPI applies only
-    # to routes that are added by include_router. In create_app, these are not.)
+    # The operation id is the function's name. create_app has the same option, but that
+    # applies only to routes of include_router, and it adds these routes directly.
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2094,7 +2100,7 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
 
 
 # --- API routes -----------------------------------------------------------------------
-# HTTP and nothing else, in a few lines a route. Callers read the docstrings in /docs.
+# HTTP and nothing else: a route has a few lines. Callers read its docstring in /docs.
 # A route returns the response model, not a row, so that mypy can check it.
 # Routes with a body document 413 (body too large) and 400 (body not decodable). If a
 # route has a `user` that it does not use, it is for logged-in users.
@@ -2175,10 +2181,10 @@ async def get_user(user_id: IdPath, user: CurrentUser, db: ReadSession) -> UserO
     "/token", dependencies=LOGIN_LIMITED, responses=document_errors(400, 401, 413, 422)
 )
 async def post_token(
-    form: LoginFormBody, request: Request, read_db: ReadSession, db: WriteSession
+    form: LoginFormBody, request: Request, read_db: ReadSession, write_db: WriteSession
 ) -> TokenOut:
     """Log in. Send the token as `Authorization: Bearer`."""
-    user = await authenticate_user(read_db, db, form.username, form.password)
+    user = await authenticate_user(read_db, write_db, form.username, form.password)
     settings: Settings = request.app.state.settings
     token = create_access_token(user, settings)
     seconds = settings.ACCESS_TOKEN_EXPIRE_MINUTES * 60
@@ -2319,8 +2325,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router: in FastAPI 0.165, it adds the router as one route, which
-        # is matched first, and its routes after it. Health checks are a fifth faster.
+        # Not include_router: in FastAPI 0.165, each request would be matched twice, by
+        # the router and by its routes. So health checks are a fifth faster.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.

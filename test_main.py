@@ -1085,7 +1085,7 @@ async def test_outage_at_start_ends(forwarder: Forwarder, caplog: CapLog) -> Non
         await forwarder.accept()
         skip_time(1)
         database = client.app.state.database
-        await eventually(lambda: database.is_available, "the database")
+        await eventually(lambda: not database.in_outage, "the database")
         assert (await client.register()).status_code == 201
     assert reasons(caplog) == ["the database is not reachable"]
 
@@ -1095,7 +1095,7 @@ async def test_silence_after_the_login_ends(forwarder: Forwarder) -> None:
     url = forwarder.url.update_query_dict({"sslmode": "disable"})
     changes = {"DATABASE_URL": url, "DATABASE_TIMEOUT_SECONDS": 0.1}
     async with asyncio.timeout(PATIENCE_SECONDS), connected(**changes) as database:
-        assert not database.is_available
+        assert database.in_outage
 
 
 async def test_server_away_and_back(pg_ada: Client, forwarder: Forwarder) -> None:
@@ -1103,10 +1103,10 @@ async def test_server_away_and_back(pg_ada: Client, forwarder: Forwarder) -> Non
     forwarder.refuse()
     for path in ("/users/me", "/users/me", "http://test/health/ready"):
         assert (await pg_ada.get(path)).status_code == 503
-        await eventually(lambda: not database.is_available, "an outage")
+        await eventually(lambda: database.in_outage, "an outage")
     await forwarder.accept()
     skip_time(1)
-    await eventually(lambda: database.is_available, "the database")
+    await eventually(lambda: not database.in_outage, "the database")
     assert (await pg_ada.get("/users/me")).status_code == 200
 
 
@@ -1176,7 +1176,7 @@ async def test_empty_database_gets_its_tables_again(database: main.Database) -> 
         await execute(database, f"DROP TABLE {table.name}")
     assert not await database.is_ready()
     skip_time(1)
-    await eventually(lambda: database.is_available, "new tables")
+    await eventually(lambda: not database.in_outage, "new tables")
 
 
 async def test_missing_table_is_not_made_again(database: main.Database) -> None:
@@ -1188,7 +1188,7 @@ async def test_missing_table_is_not_made_again(database: main.Database) -> None:
     for table in ("users", "items"):
         await execute(database, f"ALTER TABLE moved_{table} RENAME TO {table}")
     await database.start_check()
-    assert database.is_available
+    assert not database.in_outage
 
 
 async def test_old_table_is_500_and_unready(database_url: str, caplog: CapLog) -> None:
@@ -1220,9 +1220,9 @@ async def test_demoted_primary_is_left(noticed_by: str, pg_ada: Client) -> None:
         assert (await pg_ada.delete("/auth/token")).status_code == 503
     else:
         database.start_check()
-    await eventually(lambda: not database.is_available, "the outage")
+    await eventually(lambda: database.in_outage, "the outage")
     skip_time(1)
-    await eventually(lambda: database.is_available, "its successor")
+    await eventually(lambda: not database.in_outage, "its successor")
     async with database.session(writes=False) as db:
         assert await db.scalar(sa.text("SHOW default_transaction_read_only")) == "off"
 
@@ -2270,10 +2270,10 @@ async def test_rate_limit_of_many_requests_at_once_asks_a_silent_redis_seldom() 
     server = await asyncio.start_server(be_silent, "127.0.0.1", 0)
     url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with server, redis_limiter(url) as limiter:
-        tries = [admitted(limiter, 1) for _ in range(10 * main.MAX_REDIS_CONNECTIONS)]
+        tries = [admitted(limiter, 1) for _ in range(10 * main.REDIS_CONNECTIONS)]
         assert sum(await asyncio.gather(*tries)) == 3
         assert await admitted(limiter, 10) == 0
-        assert main.MAX_REDIS_CONNECTIONS > len(connections) > 0
+        assert main.REDIS_CONNECTIONS > len(connections) > 0
 
 
 class OwnRedis:
@@ -2350,7 +2350,7 @@ async def test_rate_limit_is_kept_in_memory_while_redis_is_away(
         end(own_redis)
         await let_others_run()
         skip_time(1)
-        await eventually(lambda: limiter.redis.is_available, "Redis")
+        await eventually(lambda: not limiter.redis.in_outage, "Redis")
         await limiter.hit("api", "192.0.2.2")
         assert own_redis.client.keys("*:192.0.2.2")
     assert caplog.messages == ["Redis is not ready", "Redis is ready again"]
@@ -2366,7 +2366,7 @@ async def test_rate_limit_goes_on_in_redis_successor(own_redis: OwnRedis) -> Non
             assert await admitted(limiter, 1) == 1
             await let_others_run()
             skip_time(1)
-            await eventually(lambda: limiter.redis.is_available, "its successor")
+            await eventually(lambda: not limiter.redis.in_outage, "its successor")
             assert await admitted(limiter, 4) == 3
             assert successor.client.keys(f"*:{ADDRESS}")
 
@@ -2964,11 +2964,11 @@ async def test_lifespan_opens_and_closes_connections_to_redis(redis_url: str) ->
     name = f"test-{secrets.token_hex(8)}"
     redis = Redis.from_url(redis_url)
     async with serve(REDIS_URL=f"{redis_url}?client_name={name}") as client:
-        assert str(redis.client_list()).count(name) == main.MAX_REDIS_CONNECTIONS
+        assert str(redis.client_list()).count(name) == main.REDIS_CONNECTIONS
         limiter = client.app.state.rate_limiter
         counts = [limiter.hit("api", ADDRESS) for _ in range(48)]
         await asyncio.gather(*counts, limiter.redis.is_ready())
-        assert str(redis.client_list()).count(name) == main.MAX_REDIS_CONNECTIONS
+        assert str(redis.client_list()).count(name) == main.REDIS_CONNECTIONS
     until(lambda: name not in str(redis.client_list()), "the connections' end")
     redis.close()
 
