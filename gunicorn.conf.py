@@ -45,7 +45,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
-    header_bytes = 0  # received so far; 0 again when the headers are complete
+    header_bytes = 0  # of headers that are not complete; 0 if there are none
     is_stopping = False  # True when the worker ends
 
     def connection_made(self, transport: Any) -> None:
@@ -60,14 +60,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if not self.is_in_body:
             self.header_bytes += len(data.lstrip(b"\r\n"))  # empty lines may come first
         if self.header_bytes > 0:
-            self._unset_keepalive_if_required()  # private; stops uvicorn's idle timer
+            self._unset_keepalive_if_required()  # private: uvicorn's timer when idle
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # Upgrade only if the new parser raises it, for CONNECT
+            self.refuse(400)  # CONNECT raises HttpParserUpgrade in the new parser, too
         if self.header_bytes > MAX_HEADER_BYTES:  # it is 0 if they are complete
             self.refuse(431)
-        # Restart it for the next request, but not while a response is being written.
+        # Start it for the next headers, but not while a response is being written.
         is_responding = self.cycle and not self.cycle.response_complete
         if self.header_bytes and self.header_timer.cancelled() and not is_responding:
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
@@ -75,8 +75,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def parse(self, data: bytes) -> None:
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
-        After headers with `Upgrade`, httptools stops parsing. So a new parser gets the
-        same headers without `Upgrade`, then the rest of `data`.
+        The parser stops after headers with `Upgrade`. So a new parser gets the headers
+        again, without `Upgrade`, and then the rest of `data`.
         """
         while data:
             try:
@@ -107,7 +107,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()  # it limits the time until the headers are complete
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # for trailers: the request keeps the list of its headers
+        self.headers = []  # a new list for trailers: the request has the old one
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # not for a parser that `parse` replaces
@@ -126,23 +126,23 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_stopping = True
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        self.loop.call_later(0.5, super().shutdown)  # a request may be under way
+        self.loop.call_later(0.5, super().shutdown)  # until then, a request may come
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
     def run(self) -> None:
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
-        self.config.timeout_notify = 1  # seconds between calls of callback_notify
+        self.config.timeout_notify = 1  # second: how often callback_notify is called
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # While uvicorn runs, it has its own handler of SIGTERM. When it has stopped, it
-        # restores ours and raises SIGTERM again. handle_quit, gunicorn's, exits with 0.
+        # uvicorn handles SIGTERM while it runs. After that it raises SIGTERM again, for
+        # the handler that is set here: handle_quit, which is gunicorn's, exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # called at SIGQUIT (despite its name),
-        signal.raise_signal(signal.SIGTERM)  # which gunicorn sends at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # for SIGQUIT, sent at Ctrl+C
+        signal.raise_signal(signal.SIGTERM)  # stop as usual
 
     async def callback_notify(self) -> None:
         await super().callback_notify()
@@ -151,7 +151,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # if wsgi_app is "main:create_app()"
+    if not logging.getLogger().handlers:  # only if you serve main:create_app()
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
