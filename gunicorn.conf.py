@@ -59,17 +59,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if not self.is_in_body:
             self.header_bytes += len(data.lstrip(b"\r\n"))  # empty lines may come first
-        if self.header_bytes > 0:
-            self._unset_keepalive_if_required()  # private: uvicorn's timer when idle
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(400)  # CONNECT raises HttpParserUpgrade in the new parser, too
         if self.header_bytes > MAX_HEADER_BYTES:  # it is 0 if they are complete
             self.refuse(431)
-        # Start it for the next headers, but not while a response is being written.
+        # The next headers start it again, unless a response is being written.
         is_responding = self.cycle and not self.cycle.response_complete
         if self.header_bytes and self.header_timer.cancelled() and not is_responding:
+            self._unset_keepalive_if_required()  # private: stops the timer of idle ones
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
     def parse(self, data: bytes) -> None:
@@ -104,7 +103,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             raise httptools.HttpParserError  # stops the parser; no 400 after the 431
         self.is_in_body = True
         self.header_bytes = 0
-        self.header_timer.cancel()  # it limits the time until the headers are complete
+        self.header_timer.cancel()
+        self._unset_keepalive_if_required()
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
         self.headers = []  # a new list for trailers: the request has the old one

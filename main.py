@@ -115,13 +115,13 @@ def parse_database_url(value: str) -> sa.URL:
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
-    # SQLite needs a file: in memory, each connection of the pool would have a database
-    # of its own. If the URL differs from one that has only the driver and the path, it
-    # has a host, as in sqlite://./app.db, or options, such as ?mode=memory.
-    path_url = sa.URL.create(url.drivername, database=url.database)
-    is_file = url == path_url and url.database not in {None, "", ":memory:"}
-    if url.get_backend_name() == "sqlite" and not is_file:
-        raise ValueError("should name a file, without options: sqlite:///./app.db")
+    if url.get_backend_name() == "sqlite":
+        # In memory, each connection of the pool would have a database of its own.
+        is_file = url.database not in {None, "", ":memory:"}
+        # Without a host, as in sqlite://./app.db, or options, such as ?mode=memory.
+        plain_url = sa.URL.create(url.drivername, database=url.database)
+        if not is_file or url != plain_url:
+            raise ValueError("should name a file, without options: sqlite:///./app.db")
     return url
 
 
@@ -234,18 +234,18 @@ def describe_invalid_value(error: ErrorDetails) -> str:
 @lru_cache
 def get_settings() -> Settings:
     """Read the settings. A bad value ends the process with a line that names it."""
-    # This folder is not in model_config, because tests, which make Settings in an empty
-    # folder, must not read it. pydantic-settings warns of one that does not exist.
+    # Not a part of model_config, so that only the service reads this folder, and no
+    # test does. (pydantic-settings warns of a folder that does not exist.)
     folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
     try:
         # Without pydantic's plugin, mypy does not know this argument.
         return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
     except pydantic.ValidationError as error:
         reason = "; ".join(describe_invalid_value(e) for e in error.errors())
-    except SettingsError as error:  # invalid JSON: it names the variable
-        reason = f"{error}: {error.__cause__}"
+    except SettingsError as error:  # invalid JSON, or a secret that cannot be read
+        reason = f"{error}: {error.__cause__}"  # the error names the variable
     except (OSError, UnicodeDecodeError) as error:
-        reason = f"{error}: in .env or /run/secrets"
+        reason = f"{error}: in .env"
     raise SystemExit(f"bad settings: {reason}")
 
 
@@ -269,8 +269,9 @@ LIBRARY_LEVELS = {
     "asyncio": "WARNING",  # logs the name of its selector at each start
     "httpx": "WARNING",  # if you use it, as the tests do
     "sqlalchemy": "WARNING",
-    # These repeat what the request's own line says. FairPool's logger, which SQLAlchemy
-    # names after the class, logs an ERROR if a request is cancelled at its time limit.
+    # These repeat what the request's own line says. (SQLAlchemy names FairPool's logger
+    # after the class. It logs an ERROR if a request is cancelled while it returns its
+    # connection.)
     f"{__name__}.FairPool": "CRITICAL",
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
@@ -516,12 +517,10 @@ def allowed_methods(request: Request) -> str:
     the path belongs to a mounted application, which answers for itself.
     """
     allowed = []
-    # A mount matches every method, and has added its path to root_path. The original,
-    # to which the path of a route is relative, is app_root_path.
+    # A mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    root_path = request.scope.get("app_root_path", request.scope["root_path"])
     for method in METHODS:
-        scope = {**request.scope, "method": method, "root_path": root_path}
+        scope = {**request.scope, "method": method}
         # `matches`, not `methods`: in FastAPI 0.165, an included router is one route
         # of the application, which has no `methods`.
         if any(route.matches(scope)[0] == Match.FULL for route in routes):
@@ -660,8 +659,8 @@ class FairPool(AsyncAdaptedQueuePool):
         # All connections: create_engine sets max_overflow to 0.
         self.slots = asyncio.Semaphore(self.size())
         # A record is SQLAlchemy's place for one connection; if the connection ends, the
-        # record gets a new one. Timers that have stopped stay here, because this is
-        # also the list of all records.
+        # record gets a new one.
+        self.records: set[ConnectionPoolEntry] = set()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # On a new connection, SQLAlchemy sends statements before the checkout (it asks
         # for the server's version). So the connect starts the timer, and the checkout
@@ -672,14 +671,15 @@ class FairPool(AsyncAdaptedQueuePool):
 
     # (The event "checkout" passes a third argument.)
     def start_timer(self, _: object, record: ConnectionPoolEntry, *__: object) -> None:
-        if record in self.timers:
-            self.timers[record].cancel()
+        self.records.add(record)
+        self.stop_timer(_, record)  # at the checkout, the one of the connect
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self.timeout(), abort_connection, record)
         self.timers[record] = timer
 
     def stop_timer(self, _: object, record: ConnectionPoolEntry) -> None:
-        self.timers[record].cancel()
+        if record in self.timers:
+            self.timers.pop(record).cancel()
 
     async def wait_for_slot(self) -> None:
         try:
@@ -708,7 +708,7 @@ class FairPool(AsyncAdaptedQueuePool):
         After dispose(), new connections would be opened while the old ones are in use:
         together, they could be too many.
         """
-        for record in self.timers:
+        for record in self.records:
             record.invalidate(soft=True)
 
 
@@ -743,7 +743,7 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def begin_immediate(connection: sa.Connection) -> None:
     """Send the BEGIN of a transaction of SQLite's write_engine.
 
-    AUTOCOMMIT, which all engines here have, only stops sqlite3 from sending a plain
+    AUTOCOMMIT, which create_engine sets, only stops sqlite3 from sending a plain
     BEGIN. After this one, the connection is in a transaction, which SQLAlchemy ends by
     commit() or rollback(), as usual. IMMEDIATE takes the write lock at once. Without
     it, a transaction that reads before it writes fails if another has written since.
@@ -947,8 +947,8 @@ class Database(MonitoredBackend):
             await connection.run_sync(Base.metadata.create_all)
 
     async def prepare(self) -> None:
-        # After a failover, open connections lead to the former primary. The check that
-        # failed has replaced check_engine's. This replaces those of requests.
+        # After a failover, open connections lead to the former primary. A failed check
+        # makes SQLAlchemy replace check_engine's. This replaces those of requests.
         # (write_engine has the same pool on PostgreSQL, and SQLite has no failover.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)
@@ -975,7 +975,7 @@ class Database(MonitoredBackend):
 
 
 def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
-    """Return True if the database cannot serve now, False if the code is wrong."""
+    """Return True if the database cannot serve now, False for any other error."""
     # sqlite3 raises OperationalError for wrong SQL, too.
     driver_error = getattr(error, "orig", None)
     if getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR":
@@ -1017,7 +1017,7 @@ def to_utc(moment: datetime) -> datetime:
         return moment.replace(tzinfo=UTC)
     try:
         return moment.astimezone(UTC)
-    except OverflowError:  # 9999-12-31T23:00-05:00, if a request of yours has a time
+    except OverflowError:  # 9999-12-31T23:00-05:00 is in the year 10000
         raise ValueError("is out of range") from None
 
 
@@ -1151,11 +1151,7 @@ MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
-    """Wait for a turn. Raises ServiceUnavailableException if too many wait already.
-
-    `run_sync(…, limiter=…)` would wait for a turn, too. But it first lets other tasks
-    run: in a burst, all requests would find a short queue before any of them joins it.
-    """
+    """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1326,9 +1322,8 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # The name is free again: its user has just been deleted. So try again, with the
-        # same object, which rollback() has made transient. If another constraint is
-        # violated, which is a bug, this raises IntegrityError again.
+        # Nobody has the name: its user has just been deleted. So try again. If another
+        # constraint was violated, which is a bug, this raises IntegrityError again.
         await add_row(db, user)
     await db.commit()
     return user
@@ -1753,16 +1748,6 @@ def warn_of_untrusted_proxy() -> None:
     )
 
 
-def comes_from_header(address: str, port: int, forwarded_for: str) -> bool:
-    """Return True if the client's address and port are in X-Forwarded-For.
-
-    uvicorn replaces a peer's address and port by those of the header only if it trusts
-    the peer. (The port is 0 if the header has none.) So an address that is not in the
-    header is the peer's own, and not trusted. This is a guess, for a warning only.
-    """
-    return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
-
-
 class RequestLoggingMiddleware:
     """Set the request's root path, id and client; measure its time; log it."""
 
@@ -1808,11 +1793,12 @@ class RequestLoggingMiddleware:
         trace = TRACEPARENT_PATTERN.fullmatch(headers.get(b"traceparent", b""))
         if trace:
             state["trace_id"] = trace[1].decode()
-        address, port = scope["client"] or ("unknown", 0)
+        address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            forwarded_for = ",".join(Headers(scope=scope).getlist("x-forwarded-for"))
-            if not comes_from_header(address, port, forwarded_for):
+            # If uvicorn trusts the peer, it has taken the address from this header.
+            forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
+            if address not in ",".join(forwarded_for):
                 warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
@@ -1935,10 +1921,10 @@ class LimitsAndErrorsMiddleware:
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - any
             # This also stores the reason for the log.
             response = await self.answer_error(Request(scope), error, timer.expired())
-            # RequestLoggingMiddleware sets status_code when a response starts. Then it
-            # is too late for another one, and uvicorn closes the connection.
-            if "status_code" not in scope["state"]:
-                await response(scope, receive, send)
+        # RequestLoggingMiddleware sets status_code when a response starts. Then it is
+        # too late for another one, and uvicorn closes the connection.
+        if "status_code" not in scope["state"]:
+            await response(scope, receive, send)
 
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
@@ -2045,8 +2031,7 @@ health_router = APIRouter(
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=document_errors(500, 503, 504),
-    # The operation id is the function's name. create_app passes these routes directly
-    # to FastAPI, whose own generate_unique_id_function does not apply to them.
+    # Generated clients name their functions by these ids: ours are functions' names.
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2244,7 +2229,10 @@ async def delete_item(item_id: IdPath, user: CurrentUser, db: WriteSession) -> N
 # --- Application ----------------------------------------------------------------------
 # create_app puts the parts together.
 
-api_router = APIRouter(responses=document_errors(429, 500, 503, 504))
+api_router = APIRouter(
+    responses=document_errors(429, 500, 503, 504),
+    generate_unique_id_function=attrgetter("name"),
+)
 api_router.include_router(users_router)
 api_router.include_router(auth_router)
 api_router.include_router(items_router)
@@ -2323,12 +2311,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         # The base URL of the requests that /docs sends.
         servers=[{"url": settings.ROOT_PATH or "/"}],
         redirect_slashes=False,  # its redirects would be made from the Host header
-        # The operation ids, which generated clients use, are the functions' names.
-        generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # After include_router (in FastAPI 0.165), each request would be matched twice,
-        # by the router and by its routes. Without it, health checks are a fifth faster.
+        # FastAPI 0.165 keeps an included router as one route, which is matched first,
+        # and its routes after it. Passed directly, health checks are a fifth faster.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
