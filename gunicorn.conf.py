@@ -30,18 +30,18 @@ def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6)
 def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    # Two CPUs: "200000 100000". No quota: "max 100000", for which int("max") fails.
-    with suppress(OSError, ValueError), open(quota_file) as file:
-        quota, period = file.read().split()
-        cpus = min(cpus, math.ceil(int(quota) / int(period)))
+    with suppress(OSError), open(quota_file) as file:
+        quota, period = file.read().split()  # such as "200000 100000", for two CPUs
+        if quota != "max":
+            cpus = min(cpus, math.ceil(int(quota) / int(period)))
     return cpus
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
     """The HTTP protocol of uvicorn 0.54, with limits on headers, without `Upgrade`.
 
-    uvicorn calls data_received, which feeds the parser. The parser calls the two
-    functions on_…_complete. `cycle` is uvicorn's object for a request and its response.
+    uvicorn calls data_received, which feeds the parser, which calls on_…_complete.
+    `cycle` is uvicorn's object for a request and its response.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -62,20 +62,20 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # CONNECT raises HttpParserUpgrade in the new parser, too
+            self.refuse(400)  # `parse` raises HttpParserUpgrade only for CONNECT
         if self.header_bytes > MAX_HEADER_BYTES:  # it is 0 if they are complete
             self.refuse(431)
-        # The next headers start it again, unless a response is being written.
+        # Next headers: restart the timer, unless a 408 would get into a response.
         is_responding = self.cycle and not self.cycle.response_complete
         if self.header_bytes and self.header_timer.cancelled() and not is_responding:
-            self._unset_keepalive_if_required()  # private: stops the timer of idle ones
+            self._unset_keepalive_if_required()  # private; stops uvicorn's idle timer
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
     def parse(self, data: bytes) -> None:
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
-        The parser stops after headers with `Upgrade`. So a new parser gets the headers
-        again, without `Upgrade`, and then the rest of `data`.
+        After headers with `Upgrade`, httptools drops the body. So a new parser gets the
+        same headers without `Upgrade`, and then the rest of `data`.
         """
         while data:
             try:
@@ -126,14 +126,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_stopping = True
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        self.loop.call_later(0.5, super().shutdown)  # until then, a request may come
+        self.loop.call_later(0.5, super().shutdown)  # for requests that are on the way
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
     def run(self) -> None:
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
-        self.config.timeout_notify = 1  # second: how often callback_notify is called
+        self.config.timeout_notify = 1  # second, between calls of callback_notify
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
         # uvicorn handles SIGTERM while it runs. After that it raises SIGTERM again, for
@@ -141,8 +141,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # for SIGQUIT, sent at Ctrl+C
-        signal.raise_signal(signal.SIGTERM)  # stop as usual
+    def handle_exit(self, *_: object) -> None:  # for SIGQUIT, which comes at Ctrl+C
+        signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:
         await super().callback_notify()
@@ -163,7 +163,7 @@ wsgi_app = "main:app"
 default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
 bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
 for address in bind:  # gunicorn's own message would not name the variable
-    match = re.fullmatch(r"(?:\[.+\]|[^:/]*):(\d{1,5})|unix:.+|fd:.+", address)
+    match = re.fullmatch(r"(?:\[.+\]|[^:/]*):(\d{1,5})|unix:.+", address)
     if not match or int(match[1] or 0) > 65535:
         raise SystemExit(f"bad settings: BIND: {address} is no host:port or unix:/path")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))

@@ -43,7 +43,14 @@ import sys
 import tempfile
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context, ContextVar
 from datetime import UTC, datetime
@@ -59,7 +66,7 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, FastAPI, Form, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import OAuth2PasswordBearer
-from jose import jwt  # python-jose, as in FastAPI's older tutorial
+from jose import jwt  # python-jose; PyJWT would do, too
 from jose.utils import base64url_encode
 from psycopg.conninfo import make_conninfo
 from pwdlib import PasswordHash
@@ -79,7 +86,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
-from sqlalchemy.util import await_  # runs a coroutine in a sync method: see FairPool
+from sqlalchemy.util import await_  # see FairPool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -118,7 +125,8 @@ def parse_database_url(value: str) -> sa.URL:
     if url.get_backend_name() == "sqlite":
         # In memory, each connection of the pool would have a database of its own.
         is_file = url.database not in {None, "", ":memory:"}
-        # Without a host, as in sqlite://./app.db, or options, such as ?mode=memory.
+        # A URL with a host (sqlite://./app.db) or options (?mode=memory) differs from
+        # this one.
         plain_url = sa.URL.create(url.drivername, database=url.database)
         if not is_file or url != plain_url:
             raise ValueError("should name a file, without options: sqlite:///./app.db")
@@ -234,8 +242,9 @@ def describe_invalid_value(error: ErrorDetails) -> str:
 @lru_cache
 def get_settings() -> Settings:
     """Read the settings. A bad value ends the process with a line that names it."""
-    # Not a part of model_config, so that only the service reads this folder, and no
-    # test does. (pydantic-settings warns of a folder that does not exist.)
+    # secrets_dir is passed here, and not set in model_config, so that tests, which make
+    # Settings themselves, do not read this folder. (pydantic-settings warns of one that
+    # does not exist.)
     folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
     try:
         # Without pydantic's plugin, mypy does not know this argument.
@@ -269,9 +278,9 @@ LIBRARY_LEVELS = {
     "asyncio": "WARNING",  # logs the name of its selector at each start
     "httpx": "WARNING",  # if you use it, as the tests do
     "sqlalchemy": "WARNING",
-    # These repeat what the request's own line says. (SQLAlchemy names FairPool's logger
-    # after the class. It logs an ERROR if a request is cancelled while it returns its
-    # connection.)
+    # These repeat what the request's own line says. SQLAlchemy names a pool's logger
+    # after its class. FairPool's logs an ERROR if a request is cancelled while it
+    # returns its connection.
     f"{__name__}.FairPool": "CRITICAL",
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
@@ -345,16 +354,17 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # A logger's own level, as in LIBRARY_LEVELS, replaces the root logger's. So the
-    # handler has a level, too: LOG_LEVEL=ERROR drops the warnings of these libraries.
+    # For a library's record, only the level of the library's logger counts, and not the
+    # root logger's. So the handler has a level, too: LOG_LEVEL=ERROR drops warnings.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
-        logging.getLogger("sqlalchemy").setLevel("INFO")
-    # UvicornWorker gives uvicorn's loggers the handlers of gunicorn.error, and turns
-    # their propagation off. So each of these has the handler itself.
+        logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
+    # Later, UvicornWorker gives uvicorn's loggers the handlers of gunicorn.error, and
+    # turns propagation off, so that the root logger's handler does not see their
+    # records. So each of these has the handler itself.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -521,8 +531,8 @@ def allowed_methods(request: Request) -> str:
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # `matches`, not `methods`: in FastAPI 0.165, an included router is one route
-        # of the application, which has no `methods`.
+        # FastAPI 0.165 does not copy the routes of an included router: app.routes has
+        # one object for it, which has no `methods`. `matches` works for both.
         if any(route.matches(scope)[0] == Match.FULL for route in routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -540,7 +550,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     response = await app_exception_handler(request, error)
     if exc.status_code == 405:
         allowed = allowed_methods(request)
-        if allowed:  # else keep the mounted application's
+        if allowed:  # else keep the header that the mounted application has set
             response.headers["Allow"] = allowed
     return response
 
@@ -650,8 +660,9 @@ class FairPool(AsyncAdaptedQueuePool):
     Otherwise, requests to a silent server would hold all connections.
 
     `_do_get` and `_do_return_conn` are private, but all pools of SQLAlchemy override
-    them (as of 2.1.9). They run in a greenlet, where `await_(x)` does what `await x`
-    does in a coroutine. size() and timeout() are pool_size and pool_timeout.
+    them (as of 2.1.9). They are no coroutines, but SQLAlchemy runs them in a greenlet,
+    a stack that can be suspended: `await_(x)` does there what `await x` does in a
+    coroutine. size() and timeout() return pool_size and pool_timeout.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -660,7 +671,7 @@ class FairPool(AsyncAdaptedQueuePool):
         self.slots = asyncio.Semaphore(self.size())
         # A record is SQLAlchemy's place for one connection; if the connection ends, the
         # record gets a new one.
-        self.records: set[ConnectionPoolEntry] = set()
+        self.records: set[ConnectionPoolEntry] = set()  # at most size(), all reused
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # On a new connection, SQLAlchemy sends statements before the checkout (it asks
         # for the server's version). So the connect starts the timer, and the checkout
@@ -669,15 +680,16 @@ class FairPool(AsyncAdaptedQueuePool):
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
 
-    # (The event "checkout" passes a third argument.)
-    def start_timer(self, _: object, record: ConnectionPoolEntry, *__: object) -> None:
+    def start_timer(
+        self, connection: object, record: ConnectionPoolEntry, proxy: object = None
+    ) -> None:
         self.records.add(record)
-        self.stop_timer(_, record)  # at the checkout, the one of the connect
+        self.stop_timer(connection, record)  # at the checkout, the one of the connect
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self.timeout(), abort_connection, record)
         self.timers[record] = timer
 
-    def stop_timer(self, _: object, record: ConnectionPoolEntry) -> None:
+    def stop_timer(self, connection: object, record: ConnectionPoolEntry) -> None:
         if record in self.timers:
             self.timers.pop(record).cancel()
 
@@ -705,7 +717,7 @@ class FairPool(AsyncAdaptedQueuePool):
     def invalidate_all(self) -> None:
         """Replace each connection before its next use.
 
-        After dispose(), new connections would be opened while the old ones are in use:
+        dispose() would let new connections be opened while the old ones are in use:
         together, they could be too many.
         """
         for record in self.records:
@@ -743,10 +755,10 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def begin_immediate(connection: sa.Connection) -> None:
     """Send the BEGIN of a transaction of SQLite's write_engine.
 
-    AUTOCOMMIT, which create_engine sets, only stops sqlite3 from sending a plain
-    BEGIN. After this one, the connection is in a transaction, which SQLAlchemy ends by
-    commit() or rollback(), as usual. IMMEDIATE takes the write lock at once. Without
-    it, a transaction that reads before it writes fails if another has written since.
+    The engine is in AUTOCOMMIT, so sqlite3 sends no BEGIN of its own. SQLAlchemy ends
+    the transaction as usual, by sqlite3's commit() or rollback(). IMMEDIATE takes the
+    write lock at once. Without it, a transaction that reads before it writes fails if
+    another has written in between.
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
@@ -948,8 +960,8 @@ class Database(MonitoredBackend):
 
     async def prepare(self) -> None:
         # After a failover, open connections lead to the former primary. A failed check
-        # makes SQLAlchemy replace check_engine's. This replaces those of requests.
-        # (write_engine has the same pool on PostgreSQL, and SQLite has no failover.)
+        # makes SQLAlchemy replace the connection of check_engine. Replace those of
+        # read_engine, too. (On PostgreSQL, write_engine has the same pool.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)
         pool.invalidate_all()
@@ -960,9 +972,9 @@ class Database(MonitoredBackend):
         await self.create_missing_tables()
 
     async def check(self) -> None:
-        # This names all columns of all tables, so it fails if one is missing. Because
-        # of FOR UPDATE (which SQLAlchemy omits on SQLite), it fails on a read-only
-        # server. Because of LIMIT 0, it reads no row.
+        # Select all columns of all tables: this fails if one is missing. FOR UPDATE
+        # (which SQLAlchemy omits on SQLite) fails on a read-only server. LIMIT 0 makes
+        # both cheap: no row is read.
         query = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
         async with self.check_engine.connect() as connection:
             await connection.execute(query)
@@ -976,7 +988,7 @@ class Database(MonitoredBackend):
 
 def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     """Return True if the database cannot serve now, False for any other error."""
-    # sqlite3 raises OperationalError for wrong SQL, too.
+    # sqlite3 raises OperationalError for wrong SQL, too, which is a bug.
     driver_error = getattr(error, "orig", None)
     if getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR":
         return False
@@ -1017,7 +1029,7 @@ def to_utc(moment: datetime) -> datetime:
         return moment.replace(tzinfo=UTC)
     try:
         return moment.astimezone(UTC)
-    except OverflowError:  # 9999-12-31T23:00-05:00 is in the year 10000
+    except OverflowError:  # 9999-12-31T23:00-05:00 would be in the year 10000
         raise ValueError("is out of range") from None
 
 
@@ -1174,9 +1186,10 @@ async def verify_password(password: str, known_hash: str) -> tuple[bool, str | N
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    python-jose would read a plain secret that looks like JSON as such a key.
+    python-jose would take a plain secret that is a JSON text for such a key.
     """
-    # os.environ has surrogates for bytes that are not UTF-8. Turn them back into bytes.
+    # Bytes that are not UTF-8 are surrogates in os.environ, and pydantic accepts these
+    # in a SecretStr. Turn them back into bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1216,15 +1229,18 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 # `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects. The order is
 # that of the index.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-# Both conditions mean the same. Each database jumps to the right place in the index for
-# one of them only. With this, the last page costs what the first does.
+OWNER = sa.bindparam("owner", type_=BigInt)
+AFTER = sa.bindparam("after", type_=BigInt)
+# Both conditions mean the same. Each database uses the index well for one of them only.
+# So the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     # For a row comparison, SQLite would read all rows of the owner.
-    "sqlite": ITEMS_QUERY.where(sa.text("owner_id = :owner AND id > :after")),
+    "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # For two simple comparisons, PostgreSQL may read the primary key's index, with the
     # rows of all owners. `owner_id <= :owner` stops after the owner's last row.
     "postgresql": ITEMS_QUERY.where(
-        sa.text("(owner_id, id) > (:owner, :after) AND owner_id <= :owner")
+        sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
+        Item.owner_id <= OWNER,
     ),
 }
 
@@ -1322,8 +1338,8 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # Nobody has the name: its user has just been deleted. So try again. If another
-        # constraint was violated, which is a bug, this raises IntegrityError again.
+        # Nobody has the name: its user has just been deleted. So try again. (If another
+        # constraint was violated, which is a bug, this raises IntegrityError again.)
         await add_row(db, user)
     await db.commit()
     return user
@@ -1335,7 +1351,7 @@ async def authenticate_user(
     """Raises WrongCredentialsException, after the same time whatever is wrong.
 
     Most logins only read. With `write_db` alone, on SQLite, each would wait for the one
-    connection that can write.
+    connection that can write. The two never hold a connection at the same time.
     """
     user = await find_user_by_name(read_db, username)
     # Nothing was written: this gives the connection back, before verify_password.
@@ -1464,8 +1480,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The client may retry when fewer than `limit` times are left. That is when the time at
--- this index leaves the window: at 0, the oldest, unless the limit has been lowered.
+-- The client may retry when the oldest time, at index 0, has left the window. After the
+-- limit was lowered, count can be more than limit: then the surplus must leave first.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_seconds = math.ceil((member_and_time[2] + window - now) / 1000000)
@@ -1499,9 +1515,9 @@ def client_key(address: str) -> str:
 def open_lock_file() -> IO[bytes]:
     """Return the file that a worker locks while it uses the shared memory.
 
-    A lock of fcntl.lockf belongs to a process, not to the open file, which all workers
-    inherit. If a worker is killed, the kernel releases its lock. (A lock of the module
-    multiprocessing would stay locked for ever.)
+    All workers inherit the same open file. fcntl.lockf works between them, because its
+    locks belong to processes. If a worker is killed, the kernel releases its lock. (A
+    lock of the module multiprocessing would stay locked for ever.)
     """
     return tempfile.TemporaryFile()
 
@@ -1520,17 +1536,18 @@ class SlidingWindowRateLimiter:
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
-        # A struct, as in C. It is defined here, because its size depends on `limit`.
+        # A struct, as in C; `type * n` is an array. It is defined here, because its
+        # size depends on `limit`.
         class Row(ctypes.Structure):
             _fields_ = (
                 ("client_hash", ctypes.c_int64),
                 ("last_seen_ns", ctypes.c_int64),
-                ("times", ctypes.c_int64 * limit),  # an array, used as a ring buffer
+                ("times", ctypes.c_int64 * limit),  # a ring buffer
                 ("oldest", ctypes.c_int64),  # the index of its first time
                 ("count", ctypes.c_int64),  # how many times it holds
             )
 
-        bucket_type = Row * ROWS_IN_BUCKET  # an array, too
+        bucket_type = Row * ROWS_IN_BUCKET
         bucket_count = table_bytes // ctypes.sizeof(bucket_type)
         table_type = bucket_type * bucket_count
         # Anonymous memory, which forked processes share.
@@ -1598,8 +1615,8 @@ class RedisRateLimiter(MonitoredBackend):
         self.slots = asyncio.Semaphore(REDIS_CONNECTIONS - 1)
 
     async def check(self) -> None:
-        # The answer does not matter. An exception does: Redis is read-only, or slow.
-        # This takes no slot, because a health check must not wait behind requests.
+        # Ignore the result: if Redis is slow or read-only, this raises an exception. It
+        # takes no slot, because a health check must not wait behind requests.
         await self.run_script("check", limit=1, seconds=1)
 
     async def prepare(self) -> None:
@@ -1796,7 +1813,8 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, it has taken the address from this header.
+            # If uvicorn trusts the peer, it has taken the address from this header. (To
+            # look for a part of the text is enough for a warning.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ",".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -1929,10 +1947,10 @@ class LimitsAndErrorsMiddleware:
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
-        # The code of a route can raise CancelledError and TimeoutError, too. So ask the
-        # task: asyncio.timeout cancels it, and takes that back. If cancelling() > 0,
-        # uvicorn has cancelled it, at a shutdown that could not wait for the request.
-        # uvicorn does so once, so nothing interrupts the answer.
+        # 1. uvicorn has cancelled the task, because a shutdown cannot wait for it:
+        #    cancelling() > 0. It does so once, so nothing interrupts the answer.
+        # 2. The timer has cancelled it, and has taken that back: cancelling() is 0.
+        # 3. The code has raised an error. It can be a CancelledError or a TimeoutError.
         task = asyncio.current_task()
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
@@ -2011,9 +2029,13 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
     return user
 
 
-async def rate_limit_dependency(request: Request) -> None:
-    """Apply the limit "login". (RateLimitMiddleware applies "api" to all requests.)"""
-    await request.app.state.rate_limiter.enforce("login", request.scope)
+def rate_limit_dependency(limit_name: str) -> Callable[[Request], Awaitable[None]]:
+    """Return a dependency that applies one more limit than RateLimitMiddleware does."""
+
+    async def apply_limit(request: Request) -> None:
+        await request.app.state.rate_limiter.enforce(limit_name, request.scope)
+
+    return apply_limit
 
 
 # scope="function" closes the session before the response, which can be slow, is sent.
@@ -2031,7 +2053,7 @@ health_router = APIRouter(
     tags=["health"],
     # LimitsAndErrorsMiddleware can answer these on every route.
     responses=document_errors(500, 503, 504),
-    # Generated clients name their functions by these ids: ours are functions' names.
+    # The name of a function is its operation id, so generated clients use it, too.
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2098,11 +2120,11 @@ After = Annotated[
 ]
 Limit = Annotated[int, Query(ge=1, le=100)]
 LoginFormBody = Annotated[LoginForm, Form()]
-PASSWORD_LIMIT = [Depends(rate_limit_dependency)]  # for routes that hash a password
+PASSWORD_LIMIT = [Depends(rate_limit_dependency("login"))]  # for routes that hash one
 
 users_router = APIRouter(prefix="/users", tags=["users"])
-# FastAPI refuses a form beyond its `form_limits`: here one with more than 20 fields, or
-# with a file. (By default, 1,000 fields are allowed.)
+# With these `form_limits`, FastAPI answers 400 to a form that has more than 20 fields,
+# or a file. (By default, it allows 1,000 fields.)
 auth_router = APIRouter(
     prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
 )
@@ -2313,8 +2335,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,  # its redirects would be made from the Host header
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # FastAPI 0.165 keeps an included router as one route, which is matched first,
-        # and its routes after it. Passed directly, health checks are a fifth faster.
+        # If include_router added these, FastAPI 0.165 would match the router first, and
+        # then its routes. Without it, health checks are a fifth faster.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.

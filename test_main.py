@@ -3135,7 +3135,7 @@ def test_bad_variable_ends_the_start_with_one_line(name: str, value: str) -> Non
         "bind default": ({}, "bind", ["0.0.0.0:8000"]),
         "bind before port": ({"PORT": "8", "BIND": "[::1]:9"}, "bind", ["[::1]:9"]),
         "two addresses": ({"BIND": ":80 , unix:/s"}, "bind", [":80", "unix:/s"]),
-        "no port": ({"BIND": "fd://3,unix:s"}, "bind", ["fd://3", "unix:s"]),
+        "no port": ({"BIND": "unix:s"}, "bind", ["unix:s"]),
         "empty bind": ({"PORT": "80", "BIND": " "}, "bind", ["0.0.0.0:80"]),
         "concurrency": ({"WEB_CONCURRENCY": "4"}, "workers", 4),
         "workers first": ({"WEB_CONCURRENCY": "4", "WORKERS": " 3\n"}, "workers", 3),
