@@ -43,6 +43,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import weakref
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -630,22 +631,6 @@ HEALTH_CHECK_TIMEOUT_SECONDS = 2  # the longest time until a health check is ans
 LIFESPAN_TIMEOUT_SECONDS = 1  # how long the start and the stop wait for a check
 
 
-def abort_connection(record: ConnectionPoolEntry) -> None:
-    """Make the statement that runs on a PostgreSQL connection fail now.
-
-    A silent server would not answer a request to cancel it. So shut down the socket:
-    this wakes psycopg, which then raises OperationalError.
-    """
-    connection = record.driver_connection
-    if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-        # Python can shut down only a socket object: wrap psycopg's descriptor in one.
-        database_socket = socket.socket(fileno=connection.fileno())
-        with suppress(OSError):  # the server has closed the connection
-            database_socket.shutdown(socket.SHUT_RDWR)
-        database_socket.detach()  # unwraps: only psycopg may close the descriptor
-        record.invalidate(soft=True)  # a mark: the next checkout opens a new connection
-
-
 class FairPool(AsyncAdaptedQueuePool):
     """A pool that serves requests in the order in which they came.
 
@@ -656,8 +641,8 @@ class FairPool(AsyncAdaptedQueuePool):
     2. takes a connection out of the pool, which starts a timer (`checkout`),
     3. gives it back, which stops the timer (`checkin`) and frees the slot.
 
-    If the timer ends first, after pool_timeout, it closes the connection (PostgreSQL).
-    Otherwise, requests to a silent server would hold all connections.
+    If the timer ends first, after pool_timeout, it calls `abort_connection`. Otherwise,
+    requests to a silent server would hold all connections.
 
     `_do_get` and `_do_return_conn` are private, but all pools of SQLAlchemy override
     them (as of 2.1.9). They are no coroutines, but SQLAlchemy runs them in a greenlet,
@@ -670,8 +655,8 @@ class FairPool(AsyncAdaptedQueuePool):
         # All connections: create_engine sets max_overflow to 0.
         self.slots = asyncio.Semaphore(self.size())
         # A record is SQLAlchemy's place for one connection; if the connection ends, the
-        # record gets a new one.
-        self.records: set[ConnectionPoolEntry] = set()  # at most size(), all reused
+        # record gets a new one. If the first one fails, SQLAlchemy drops the record.
+        self.records: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # On a new connection, SQLAlchemy sends statements before the checkout (it asks
         # for the server's version). So the connect starts the timer, and the checkout
@@ -686,12 +671,28 @@ class FairPool(AsyncAdaptedQueuePool):
         self.records.add(record)
         self.stop_timer(connection, record)  # at the checkout, the one of the connect
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(self.timeout(), abort_connection, record)
+        timer = loop.call_later(self.timeout(), self.abort_connection, record)
         self.timers[record] = timer
 
     def stop_timer(self, connection: object, record: ConnectionPoolEntry) -> None:
         if record in self.timers:
             self.timers.pop(record).cancel()
+
+    def abort_connection(self, record: ConnectionPoolEntry) -> None:
+        """Make the statement that runs on a PostgreSQL connection fail now.
+
+        A silent server would not answer a request to cancel it. So shut down the
+        socket: this wakes psycopg, which then raises OperationalError.
+        """
+        del self.timers[record]
+        connection = record.driver_connection
+        if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
+            # Python can shut down only a socket object: wrap psycopg's descriptor.
+            database_socket = socket.socket(fileno=connection.fileno())
+            with suppress(OSError):  # the server has closed the connection
+                database_socket.shutdown(socket.SHUT_RDWR)
+            database_socket.detach()  # unwrap: only psycopg may close the descriptor
+            record.invalidate(soft=True)  # a mark: the next checkout gets a new one
 
     async def wait_for_slot(self) -> None:
         try:
