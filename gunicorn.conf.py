@@ -51,7 +51,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         # uvicorn compares this with FORWARDED_ALLOW_IPS. A unix socket has no address:
-        # use 127.0.0.1. An IPv4 client of an IPv6 socket has the prefix ::ffff: here.
+        # it is local. An IPv4 client of an IPv6 socket has the prefix ::ffff: here.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
@@ -62,10 +62,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # `parse` raises HttpParserUpgrade only for CONNECT
+            self.refuse(400)  # CONNECT: repeating its headers raises it again
         if self.header_bytes > MAX_HEADER_BYTES:  # it is 0 if they are complete
             self.refuse(431)
-        # Next headers: restart the timer, unless a 408 would get into a response.
+        # Time the next headers, but not during a response: a 408 would get into it.
         is_responding = self.cycle and not self.cycle.response_complete
         if self.header_bytes and self.header_timer.cancelled() and not is_responding:
             self._unset_keepalive_if_required()  # private; stops uvicorn's idle timer
@@ -104,10 +104,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()
+        self._unset_keepalive_if_required()  # for headers that came in one piece
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # a new list for trailers: the request has the old one
+        self.headers = []  # for trailers, which must not get into the request's list
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # not for a parser that `parse` replaces
@@ -136,12 +136,12 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # second, between calls of callback_notify
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn handles SIGTERM while it runs. After that it raises SIGTERM again, for
-        # the handler that is set here: handle_quit, which is gunicorn's, exits with 0.
+        # At SIGTERM, uvicorn stops gracefully. Then it raises SIGTERM again, for the
+        # handler that was there before: gunicorn's handle_quit exits with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # for SIGQUIT, which comes at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # called at SIGQUIT, that is, Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

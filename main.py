@@ -67,7 +67,7 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, FastAPI, Form, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import OAuth2PasswordBearer
-from jose import jwt  # python-jose; PyJWT would do, too
+from jose import jwt
 from jose.utils import base64url_encode
 from psycopg.conninfo import make_conninfo
 from pwdlib import PasswordHash
@@ -124,12 +124,11 @@ def parse_database_url(value: str) -> sa.URL:
     if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
     if url.get_backend_name() == "sqlite":
-        # In memory, each connection of the pool would have a database of its own.
-        is_file = url.database not in {None, "", ":memory:"}
-        # A URL with a host (sqlite://./app.db) or options (?mode=memory) differs from
-        # this one.
-        plain_url = sa.URL.create(url.drivername, database=url.database)
-        if not is_file or url != plain_url:
+        # Allow only a file: in memory, each connection of the pool would have its own
+        # database. A host (sqlite://./app.db) or an option (?mode=memory) makes the URL
+        # differ from one that is built from the file name alone.
+        file_url = sa.URL.create(url.drivername, database=url.database)
+        if url != file_url or url.database in {None, "", ":memory:"}:
             raise ValueError("should name a file, without options: sqlite:///./app.db")
     return url
 
@@ -279,12 +278,12 @@ LIBRARY_LEVELS = {
     "asyncio": "WARNING",  # logs the name of its selector at each start
     "httpx": "WARNING",  # if you use it, as the tests do
     "sqlalchemy": "WARNING",
-    # These repeat what the request's own line says. SQLAlchemy names a pool's logger
-    # after its class. FairPool's logs an ERROR if a request is cancelled while it
-    # returns its connection.
-    f"{__name__}.FairPool": "CRITICAL",
+    # These repeat what the request's own line says.
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
+    # SQLAlchemy names a pool's logger after its class. This one logs an ERROR if a
+    # request is cancelled while it returns its connection.
+    f"{__name__}.FairPool": "CRITICAL",
 }
 
 
@@ -355,8 +354,8 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # For a library's record, only the level of the library's logger counts, and not the
-    # root logger's. So the handler has a level, too: LOG_LEVEL=ERROR drops warnings.
+    # A logger that has a level of its own, as in LIBRARY_LEVELS, ignores the root
+    # logger's. So the handler has one, too: LOG_LEVEL=ERROR drops their warnings.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
@@ -532,8 +531,8 @@ def allowed_methods(request: Request) -> str:
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # FastAPI 0.165 does not copy the routes of an included router: app.routes has
-        # one object for it, which has no `methods`. `matches` works for both.
+        # app.routes has one object for an included router. (Before version 0.165 or so,
+        # FastAPI copied its routes.) It has no `methods`, but `matches` works for it.
         if any(route.matches(scope)[0] == Match.FULL for route in routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -573,7 +572,8 @@ async def validation_exception_handler(
 async def unhandled_exception_handler(request: Request, exc: BaseException) -> Response:
     """Turn an unhandled exception into a 500; the log line has the traceback.
 
-    LimitsAndErrorsMiddleware calls it. A handler that is registered for Exception runs
+    It can be a CancelledError, which is not an Exception. LimitsAndErrorsMiddleware
+    calls this function. A handler that is registered for Exception runs
     outside all middleware, so its response has no id and no security headers.
     """
     request.state.exception = exc
@@ -644,15 +644,15 @@ class FairPool(AsyncAdaptedQueuePool):
     If the timer ends first, after pool_timeout, it calls `abort_connection`. Otherwise,
     requests to a silent server would hold all connections.
 
-    `_do_get` and `_do_return_conn` are private, but all pools of SQLAlchemy override
-    them (as of 2.1.9). They are no coroutines, but SQLAlchemy runs them in a greenlet,
-    a stack that can be suspended: `await_(x)` does there what `await x` does in a
-    coroutine. size() and timeout() return pool_size and pool_timeout.
+    The two methods are private, but all pools of SQLAlchemy override them (as of
+    2.1.9). They are plain functions. SQLAlchemy runs them in a greenlet, where
+    `await_(x)` waits for a coroutine.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        # All connections: create_engine sets max_overflow to 0.
+        # A slot for each connection: size() is the argument pool_size, and max_overflow
+        # is 0 (see Database.create_engine).
         self.slots = asyncio.Semaphore(self.size())
         # A record is SQLAlchemy's place for one connection; if the connection ends, the
         # record gets a new one. If the first one fails, SQLAlchemy drops the record.
@@ -665,11 +665,12 @@ class FairPool(AsyncAdaptedQueuePool):
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
 
+    # Only the event "checkout" passes a proxy.
     def start_timer(
         self, connection: object, record: ConnectionPoolEntry, proxy: object = None
     ) -> None:
         self.records.add(record)
-        self.stop_timer(connection, record)  # at the checkout, the one of the connect
+        self.stop_timer(connection, record)  # the event "connect" may have started one
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self.timeout(), self.abort_connection, record)
         self.timers[record] = timer
@@ -742,7 +743,8 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
     sqlite_error = getattr(error, "sqlite_errorname", "")
     is_read_only = isinstance(error, psycopg.errors.ReadOnlySqlTransaction)
     if is_read_only or sqlite_error.startswith("SQLITE_READONLY"):
-        context.is_disconnect = True  # then SQLAlchemy replaces them all
+        # SQLAlchemy then replaces all connections that the pool has now.
+        context.is_disconnect = True
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
@@ -756,10 +758,10 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def begin_immediate(connection: sa.Connection) -> None:
     """Send the BEGIN of a transaction of SQLite's write_engine.
 
-    The engine is in AUTOCOMMIT, so sqlite3 sends no BEGIN of its own. SQLAlchemy ends
-    the transaction as usual, by sqlite3's commit() or rollback(). IMMEDIATE takes the
-    write lock at once. Without it, a transaction that reads before it writes fails if
-    another has written in between.
+    The engine is in AUTOCOMMIT. This only stops sqlite3 from sending its own BEGIN:
+    SQLAlchemy still calls sqlite3's commit() or rollback(), which end the transaction.
+    IMMEDIATE takes the write lock at once. Without it, a transaction that reads before
+    it writes fails if another has written in between.
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
@@ -962,7 +964,8 @@ class Database(MonitoredBackend):
     async def prepare(self) -> None:
         # After a failover, open connections lead to the former primary. A failed check
         # makes SQLAlchemy replace the connection of check_engine. Replace those of
-        # read_engine, too. (On PostgreSQL, write_engine has the same pool.)
+        # read_engine, too. (On PostgreSQL, write_engine has the same pool. On SQLite,
+        # there is no failover.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)
         pool.invalidate_all()
@@ -1187,7 +1190,7 @@ async def verify_password(password: str, known_hash: str) -> tuple[bool, str | N
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    python-jose would take a plain secret that is a JSON text for such a key.
+    If a plain secret happened to be JSON, python-jose would parse it as such a key.
     """
     # Bytes that are not UTF-8 are surrogates in os.environ, and pydantic accepts these
     # in a SecretStr. Turn them back into bytes.
@@ -1232,8 +1235,8 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# Both conditions mean the same. Each database uses the index well for one of them only.
-# So the last page costs what the first does.
+# Both conditions select the same rows. Each database gets the one for which it seeks in
+# the index, so that the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     # For a row comparison, SQLite would read all rows of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
@@ -1339,8 +1342,9 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # Nobody has the name: its user has just been deleted. So try again. (If another
-        # constraint was violated, which is a bug, this raises IntegrityError again.)
+        # Nobody has the name: its user has just been deleted. So try again, with the
+        # object that rollback() has made transient. (If another constraint was
+        # violated, which is a bug, this raises IntegrityError again.)
         await add_row(db, user)
     await db.commit()
     return user
@@ -1458,14 +1462,14 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 
 # --- Rate limiting --------------------------------------------------------------------
 # Exact sliding windows: the limiter keeps the times of a client's allowed requests.
-# Each limit has a name, such as "api" or "login". `hit` counts a request, in Redis or
-# in shared memory. RateLimiter.enforce calls it, and raises if the request is refused.
+# Each limit has a name, such as "api" or "login". SlidingWindowRateLimiter counts in
+# shared memory, RedisRateLimiter in Redis, and RateLimiter chooses one of them.
 
 SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 ROWS_IN_BUCKET = 16  # see SlidingWindowRateLimiter
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
-REDIS_CONNECT_SECONDS = 1  # for all connections of a worker, opened at once
+REDIS_CONNECT_SECONDS = 1  # for `prepare`, which opens all connections at once
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `check`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
 # ARGV[3] is random, because each member of a set must be different.
@@ -1481,8 +1485,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The client may retry when the oldest time, at index 0, has left the window. After the
--- limit was lowered, count can be more than limit: then the surplus must leave first.
+-- The client may retry when the oldest time, at index 0, has left the window. If the
+-- limit was lowered, so that count > limit, count - limit more times must leave.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_seconds = math.ceil((member_and_time[2] + window - now) / 1000000)
@@ -1623,8 +1627,8 @@ class RedisRateLimiter(MonitoredBackend):
     async def prepare(self) -> None:
         """Open all connections, before a burst of requests has to wait for that.
 
-        redis-py opens one for each command that runs at the same time. This command
-        also gives Redis the script, before the first request needs it.
+        redis-py opens one for each command that runs at the same time. So send as many
+        commands: SCRIPT LOAD gives Redis the script that requests need.
         """
         # Old connections may be dead.
         await self.client.connection_pool.disconnect(inuse_connections=False)
@@ -1807,15 +1811,17 @@ class RequestLoggingMiddleware:
         if not REQUEST_ID_PATTERN.fullmatch(request_id):
             request_id = os.urandom(16).hex()
         state["request_id"] = request_id
-        request_id_context.set(request_id)  # no reset: a request has its own context
+        # No reset: uvicorn runs each request in a task, which has its own context.
+        request_id_context.set(request_id)
         trace = TRACEPARENT_PATTERN.fullmatch(headers.get(b"traceparent", b""))
         if trace:
             state["trace_id"] = trace[1].decode()
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, it has taken the address from this header. (To
-            # look for a part of the text is enough for a warning.)
+            # If uvicorn trusts the peer, it has taken the address from this header. So
+            # if it is not in the header, the peer is not trusted. (A test for a part of
+            # the text is good enough for a warning.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ",".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -1938,7 +1944,8 @@ class LimitsAndErrorsMiddleware:
             async with timer:
                 return await self.app(scope, self.limit_body(scope, receive), send)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - any
-            # This also stores the reason for the log.
+            # Make a response even if it is too late to send it: this also stores the
+            # reason for the log.
             response = await self.answer_error(Request(scope), error, timer.expired())
         # RequestLoggingMiddleware sets status_code when a response starts. Then it is
         # too late for another one, and uvicorn closes the connection.
@@ -1948,13 +1955,13 @@ class LimitsAndErrorsMiddleware:
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
-        # 1. uvicorn has cancelled the task, because a shutdown cannot wait for it:
-        #    cancelling() > 0. It does so once, so nothing interrupts the answer.
-        # 2. The timer has cancelled it, and has taken that back: cancelling() is 0.
-        # 3. The code has raised an error. It can be a CancelledError or a TimeoutError.
+        # The code of a route can raise CancelledError and TimeoutError, too. So ask the
+        # task whether it has been cancelled, and the timer whether it has expired.
         task = asyncio.current_task()
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
+            # uvicorn has cancelled it at a shutdown: once, so nothing interrupts the
+            # answer. (asyncio.timeout cancels a task, too, but then undoes that.)
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         if is_late:
@@ -2072,6 +2079,7 @@ async def check_redis(request: Request) -> CheckResult | MISSING:
     redis: RedisRateLimiter | None = request.app.state.rate_limiter.redis
     if redis is None:
         return MISSING  # it is not configured, and the response does not name it
+    # No reason for the log: it would make each health check, a 200, a WARNING.
     return HEALTHY if await redis.is_ready() else UNHEALTHY
 
 
@@ -2121,7 +2129,8 @@ After = Annotated[
 ]
 Limit = Annotated[int, Query(ge=1, le=100)]
 LoginFormBody = Annotated[LoginForm, Form()]
-PASSWORD_LIMIT = [Depends(rate_limit_dependency("login"))]  # for routes that hash one
+# For routes that hash a password.
+PASSWORD_LIMIT = [Depends(rate_limit_dependency("login"))]
 
 users_router = APIRouter(prefix="/users", tags=["users"])
 # With these `form_limits`, FastAPI answers 400 to a form that has more than 20 fields,
@@ -2336,8 +2345,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,  # its redirects would be made from the Host header
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # If include_router added these, FastAPI 0.165 would match the router first, and
-        # then its routes. Without it, health checks are a fifth faster.
+        # Not include_router: FastAPI 0.165 would match each request twice, with the
+        # router and with its routes. So health checks are a fifth faster.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
