@@ -45,7 +45,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
-    header_bytes = 0  # of headers that are not complete; 0 if there are none
+    header_bytes = 0  # received since the last complete headers, which set it to 0
     is_stopping = False  # True when the worker ends
 
     def connection_made(self, transport: Any) -> None:
@@ -62,20 +62,20 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # CONNECT: repeating its headers raises it again
-        if self.header_bytes > MAX_HEADER_BYTES:  # it is 0 if they are complete
+            self.refuse(400)  # HttpParserUpgrade: CONNECT, even without the header
+        if self.header_bytes > MAX_HEADER_BYTES:  # and they are still not complete
             self.refuse(431)
-        # Time the next headers, but not during a response: a 408 would get into it.
+        is_next_request = self.header_bytes > 0 and self.header_timer.cancelled()
         is_responding = self.cycle and not self.cycle.response_complete
-        if self.header_bytes and self.header_timer.cancelled() and not is_responding:
-            self._unset_keepalive_if_required()  # private; stops uvicorn's idle timer
+        if is_next_request and not is_responding:  # a 408 would get into a response
+            self._unset_keepalive_if_required()  # private; the connection is not idle
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
     def parse(self, data: bytes) -> None:
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
-        After headers with `Upgrade`, httptools drops the body. So a new parser gets the
-        same headers without `Upgrade`, and then the rest of `data`.
+        After such headers, httptools stops, and would drop the body. So a new parser
+        reads the same headers, without `Upgrade`, and then the rest of `data`.
         """
         while data:
             try:
@@ -100,14 +100,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops the parser; no 400 after the 431
+            raise httptools.HttpParserError  # stops the parser; its 400 comes too late
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # for headers that came in one piece
+        self._unset_keepalive_if_required()  # also if the headers came in one piece
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # for trailers, which must not get into the request's list
+        self.headers = []  # uvicorn adds trailers here. The request has the old list.
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # not for a parser that `parse` replaces
@@ -136,12 +136,12 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # second, between calls of callback_notify
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # At SIGTERM, uvicorn stops gracefully. Then it raises SIGTERM again, for the
-        # handler that was there before: gunicorn's handle_quit exits with status 0.
+        # uvicorn handles SIGTERM itself. After its shutdown, it raises SIGTERM again for
+        # the handler that was there before: gunicorn's handle_quit, which exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # called at SIGQUIT, that is, Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn sends it at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

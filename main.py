@@ -174,7 +174,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_file=".env",
         env_ignore_empty=True,  # an empty variable counts as not set
-        extra="ignore",
+        extra="ignore",  # .env may have variables of other programs
     )
     PROJECT_NAME: ValidText = "Items"
     PROJECT_DESCRIPTION: ValidText = "Users and their items."
@@ -242,9 +242,8 @@ def describe_invalid_value(error: ErrorDetails) -> str:
 @lru_cache
 def get_settings() -> Settings:
     """Read the settings. A bad value ends the process with a line that names it."""
-    # secrets_dir is passed here, and not set in model_config, so that tests, which make
-    # Settings themselves, do not read this folder. (pydantic-settings warns of one that
-    # does not exist.)
+    # Passed here, and not set in model_config, so that tests, which call Settings(), do
+    # not read this folder. None if it is missing: otherwise pydantic-settings warns.
     folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
     try:
         # Without pydantic's plugin, mypy does not know this argument.
@@ -282,7 +281,7 @@ LIBRARY_LEVELS = {
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
     # SQLAlchemy names a pool's logger after its class. This one logs an ERROR if a
-    # request is cancelled while it returns its connection.
+    # request is cancelled while it returns its connection, which is harmless.
     f"{__name__}.FairPool": "CRITICAL",
 }
 
@@ -531,8 +530,8 @@ def allowed_methods(request: Request) -> str:
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
     for method in METHODS:
         scope = {**request.scope, "method": method}
-        # app.routes has one object for an included router. (Before version 0.165 or so,
-        # FastAPI copied its routes.) It has no `methods`, but `matches` works for it.
+        # FastAPI 0.165 keeps an included router as one object. (Older versions copied
+        # its routes.) It has no `methods`, so ask `matches`.
         if any(route.matches(scope)[0] == Match.FULL for route in routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -572,9 +571,10 @@ async def validation_exception_handler(
 async def unhandled_exception_handler(request: Request, exc: BaseException) -> Response:
     """Turn an unhandled exception into a 500; the log line has the traceback.
 
-    It can be a CancelledError, which is not an Exception. LimitsAndErrorsMiddleware
-    calls this function. A handler that is registered for Exception runs
-    outside all middleware, so its response has no id and no security headers.
+    It can be a CancelledError (no Exception) that a route's own code has raised.
+    LimitsAndErrorsMiddleware calls this function. A handler that is registered for
+    Exception runs outside all middleware, so its response has no id and no security
+    headers.
     """
     request.state.exception = exc
     return error_response(request, AppException())
@@ -612,7 +612,7 @@ class Item(Base):
     __tablename__ = "items"
     __table_args__ = (
         sa.Index("items_of_owner", "owner_id", "id"),
-        {"sqlite_autoincrement": True},
+        {"sqlite_autoincrement": True},  # the id of a deleted item is not given again
     )
     owner_id: Mapped[int] = mapped_column(sa.ForeignKey(User.id, ondelete="CASCADE"))
     title: Mapped[str] = mapped_column(sa.String(200))
@@ -639,23 +639,24 @@ class FairPool(AsyncAdaptedQueuePool):
 
     1. waits for a slot of a semaphore, which is fair (`_do_get`),
     2. takes a connection out of the pool, which starts a timer (`checkout`),
-    3. gives it back, which stops the timer (`checkin`) and frees the slot.
+    3. gives it back, which stops the timer (`checkin`) and frees the slot
+       (`_do_return_conn`).
 
     If the timer ends first, after pool_timeout, it calls `abort_connection`. Otherwise,
     requests to a silent server would hold all connections.
 
-    The two methods are private, but all pools of SQLAlchemy override them (as of
-    2.1.9). They are plain functions. SQLAlchemy runs them in a greenlet, where
-    `await_(x)` waits for a coroutine.
+    `_do_get` and `_do_return_conn` are private, but all pools of SQLAlchemy override
+    them (as of 2.1.9). They are plain functions. SQLAlchemy runs them in a greenlet,
+    where `await_(x)` waits for a coroutine.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        # A slot for each connection: size() is the argument pool_size, and max_overflow
-        # is 0 (see Database.create_engine).
+        # size() and timeout() are methods of QueuePool: they return the arguments
+        # pool_size and pool_timeout. (Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
-        # A record is SQLAlchemy's place for one connection; if the connection ends, the
-        # record gets a new one. If the first one fails, SQLAlchemy drops the record.
+        # A record is SQLAlchemy's place for one connection, and for its successors. The
+        # set is weak, because SQLAlchemy drops a record that gets no first connection.
         self.records: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # On a new connection, SQLAlchemy sends statements before the checkout (it asks
@@ -665,7 +666,7 @@ class FairPool(AsyncAdaptedQueuePool):
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
 
-    # Only the event "checkout" passes a proxy.
+    # Both events call it. Only "checkout" has a third argument.
     def start_timer(
         self, connection: object, record: ConnectionPoolEntry, proxy: object = None
     ) -> None:
@@ -693,7 +694,7 @@ class FairPool(AsyncAdaptedQueuePool):
             with suppress(OSError):  # the server has closed the connection
                 database_socket.shutdown(socket.SHUT_RDWR)
             database_socket.detach()  # unwrap: only psycopg may close the descriptor
-            record.invalidate(soft=True)  # a mark: the next checkout gets a new one
+            record.invalidate(soft=True)  # the next checkout opens a new connection
 
     async def wait_for_slot(self) -> None:
         try:
@@ -758,10 +759,10 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def begin_immediate(connection: sa.Connection) -> None:
     """Send the BEGIN of a transaction of SQLite's write_engine.
 
-    The engine is in AUTOCOMMIT. This only stops sqlite3 from sending its own BEGIN:
-    SQLAlchemy still calls sqlite3's commit() or rollback(), which end the transaction.
-    IMMEDIATE takes the write lock at once. Without it, a transaction that reads before
-    it writes fails if another has written in between.
+    The engine's AUTOCOMMIT has one effect here: sqlite3 sends no BEGIN of its own. At
+    the end, SQLAlchemy calls sqlite3's commit() or rollback() as usual. IMMEDIATE takes
+    the write lock at once. Without it, a transaction that reads before it writes fails
+    if another has written in between.
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
@@ -875,7 +876,7 @@ class Database(MonitoredBackend):
             self.write_engine = self.create_engine(1)
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
-            # The same pool, but with transactions, of PostgreSQL's default level.
+            # The same pool, but with transactions. This level is PostgreSQL's default.
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
@@ -917,12 +918,14 @@ class Database(MonitoredBackend):
         statement_timeout = f"-c statement_timeout={milliseconds * 9 // 10}"
         # The server ends the transaction of a lost worker, which frees its locks.
         idle_timeout = f"-c idle_in_transaction_session_timeout={milliseconds}"
+        # In other zones, psycopg cannot read times at the ends of the years 1 and 9999.
+        timezone = "-c timezone=UTC"
         return {
             "application_name": self.settings.PROJECT_NAME,
             "connect_timeout": str(seconds),
             "keepalives_idle": "60",  # NAT routers drop what is idle for minutes
             "target_session_attrs": "read-write",  # never connect to a replica
-            "options": f"{statement_timeout} {idle_timeout}",
+            "options": f"{statement_timeout} {idle_timeout} {timezone}",
         }
 
     def session(self, writes: bool) -> AsyncSession:
@@ -1025,11 +1028,8 @@ NO_NUL = r"^[^\x00]*$"  # for texts that reach the database: PostgreSQL refuses 
 
 
 def to_utc(moment: datetime) -> datetime:
-    """Return the time in UTC.
-
-    PostgreSQL returns times in a zone of its own, SQLite in UTC, but without a zone.
-    """
-    if moment.tzinfo is None:
+    """Return the time in UTC. In schemas of your own, a client may send any zone."""
+    if moment.tzinfo is None:  # from SQLite, which stores no zone
         return moment.replace(tzinfo=UTC)
     try:
         return moment.astimezone(UTC)
@@ -1193,7 +1193,7 @@ def signing_key(settings: Settings) -> dict[str, str]:
     If a plain secret happened to be JSON, python-jose would parse it as such a key.
     """
     # Bytes that are not UTF-8 are surrogates in os.environ, and pydantic accepts these
-    # in a SecretStr. Turn them back into bytes.
+    # in a SecretStr, even with a min_length. Turn them back into bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1233,10 +1233,11 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 # `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects. The order is
 # that of the index.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
+# In a comparison of rows, SQLAlchemy does not infer the types of parameters.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# Both conditions select the same rows. Each database gets the one for which it seeks in
-# the index, so that the last page costs what the first does.
+# Both conditions select the same rows. Each is in the form for which its database
+# starts to read the index at `after`, so the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     # For a row comparison, SQLite would read all rows of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
@@ -1320,7 +1321,7 @@ async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
 # takes a connection at its first statement, and returns it at commit() or rollback().
 # No service holds one while a password is hashed, which takes 30 ms.
 
-Page = dict[str, Any]
+Page = dict[str, Any]  # for UserPage and ItemPage, which read the rows' attributes
 
 
 def make_page(name: str, rows: Rows, limit: int) -> Page:
@@ -1485,8 +1486,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The client may retry when the oldest time, at index 0, has left the window. If the
--- limit was lowered, so that count > limit, count - limit more times must leave.
+-- The client may retry when fewer than `limit` times are left. Usually the oldest one,
+-- at index 0, must leave. If the limit was lowered, count - limit more must leave.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_seconds = math.ceil((member_and_time[2] + window - now) / 1000000)
@@ -1533,7 +1534,7 @@ class SlidingWindowRateLimiter:
     It is a hash table of fixed size in shared memory:
 
         table = buckets, of which a client's hash selects one
-        bucket = 16 rows, one for each client
+        bucket = 16 rows, each of which belongs to one client
         row = the times of the client's allowed requests, in a ring buffer
 
     In a full bucket, a new client takes the row of the one that was idle for longest,
@@ -1627,10 +1628,10 @@ class RedisRateLimiter(MonitoredBackend):
     async def prepare(self) -> None:
         """Open all connections, before a burst of requests has to wait for that.
 
-        redis-py opens one for each command that runs at the same time. So send as many
-        commands: SCRIPT LOAD gives Redis the script that requests need.
+        redis-py opens a connection for each command that runs at the same time. So run
+        REDIS_CONNECTIONS commands: SCRIPT LOAD gives Redis the script for requests.
         """
-        # Old connections may be dead.
+        # Close idle connections, which may be dead. Others end with their command.
         await self.client.connection_pool.disconnect(inuse_connections=False)
         commands = [
             self.client.script_load(REDIS_SCRIPT) for _ in range(REDIS_CONNECTIONS)
@@ -1811,7 +1812,7 @@ class RequestLoggingMiddleware:
         if not REQUEST_ID_PATTERN.fullmatch(request_id):
             request_id = os.urandom(16).hex()
         state["request_id"] = request_id
-        # No reset: uvicorn runs each request in a task, which has its own context.
+        # This needs no reset: uvicorn runs each request in a task with its own context.
         request_id_context.set(request_id)
         trace = TRACEPARENT_PATTERN.fullmatch(headers.get(b"traceparent", b""))
         if trace:
@@ -1821,7 +1822,7 @@ class RequestLoggingMiddleware:
         if headers.get(b"x-forwarded-for"):
             # If uvicorn trusts the peer, it has taken the address from this header. So
             # if it is not in the header, the peer is not trusted. (A test for a part of
-            # the text is good enough for a warning.)
+            # the text is good enough for a warning. There may be several such headers.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ",".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -1939,29 +1940,34 @@ class LimitsAndErrorsMiddleware:
             for name, value in scope["headers"]
             if name != b"content-type" or len(value) <= MAX_CONTENT_TYPE_BYTES
         ]
+        response = await self.run_app(scope, receive, send)
+        # RequestLoggingMiddleware sets status_code when a response starts. Then it is
+        # too late for another one, and uvicorn closes the connection.
+        if response and "status_code" not in scope["state"]:
+            await response(scope, receive, send)
+
+    async def run_app(
+        self, scope: Scope, receive: Receive, send: Send
+    ) -> Response | None:
+        """Return a response if an error has occurred."""
         timer = asyncio.timeout(self.timeout_seconds)
         try:
             async with timer:
-                return await self.app(scope, self.limit_body(scope, receive), send)
+                await self.app(scope, self.limit_body(scope, receive), send)
+                return None
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - any
-            # Make a response even if it is too late to send it: this also stores the
-            # reason for the log.
-            response = await self.answer_error(Request(scope), error, timer.expired())
-        # RequestLoggingMiddleware sets status_code when a response starts. Then it is
-        # too late for another one, and uvicorn closes the connection.
-        if "status_code" not in scope["state"]:
-            await response(scope, receive, send)
+            return await self.answer_error(Request(scope), error, timer.expired())
 
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
-        # The code of a route can raise CancelledError and TimeoutError, too. So ask the
-        # task whether it has been cancelled, and the timer whether it has expired.
+        # A route can raise CancelledError and TimeoutError itself, so the type does not
+        # tell. task.cancelling() > 0 only if uvicorn has cancelled the task, at a
+        # shutdown. (asyncio.timeout cancels it, too, but takes that back.) uvicorn does
+        # it only once, so the 503 can still be sent.
         task = asyncio.current_task()
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
-            # uvicorn has cancelled it at a shutdown: once, so nothing interrupts the
-            # answer. (asyncio.timeout cancels a task, too, but then undoes that.)
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         if is_late:
@@ -2079,7 +2085,7 @@ async def check_redis(request: Request) -> CheckResult | MISSING:
     redis: RedisRateLimiter | None = request.app.state.rate_limiter.redis
     if redis is None:
         return MISSING  # it is not configured, and the response does not name it
-    # No reason for the log: it would make each health check, a 200, a WARNING.
+    # Do not set `reason`: the log line would be a WARNING, but this is still a 200.
     return HEALTHY if await redis.is_ready() else UNHEALTHY
 
 
@@ -2345,8 +2351,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,  # its redirects would be made from the Host header
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router: FastAPI 0.165 would match each request twice, with the
-        # router and with its routes. So health checks are a fifth faster.
+        # Not include_router(health_router): FastAPI 0.165 would match each request with
+        # the router first, and then with its routes. This way, health checks are a
+        # fifth faster.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.

@@ -1231,7 +1231,8 @@ OPTIONS = {
     "connect_timeout": "3",
     "keepalives_idle": "60",
     "target_session_attrs": "read-write",
-    "options": "-c statement_timeout=2250 -c idle_in_transaction_session_timeout=2500",
+    "options": "-c statement_timeout=2250 -c idle_in_transaction_session_timeout=2500"
+    " -c timezone=UTC",
 }
 
 
@@ -2023,7 +2024,7 @@ def admissions(limiter: main.SlidingWindowRateLimiter, client: str, tries: int) 
 ADDRESS = "192.0.2.1"
 BUDGETS = ("api", "login")
 RATE_LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
-FREE_PROJECTS = (f"test-{secrets.token_hex(8)}" for _ in itertools.count())
+UNIQUE_PROJECT_NAMES = (f"test-{secrets.token_hex(8)}" for _ in itertools.count())
 
 
 async def admitted(rate_limiter: main.RateLimiter, tries: int) -> int:
@@ -2196,7 +2197,7 @@ async def redis_limiter(
     url: str, project: str = "", limit: int = 3
 ) -> AsyncIterator[Any]:
     """A `main.RateLimiter` on Redis, by default of a project of its own."""
-    names = {"PROJECT_NAME": project or next(FREE_PROJECTS), "REDIS_URL": url}
+    names = {"PROJECT_NAME": project or next(UNIQUE_PROJECT_NAMES), "REDIS_URL": url}
     rate_limiter = main.RateLimiter(make_settings(**names, RATE_LIMIT_REQUESTS=limit))
     yield rate_limiter
     await rate_limiter.close()
@@ -2211,7 +2212,7 @@ def patience(monkeypatch: Patch) -> Patch:
 
 @pytest.mark.usefixtures("patience")
 async def test_rate_limit_is_shared_through_redis(redis_url: str) -> None:
-    project = next(FREE_PROJECTS)
+    project = next(UNIQUE_PROJECT_NAMES)
     async with (
         redis_limiter(redis_url, project, limit=30) as one,
         redis_limiter(redis_url, project, limit=30) as other,
@@ -2235,7 +2236,7 @@ async def test_rate_limit_in_redis_is_the_same_as_in_memory(redis_url: str) -> N
     chance = random.Random(1)
     clock = Clock()
     model = Model(3)
-    project = next(FREE_PROJECTS)
+    project = next(UNIQUE_PROJECT_NAMES)
     async with redis_limiter(redis_url, project) as limiter:
         for _ in range(60):
             seconds = chance.choice([0, 5, 20, 60])
@@ -2249,7 +2250,7 @@ async def test_rate_limit_in_redis_is_the_same_as_in_memory(redis_url: str) -> N
 
 @pytest.mark.usefixtures("patience")
 async def test_rate_limit_keys_in_redis_bear_a_name_and_expire(redis_url: str) -> None:
-    project = next(FREE_PROJECTS)
+    project = next(UNIQUE_PROJECT_NAMES)
     async with redis_limiter(redis_url, project) as limiter:
         for budget in BUDGETS:
             await limiter.hit(budget, ADDRESS)
