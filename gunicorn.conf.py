@@ -17,7 +17,7 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 import main
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
-HEADER_SECONDS = 10  # from the connect; for later requests, from their first byte
+HEADER_SECONDS = 10  # from the connect, or from the first byte of a later request
 
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
@@ -62,13 +62,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: CONNECT, even without the header
-        if self.header_bytes > MAX_HEADER_BYTES:  # and they are still not complete
+            self.refuse(400)  # CONNECT: the new parser raises HttpParserUpgrade again
+        if self.header_bytes > MAX_HEADER_BYTES:  # too large, and still not complete
             self.refuse(431)
         is_next_request = self.header_bytes > 0 and self.header_timer.cancelled()
         is_responding = self.cycle and not self.cycle.response_complete
         if is_next_request and not is_responding:  # a 408 would get into a response
-            self._unset_keepalive_if_required()  # private; the connection is not idle
+            self._unset_keepalive_if_required()  # private; stops uvicorn's idle timer
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
     def parse(self, data: bytes) -> None:
@@ -100,14 +100,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops the parser; its 400 comes too late
+            raise httptools.HttpParserError  # stops the parser; the 400 is not sent
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # also if the headers came in one piece
+        self._unset_keepalive_if_required()  # for headers that came in one piece
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # uvicorn adds trailers here. The request has the old list.
+        self.headers = []  # uvicorn adds trailers here, but not to the request's list
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # not for a parser that `parse` replaces
@@ -136,8 +136,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # second, between calls of callback_notify
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn handles SIGTERM itself. After its shutdown, it raises SIGTERM again for
-        # the handler that was there before: gunicorn's handle_quit, which exits with 0.
+        # uvicorn handles SIGTERM itself. After its shutdown, it restores the handler of
+        # before, and raises SIGTERM again: then gunicorn's handle_quit exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
@@ -165,7 +165,7 @@ bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
 for address in bind:  # gunicorn's own message would not name the variable
     match = re.fullmatch(r"(?:\[.+\]|[^:/]*):(\d{1,5})|unix:.+", address)
     if not match or int(match[1] or 0) > 65535:
-        raise SystemExit(f"bad settings: BIND: {address} is no host:port or unix:/path")
+        raise SystemExit(f"bad settings: BIND: {address} is not host:port, unix:/path")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 worker_class = ServiceWorker  # with limits on headers, and a graceful stop
 errorlog = None  # gunicorn's errors go to the handler of main.setup_logging
@@ -176,5 +176,5 @@ graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
 timeout = graceful_timeout + 30  # a worker sends no heartbeat while it shuts down
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
-control_socket_disable = True  # of gunicorn 25: it needs a writable home directory
+control_socket_disable = True  # gunicorn 25's needs a writable home directory
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heartbeats

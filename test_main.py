@@ -493,7 +493,7 @@ def test_settings_are_refused(name: str, value: str, environment: Environment) -
 
 
 def test_settings_refused_are_all_named_with_a_reason(environment: Environment) -> None:
-    reasons = "DATABASE_URL: no PostgreSQL or SQLite.+; LOG_LEVEL: Input should.+"
+    reasons = "DATABASE_URL: not a PostgreSQL or SQLite.+; LOG_LEVEL: Input should.+"
     with pytest.raises(SystemExit, match=rf"\Abad settings: {reasons}"):
         environment(DATABASE_URL="hunter2", LOG_LEVEL="loud")
 
