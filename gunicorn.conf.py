@@ -62,12 +62,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # CONNECT: the new parser raises HttpParserUpgrade again
+            self.refuse(400)  # CONNECT raises HttpParserUpgrade in the new parser, too
         if self.header_bytes > MAX_HEADER_BYTES:  # too large, and still not complete
             self.refuse(431)
-        is_next_request = self.header_bytes > 0 and self.header_timer.cancelled()
+        is_later_request = self.header_bytes > 0 and self.header_timer.cancelled()
         is_responding = self.cycle and not self.cycle.response_complete
-        if is_next_request and not is_responding:  # a 408 would get into a response
+        if is_later_request and not is_responding:  # a 408 would get into the response
             self._unset_keepalive_if_required()  # private; stops uvicorn's idle timer
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
@@ -100,14 +100,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops the parser; the 400 is not sent
+            raise httptools.HttpParserError  # stops the parser. refuse answers once.
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # for headers that came in one piece
+        self._unset_keepalive_if_required()  # not done yet for headers in one piece
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # uvicorn adds trailers here, but not to the request's list
+        self.headers = []  # uvicorn adds trailers to it; the request keeps the old list
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # not for a parser that `parse` replaces
@@ -126,23 +126,23 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_stopping = True
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        self.loop.call_later(0.5, super().shutdown)  # for requests that are on the way
+        self.loop.call_later(0.5, super().shutdown)  # a request may be on its way
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
     def run(self) -> None:
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
-        self.config.timeout_notify = 1  # second, between calls of callback_notify
+        self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn handles SIGTERM itself. After its shutdown, it restores the handler of
-        # before, and raises SIGTERM again: then gunicorn's handle_quit exits with 0.
+        # At SIGTERM, uvicorn shuts down, then raises it again for the handler that is
+        # set here: gunicorn's handle_quit, which exits with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn sends it at Ctrl+C
-        signal.raise_signal(signal.SIGTERM)
+    def handle_exit(self, *_: object) -> None:  # called at SIGQUIT, despite its name
+        signal.raise_signal(signal.SIGTERM)  # (gunicorn sends SIGQUIT at Ctrl+C)
 
     async def callback_notify(self) -> None:
         await super().callback_notify()

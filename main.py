@@ -2,8 +2,8 @@
 
 Read it from the top: a section uses only names that are defined above it. A request
 passes through middleware, dependencies, route, service, repository and database. The
-verb of a function tells its layer: find_user is in Repositories, read_user in Services,
-get_user in API routes.
+verb of a function tells its layer: get_user belongs to a route, read_user to a service,
+find_user to a repository.
 
     Settings       every variable is validated before the server starts
     Logging        one JSON object per record; clients cannot forge a line
@@ -124,9 +124,9 @@ def parse_database_url(value: str) -> sa.URL:
     if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
     if url.get_backend_name() == "sqlite":
-        # Refuse ":memory:": each connection of the pool would have its own database.
-        # Refuse a host (sqlite://./app.db) and options (?mode=memory): then the URL is
-        # not equal to one that is built from the file name alone.
+        # In memory, each connection of the pool would have its own database. A good URL
+        # equals one that is built from the file name alone: it has no host, as in
+        # sqlite://./app.db, and no options, such as ?mode=memory.
         file_url = sa.URL.create(url.drivername, database=url.database)
         if url != file_url or url.database in {None, "", ":memory:"}:
             raise ValueError("should name a file, without options: sqlite:///./app.db")
@@ -242,8 +242,8 @@ def describe_invalid_value(error: ErrorDetails) -> str:
 @lru_cache
 def get_settings() -> Settings:
     """Read the settings. A bad value ends the process with a line that names it."""
-    # Passed here, and not set in model_config, so that tests, which call Settings(), do
-    # not read this folder. None if it is missing: otherwise pydantic-settings warns.
+    # Passed here, and not set in model_config: tests call Settings() in a folder that
+    # has no .env, and must not read secrets. A missing folder would cause a warning.
     folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
     try:
         # Without pydantic's plugin, mypy does not know this argument.
@@ -361,8 +361,9 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
-    # Later, UvicornWorker gives the handlers of gunicorn.error to uvicorn's loggers,
-    # and stops their propagation to the root logger. So put the handler on all of them.
+    # Under gunicorn, UvicornWorker later copies the handlers of gunicorn.error to
+    # uvicorn's loggers. Under uvicorn alone, these have uvicorn's own handlers. So give
+    # all three the handler.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -435,7 +436,7 @@ class UnauthorizedException(AppException):
 
 
 class WrongCredentialsException(AppException):
-    # Also if the username does not exist, so that nobody learns which ones exist.
+    # Raised for an unknown username, too, so that nobody learns which ones exist.
     status_code = 401
     message = "Wrong username or password."
 
@@ -570,7 +571,7 @@ async def validation_exception_handler(
 async def unhandled_exception_handler(request: Request, exc: BaseException) -> Response:
     """Turn an unhandled exception into a 500; the log line has the traceback.
 
-    A route's own code can also raise a CancelledError, which is only a BaseException.
+    It can be a CancelledError that a route has raised, which is not an `Exception`.
     LimitsAndErrorsMiddleware calls this function. A handler that is registered for
     Exception runs outside all middleware, so its response has no id and no security
     headers.
@@ -654,9 +655,9 @@ class FairPool(AsyncAdaptedQueuePool):
         # size() and timeout() are methods of QueuePool: they return the arguments
         # pool_size and pool_timeout. (Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
-        # All records, for invalidate_all. A record is SQLAlchemy's slot for a
-        # connection; it stays if the connection is replaced. The set is weak, because
-        # SQLAlchemy drops a record whose first connection has failed.
+        # All records, for invalidate_all. A record holds one connection after another.
+        # The set is weak, so that it does not keep a record that SQLAlchemy drops
+        # because its first connection has failed.
         self.records: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # On a new connection, SQLAlchemy sends statements before the checkout (it asks
@@ -695,7 +696,8 @@ class FairPool(AsyncAdaptedQueuePool):
             with suppress(OSError):  # the server has closed the connection
                 database_socket.shutdown(socket.SHUT_RDWR)
             database_socket.detach()  # unwrap: only psycopg may close the descriptor
-            record.invalidate(soft=True)  # the next checkout opens a new connection
+            # The pool must not give this connection to the next request.
+            record.invalidate(soft=True)
 
     async def wait_for_slot(self) -> None:
         try:
@@ -760,11 +762,10 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def begin_immediate(connection: sa.Connection) -> None:
     """Send the BEGIN of a transaction of SQLite's write_engine.
 
-    create_engine sets AUTOCOMMIT. For sqlite3, this only means: send no BEGIN by
-    yourself. So it is sent here. SQLAlchemy still calls sqlite3's commit() or
-    rollback(), which end the transaction. IMMEDIATE takes the write lock at once.
-    Without it, a transaction that reads before it writes fails if another has written
-    in between.
+    Under AUTOCOMMIT, which Database.create_engine sets, sqlite3 sends no BEGIN of its
+    own, but SQLAlchemy still calls commit() or rollback(). So this begins a normal
+    transaction. IMMEDIATE takes the write lock at once. Otherwise, a transaction that
+    reads before it writes fails if another has written in between.
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
@@ -798,7 +799,7 @@ class MonitoredBackend:
 
     def __init__(self) -> None:
         self.in_outage = False  # True from a failure to the next successful check
-        self.is_initialized = False  # True after the first success of `prepare`
+        self.is_prepared = False  # True after the first success of `prepare`
         self.check_task: asyncio.Task[None] | None = None  # the latest check
         self.retry_timer: asyncio.TimerHandle | None = None  # starts the next one
 
@@ -811,7 +812,7 @@ class MonitoredBackend:
         raise NotImplementedError
 
     def start_check(self) -> asyncio.Task[None]:
-        """Start a check, unless one is running."""
+        """Return the check that is running, or start one."""
         if self.check_task is None or self.check_task.done():
             # An empty context: its log lines have no request_id.
             self.check_task = asyncio.create_task(self.run_check(), context=Context())
@@ -819,9 +820,9 @@ class MonitoredBackend:
 
     async def run_check(self) -> None:
         try:
-            if not self.is_initialized or self.in_outage:
+            if not self.is_prepared or self.in_outage:
                 await self.prepare()
-                self.is_initialized = True
+                self.is_prepared = True
             await self.check()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
             self.handle_failure(error)
@@ -878,7 +879,7 @@ class Database(MonitoredBackend):
             self.write_engine = self.create_engine(1)
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
-            # The same pool, but with transactions. This level is PostgreSQL's default.
+            # The same pool, but with transactions, because this is not AUTOCOMMIT.
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
@@ -920,7 +921,8 @@ class Database(MonitoredBackend):
         statement_timeout = f"-c statement_timeout={milliseconds * 9 // 10}"
         # The server ends the transaction of a lost worker, which frees its locks.
         idle_timeout = f"-c idle_in_transaction_session_timeout={milliseconds}"
-        # In other zones, psycopg cannot read times close to datetime.min and .max.
+        # In other zones, psycopg cannot read times close to datetime.min and .max. (A
+        # field of yours may have such a time.)
         timezone = "-c timezone=UTC"
         return {
             "application_name": self.settings.PROJECT_NAME,
@@ -935,7 +937,7 @@ class Database(MonitoredBackend):
 
         Raises ServiceUnavailableException until `prepare` has succeeded once.
         """
-        if not self.is_initialized:
+        if not self.is_prepared:
             raise ServiceUnavailableException("the database is not reachable")
         return AsyncSession(
             self.write_engine if writes else self.read_engine,
@@ -951,10 +953,10 @@ class Database(MonitoredBackend):
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         missing = Base.metadata.tables.keys() - names
-        is_start = not self.is_initialized
+        is_start = not self.is_prepared
         is_empty = not names
-        # After an outage, create tables only in an empty database: if it has some, a
-        # migration may be running.
+        # After an outage, create tables only in an empty database: if some tables
+        # exist, a migration may be running.
         if missing and (is_start or is_empty):
             await self.create_tables()
 
@@ -967,13 +969,13 @@ class Database(MonitoredBackend):
             await connection.run_sync(Base.metadata.create_all)
 
     async def prepare(self) -> None:
-        # Open connections may lead to a former primary. The check that failed has made
-        # SQLAlchemy replace check_engine's. Replace read_engine's here. (On PostgreSQL,
-        # write_engine has the same pool. On SQLite, there is no failover.)
+        # After a failover, the connections of requests may lead to the former primary:
+        # replace them. (SQLAlchemy has replaced the connection of check_engine, because
+        # the check failed on it. On PostgreSQL, write_engine has the same pool.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)
         pool.invalidate_all()
-        if not self.is_initialized:
+        if not self.is_prepared:
             # Open a connection, which takes long, before the first request needs it.
             async with self.read_engine.connect():
                 pass
@@ -1029,12 +1031,10 @@ NO_NUL = r"^[^\x00]*$"  # for texts that reach the database: PostgreSQL refuses 
 
 
 def to_utc(moment: datetime) -> datetime:
-    """Return the time in UTC.
-
-    No request here has a time. If you add one, clients may send any zone.
-    """
+    """Return the time in UTC."""
     if moment.tzinfo is None:  # from SQLite, which stores no zone
         return moment.replace(tzinfo=UTC)
+    # In a request, if you add a time to one, clients may send any zone.
     try:
         return moment.astimezone(UTC)
     except OverflowError:  # 9999-12-31T23:00-05:00 would be in the year 10000
@@ -1171,7 +1171,10 @@ MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
-    """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
+    """Wait for a turn. Raises ServiceUnavailableException if too many wait already.
+
+    (`run_sync(…, limiter=…)` would join the queue too late for this check.)
+    """
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1197,7 +1200,7 @@ def signing_key(settings: Settings) -> dict[str, str]:
     If a plain secret happened to be JSON, python-jose would parse it as such a key.
     """
     # Bytes of a variable that are not UTF-8 arrive as surrogates, which a SecretStr
-    # accepts, unlike a str (see ValidText). surrogateescape restores the bytes.
+    # accepts even with a min_length. surrogateescape restores the bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1244,10 +1247,10 @@ AFTER = sa.bindparam("after", type_=BigInt)
 # form to jump to that place in the index, so that the last page costs what the first
 # does.
 LIST_ITEMS_QUERIES = {
-    # For a row comparison, SQLite would read all rows of the owner.
+    # Two comparisons. For a row comparison, SQLite would read all rows of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # For two simple comparisons, PostgreSQL may read the primary key's index, with the
-    # rows of all owners. `owner_id <= :owner` ends this with the owner's last row.
+    # A row comparison, at which PostgreSQL starts, and a second one, at which it stops.
+    # For the form above, it may read the primary key's index, with all owners' rows.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1330,7 +1333,7 @@ Page = dict[str, Any]  # from which a UserPage or an ItemPage is made
 
 
 def make_page(name: str, rows: Rows, limit: int) -> Page:
-    """Return up to `limit` rows, and where the next page starts.
+    """Return up to `limit` rows, and the id after which the next page starts.
 
     `rows` has up to `limit + 1`: one more shows that there is a next page.
     """
@@ -1348,9 +1351,8 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # Nobody has the name: its user was deleted before we looked. So try again.
-        # (After rollback(), `user` can be added again. If another constraint was
-        # violated, which is a bug, this raises IntegrityError again.)
+        # Nobody has the name now (its user was deleted), so try once more. A second
+        # IntegrityError is a bug. (After rollback(), `user` can be added again.)
         await add_row(db, user)
     await db.commit()
     return user
@@ -1361,8 +1363,8 @@ async def authenticate_user(
 ) -> User:
     """Raises WrongCredentialsException, after the same time whatever is wrong.
 
-    Most logins only read. With `write_db` alone, on SQLite, each would wait for the one
-    connection that can write. The two never hold a connection at the same time.
+    `write_db` is used only to store a new hash, so most logins do not wait for SQLite's
+    single writer. The two never hold a connection at the same time.
     """
     user = await find_user_by_name(read_db, username)
     # Nothing was written: this gives the connection back, before verify_password.
@@ -1372,6 +1374,7 @@ async def authenticate_user(
     if user is None or not is_valid:
         raise WrongCredentialsException
     if new_hash:  # the stored one was made with older parameters
+        # If the password has just been changed, this does nothing.
         await update_user_if_same_password(write_db, user, password_hash=new_hash)
         await write_db.commit()
     return user
@@ -1402,8 +1405,8 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
     if not is_valid:
         raise WrongPasswordException
     new_hash = await hash_password(change.new_password)
-    # The database increments the version, and not Python: a logout may have done so,
-    # too, since `user` was read.
+    # Let the database add 1, not Python: a logout may have incremented the version
+    # since `user` was read.
     changes = {"password_hash": new_hash, "token_version": User.token_version + 1}
     if not await update_user_if_same_password(db, user, **changes):
         raise WrongPasswordException  # another request has changed the password
@@ -1491,8 +1494,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The client may retry when the time at this index has left the window. It is the
--- oldest, at index 0, unless the limit was lowered, so that count > limit.
+-- The client may retry when the time at this index has left the window. That is the
+-- oldest time, at index 0. (If the limit was lowered, count can be more than limit.)
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_seconds = math.ceil((member_and_time[2] + window - now) / 1000000)
@@ -1594,7 +1597,7 @@ class SlidingWindowRateLimiter:
         return row
 
     def record_request(self, row: ctypes.Structure) -> RateLimitResult:
-        times = row.times
+        times = row.times  # the shared memory, not a copy
         window_ns = self.seconds * NANOSECONDS_PER_SECOND
         now_ns = self.clock_ns()
         row.last_seen_ns = now_ns
@@ -1694,7 +1697,7 @@ class RateLimiter:
         result = None
         if self.redis:
             result = await self.redis.hit(key, limiter.limit, limiter.seconds)
-        return limiter.hit(key) if result is None else result
+        return result or limiter.hit(key)
 
     async def enforce(self, name: str, scope: Scope) -> None:
         """Count a request of the client. Raises RateLimitedException.
@@ -1826,9 +1829,9 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # From a trusted peer, uvicorn takes the address out of this header. So an
-            # address that is not in the header is the peer's own, and the peer is not
-            # trusted. (A substring test is enough for a warning.)
+            # If uvicorn trusts the peer, it takes the client's address out of this
+            # header. So if the address is not there, the peer is not trusted. (A
+            # substring test is enough for a warning.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ",".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -1948,7 +1951,8 @@ class LimitsAndErrorsMiddleware:
         ]
         response = await self.run_app(scope, receive, send)
         # RequestLoggingMiddleware sets status_code when a response starts. Then it is
-        # too late for another one, and uvicorn closes the connection.
+        # too late for another one: uvicorn closes a connection if its response is not
+        # complete.
         if response and "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
@@ -1967,9 +1971,9 @@ class LimitsAndErrorsMiddleware:
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
-        # Only uvicorn, at a shutdown, leaves task.cancelling() above 0: asyncio.timeout
-        # undoes its own cancel, and a CancelledError that a route raises does not
-        # count. uvicorn cancels a task once, so the 503 can still be sent.
+        # task.cancelling() > 0: uvicorn has cancelled the task, at a shutdown. It does
+        # so once, so the 503 can still be sent. (asyncio.timeout undoes its own cancel,
+        # and a CancelledError that a route raises does not count.)
         task = asyncio.current_task()
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
@@ -2356,9 +2360,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,  # its redirects would be made from the Host header
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # These have their prefix, tags and responses already. Passing them directly
-        # saves one match per request: FastAPI 0.165 matches an included router first,
-        # then its routes. Health checks are a fifth faster.
+        # The same as include_router(health_router), but health checks are a fifth
+        # faster: FastAPI 0.165 would match first the router, then its routes.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
