@@ -22,7 +22,7 @@ HEADER_SECONDS = 10  # from the connect, or from the first byte of a later reque
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
     text = os.getenv(name, "").strip() or str(default)
-    if re.fullmatch(r"\d{1,7}", text) and minimum <= int(text) <= maximum:
+    if re.fullmatch("[0-9]{1,7}", text) and minimum <= int(text) <= maximum:
         return int(text)
     raise SystemExit(f"bad settings: {name}: not a number from {minimum} to {maximum}")
 
@@ -45,7 +45,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
-    header_bytes = 0  # received since the last complete headers, which set it to 0
+    header_bytes = 0  # of the headers that are being received; 0 when they are complete
     is_stopping = False  # True when the worker ends
 
     def connection_made(self, transport: Any) -> None:
@@ -104,7 +104,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # not done yet for headers in one piece
+        self._unset_keepalive_if_required()  # also for headers that came in one piece
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
         self.headers = []  # uvicorn adds trailers to it; the request keeps the old list
@@ -151,7 +151,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # only if you serve main:create_app()
+    if not logging.getLogger().handlers:  # main:create_app() has set up none
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -163,7 +163,7 @@ wsgi_app = "main:app"
 default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
 bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
 for address in bind:  # gunicorn's own message would not name the variable
-    match = re.fullmatch(r"(?:\[.+\]|[^:/]*):(\d{1,5})|unix:.+", address)
+    match = re.fullmatch(r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+", address)
     if not match or int(match[1] or 0) > 65535:
         raise SystemExit(f"bad settings: BIND: {address} is not host:port, unix:/path")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))

@@ -879,7 +879,7 @@ class Database(MonitoredBackend):
             self.write_engine = self.create_engine(1)
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
-            # The same pool, but with transactions, because this is not AUTOCOMMIT.
+            # The same pool. READ COMMITTED, in place of AUTOCOMMIT, has transactions.
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
@@ -921,8 +921,8 @@ class Database(MonitoredBackend):
         statement_timeout = f"-c statement_timeout={milliseconds * 9 // 10}"
         # The server ends the transaction of a lost worker, which frees its locks.
         idle_timeout = f"-c idle_in_transaction_session_timeout={milliseconds}"
-        # In other zones, psycopg cannot read times close to datetime.min and .max. (A
-        # field of yours may have such a time.)
+        # If the session's zone is not UTC, psycopg cannot read times close to
+        # datetime.min and .max. (A field of yours may have such a time.)
         timezone = "-c timezone=UTC"
         return {
             "application_name": self.settings.PROJECT_NAME,
@@ -971,7 +971,8 @@ class Database(MonitoredBackend):
     async def prepare(self) -> None:
         # After a failover, the connections of requests may lead to the former primary:
         # replace them. (SQLAlchemy has replaced the connection of check_engine, because
-        # the check failed on it. On PostgreSQL, write_engine has the same pool.)
+        # the check failed on it. On PostgreSQL, write_engine has the same pool. On
+        # SQLite, there is no failover.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)
         pool.invalidate_all()
@@ -1034,7 +1035,7 @@ def to_utc(moment: datetime) -> datetime:
     """Return the time in UTC."""
     if moment.tzinfo is None:  # from SQLite, which stores no zone
         return moment.replace(tzinfo=UTC)
-    # In a request, if you add a time to one, clients may send any zone.
+    # No request here has a time. If you add such a field, clients may send any zone.
     try:
         return moment.astimezone(UTC)
     except OverflowError:  # 9999-12-31T23:00-05:00 would be in the year 10000
@@ -1829,7 +1830,7 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, it takes the client's address out of this
+            # If uvicorn trusts the peer, it has set the client's address to one of this
             # header. So if the address is not there, the peer is not trusted. (A
             # substring test is enough for a warning.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
@@ -1950,9 +1951,9 @@ class LimitsAndErrorsMiddleware:
             if name != b"content-type" or len(value) <= MAX_CONTENT_TYPE_BYTES
         ]
         response = await self.run_app(scope, receive, send)
-        # RequestLoggingMiddleware sets status_code when a response starts. Then it is
-        # too late for another one: uvicorn closes a connection if its response is not
-        # complete.
+        # RequestLoggingMiddleware sets status_code when a response starts. Then no
+        # other one can be sent, and uvicorn closes the connection, because the response
+        # is not complete.
         if response and "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
@@ -2361,7 +2362,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
         # The same as include_router(health_router), but health checks are a fifth
-        # faster: FastAPI 0.165 would match first the router, then its routes.
+        # faster: FastAPI 0.165 would match the router first, then its routes.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.

@@ -3108,7 +3108,7 @@ BAD_VALUES = {
     "PORT": ["0", "65536"],
     "WORKERS": ["0", "many", "9" * 5000],
     "WEB_CONCURRENCY": ["0"],
-    "MAX_REQUESTS": ["-1"],
+    "MAX_REQUESTS": ["-1", "\u0663"],
     "GRACEFUL_TIMEOUT": ["0", "1.5"],
     "KEEP_ALIVE_SECONDS": ["0"],
 }
