@@ -30,7 +30,7 @@ def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6)
 def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    with suppress(OSError), open(quota_file) as file:
+    with suppress(OSError, ValueError), open(quota_file) as file:
         quota, period = file.read().split()  # such as "200000 100000", for two CPUs
         if quota != "max":
             cpus = min(cpus, math.ceil(int(quota) / int(period)))
@@ -74,8 +74,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def parse(self, data: bytes) -> None:
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
-        After such headers, httptools stops, and would drop the body. So a new parser
-        reads the same headers, without `Upgrade`, and then the rest of `data`.
+        After headers with `Upgrade`, httptools stops, and uvicorn would drop the body.
+        So a new parser reads the headers without it, and then the rest of `data`.
         """
         while data:
             try:
@@ -165,7 +165,7 @@ bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
 for address in bind:  # gunicorn's own message would not name the variable
     match = re.fullmatch(r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+", address)
     if not match or int(match[1] or 0) > 65535:
-        raise SystemExit(f"bad settings: BIND: {address} is not host:port, unix:/path")
+        raise SystemExit(f"bad settings: BIND: {address} is no host:port or unix:/path")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 worker_class = ServiceWorker  # with limits on headers, and a graceful stop
 errorlog = None  # gunicorn's errors go to the handler of main.setup_logging
@@ -176,5 +176,5 @@ graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
 timeout = graceful_timeout + 30  # a worker sends no heartbeat while it shuts down
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
-control_socket_disable = True  # gunicorn 25's needs a writable home directory
+control_socket_disable = True  # the one of gunicorn 25 needs a writable home directory
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heartbeats

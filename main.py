@@ -523,13 +523,15 @@ def allowed_methods(request: Request) -> str:
     """Try each method on each route: return those that match.
 
     The framework's own 405 names the methods of one route only. The result is empty if
-    the path belongs to a mounted application, which answers for itself.
+    only a mounted application has the path.
     """
     allowed = []
-    # A mount matches every method.
+    # A mount that has answered has added its path to root_path.
+    root_path = request.app.state.settings.ROOT_PATH
+    # Without mounts, which match every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
     for method in METHODS:
-        scope = {**request.scope, "method": method}
+        scope = {**request.scope, "method": method, "root_path": root_path}
         # FastAPI 0.165 keeps an included router as one object. (Older versions copied
         # its routes.) It has no `methods`, so ask `matches`.
         if any(route.matches(scope)[0] == Match.FULL for route in routes):
@@ -571,7 +573,7 @@ async def validation_exception_handler(
 async def unhandled_exception_handler(request: Request, exc: BaseException) -> Response:
     """Turn an unhandled exception into a 500; the log line has the traceback.
 
-    It can be a CancelledError that a route has raised, which is not an `Exception`.
+    `exc` can be a CancelledError that a route has raised: it is not an `Exception`.
     LimitsAndErrorsMiddleware calls this function. A handler that is registered for
     Exception runs outside all middleware, so its response has no id and no security
     headers.
@@ -667,7 +669,7 @@ class FairPool(AsyncAdaptedQueuePool):
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
 
-    # Both events call it. Only "checkout" has a third argument.
+    # The events "connect" and "checkout" call this. Only the latter passes a proxy.
     def start_timer(
         self, connection: object, record: ConnectionPoolEntry, proxy: object = None
     ) -> None:
@@ -747,7 +749,7 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
     sqlite_error = getattr(error, "sqlite_errorname", "")
     is_read_only = isinstance(error, psycopg.errors.ReadOnlySqlTransaction)
     if is_read_only or sqlite_error.startswith("SQLITE_READONLY"):
-        # As after a lost connection, SQLAlchemy then replaces all those of the pool.
+        # As after a lost connection, SQLAlchemy then replaces the pool's connections.
         context.is_disconnect = True
 
 
@@ -891,7 +893,7 @@ class Database(MonitoredBackend):
         if self.is_sqlite:
             options["connect_args"] = {"timeout": seconds}  # for SQLite's lock
         else:
-            url = url.set(query={**self.postgresql_options(), **url.query})
+            url = url.set(query=self.postgresql_options())
             # No prepared statements: after an ALTER TABLE, PostgreSQL refuses them.
             options["connect_args"] = {"prepare_threshold": None}
             # Otherwise, SQLAlchemy looks for the type hstore: three round trips.
@@ -913,8 +915,9 @@ class Database(MonitoredBackend):
             event.listen(engine.sync_engine, "connect", prepare_sqlite_connection)
         return engine
 
-    def postgresql_options(self) -> dict[str, str]:
-        """Return options of libpq; DATABASE_URL can override them."""
+    def postgresql_options(self) -> dict[str, Any]:
+        """Return options of libpq. Those of DATABASE_URL override the ones here."""
+        own = self.settings.DATABASE_URL.query
         seconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS)
         milliseconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS * 1000)
         # The server ends a slow statement before FairPool closes its connection.
@@ -923,13 +926,15 @@ class Database(MonitoredBackend):
         idle_timeout = f"-c idle_in_transaction_session_timeout={milliseconds}"
         # If the session's zone is not UTC, psycopg cannot read times close to
         # datetime.min and .max. (A field of yours may have such a time.)
-        timezone = "-c timezone=UTC"
+        defaults = f"{statement_timeout} {idle_timeout} -c timezone=UTC"
         return {
             "application_name": self.settings.PROJECT_NAME,
             "connect_timeout": str(seconds),
             "keepalives_idle": "60",  # NAT routers drop what is idle for minutes
             "target_session_attrs": "read-write",  # never connect to a replica
-            "options": f"{statement_timeout} {idle_timeout} {timezone}",
+            **own,
+            # Later settings override earlier ones.
+            "options": f"{defaults} {own.get('options', '')}".rstrip(),
         }
 
     def session(self, writes: bool) -> AsyncSession:
@@ -1035,7 +1040,8 @@ def to_utc(moment: datetime) -> datetime:
     """Return the time in UTC."""
     if moment.tzinfo is None:  # from SQLite, which stores no zone
         return moment.replace(tzinfo=UTC)
-    # No request here has a time. If you add such a field, clients may send any zone.
+    # From a client, who may send any zone, if you add a time to a request; or from
+    # PostgreSQL, if somebody has overridden the option timezone=UTC.
     try:
         return moment.astimezone(UTC)
     except OverflowError:  # 9999-12-31T23:00-05:00 would be in the year 10000
@@ -1495,8 +1501,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The client may retry when the time at this index has left the window. That is the
--- oldest time, at index 0. (If the limit was lowered, count can be more than limit.)
+-- The client may retry when the time at this index has left the window. Usually, that
+-- is the oldest, at index 0. If the limit was lowered, count can be more than limit.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_seconds = math.ceil((member_and_time[2] + window - now) / 1000000)
@@ -1551,7 +1557,7 @@ class SlidingWindowRateLimiter:
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
-        # A struct, as in C; `type * n` is an array. It is defined here, because its
+        # A struct, as in C. (`type * n` is an array.) It is defined here, because its
         # size depends on `limit`.
         class Row(ctypes.Structure):
             _fields_ = (
@@ -1630,8 +1636,8 @@ class RedisRateLimiter(MonitoredBackend):
         self.slots = asyncio.Semaphore(REDIS_CONNECTIONS - 1)
 
     async def check(self) -> None:
-        # Ignore the result: if Redis is slow or read-only, this raises an exception. It
-        # takes no slot, because a health check must not wait behind requests.
+        # Ignore the result: if Redis is slow or read-only, this raises an exception. A
+        # check takes no slot, because it must not wait behind requests.
         await self.run_script("check", limit=1, seconds=1)
 
     async def prepare(self) -> None:
@@ -2361,8 +2367,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,  # its redirects would be made from the Host header
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # The same as include_router(health_router), but health checks are a fifth
-        # faster: FastAPI 0.165 would match the router first, then its routes.
+        # Like include_router(health_router), but without dependency_overrides, and a
+        # fifth faster: FastAPI 0.165 would match the router first, then its routes.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
