@@ -62,7 +62,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # CONNECT raises HttpParserUpgrade in the new parser, too
+            self.refuse(400)  # CONNECT: repeating the headers raises Upgrade again
         if self.header_bytes > MAX_HEADER_BYTES:  # too large, and still not complete
             self.refuse(431)
         is_later_request = self.header_bytes > 0 and self.header_timer.cancelled()
@@ -100,11 +100,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops the parser. refuse answers once.
+            raise httptools.HttpParserError  # stops the parser; the 400 is not sent
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # also for headers that came in one piece
+        self._unset_keepalive_if_required()  # for headers that came in one piece, too
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
         self.headers = []  # uvicorn adds trailers to it; the request keeps the old list
@@ -136,8 +136,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # At SIGTERM, uvicorn shuts down, then raises it again for the handler that is
-        # set here: gunicorn's handle_quit, which exits with status 0.
+        # At SIGTERM, uvicorn shuts down. Then it restores the handler of before, and
+        # raises SIGTERM again. So set gunicorn's handle_quit here: it exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
@@ -151,7 +151,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # main:create_app() has set up none
+    if not logging.getLogger().handlers:  # only if you start main:create_app()
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit

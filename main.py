@@ -124,9 +124,9 @@ def parse_database_url(value: str) -> sa.URL:
     if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
     if url.get_backend_name() == "sqlite":
-        # In memory, each connection of the pool would have its own database. A good URL
-        # equals one that is built from the file name alone: it has no host, as in
-        # sqlite://./app.db, and no options, such as ?mode=memory.
+        # Refuse a host (sqlite://./app.db) and options (?mode=memory): compare the URL
+        # with one that has only the file name. In memory, each connection of the pool
+        # would have its own database.
         file_url = sa.URL.create(url.drivername, database=url.database)
         if url != file_url or url.database in {None, "", ":memory:"}:
             raise ValueError("should name a file, without options: sqlite:///./app.db")
@@ -242,8 +242,8 @@ def describe_invalid_value(error: ErrorDetails) -> str:
 @lru_cache
 def get_settings() -> Settings:
     """Read the settings. A bad value ends the process with a line that names it."""
-    # Passed here, and not set in model_config: tests call Settings() in a folder that
-    # has no .env, and must not read secrets. A missing folder would cause a warning.
+    # secrets_dir is passed here, not set in model_config, because tests call Settings()
+    # themselves, and must not read this folder. A missing one would cause a warning.
     folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
     try:
         # Without pydantic's plugin, mypy does not know this argument.
@@ -526,14 +526,15 @@ def allowed_methods(request: Request) -> str:
     only a mounted application has the path.
     """
     allowed = []
-    # A mount that has answered has added its path to root_path.
+    # If a mounted application has answered, Starlette has added the mount's path to
+    # root_path: undo that.
     root_path = request.app.state.settings.ROOT_PATH
     # Without mounts, which match every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
-        # FastAPI 0.165 keeps an included router as one object. (Older versions copied
-        # its routes.) It has no `methods`, so ask `matches`.
+        # In FastAPI 0.165, app.routes has an included router itself, not its routes. A
+        # router has no `methods`, but `matches` works for both.
         if any(route.matches(scope)[0] == Match.FULL for route in routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -644,8 +645,9 @@ class FairPool(AsyncAdaptedQueuePool):
     3. gives it back, which stops the timer (`checkin`) and frees the slot
        (`_do_return_conn`).
 
-    If the timer ends first, after pool_timeout, it calls `abort_connection`. Otherwise,
-    requests to a silent server would hold all connections.
+    If the timer ends first, it calls `abort_connection`. Otherwise, requests to a
+    silent server would hold all connections. `pool_timeout` limits both the wait in 1
+    and the time between 2 and 3.
 
     `_do_get` and `_do_return_conn` are private, but all pools of SQLAlchemy override
     them (as of 2.1.9). They are plain functions. SQLAlchemy runs them in a greenlet,
@@ -658,8 +660,8 @@ class FairPool(AsyncAdaptedQueuePool):
         # pool_size and pool_timeout. (Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
         # All records, for invalidate_all. A record holds one connection after another.
-        # The set is weak, so that it does not keep a record that SQLAlchemy drops
-        # because its first connection has failed.
+        # The set is weak, because SQLAlchemy drops a record if its first connect fails,
+        # and tells nobody.
         self.records: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # On a new connection, SQLAlchemy sends statements before the checkout (it asks
@@ -669,7 +671,8 @@ class FairPool(AsyncAdaptedQueuePool):
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
 
-    # The events "connect" and "checkout" call this. Only the latter passes a proxy.
+    # The events "connect" and "checkout" call this. Only "checkout" passes a third
+    # argument, which is not used.
     def start_timer(
         self, connection: object, record: ConnectionPoolEntry, proxy: object = None
     ) -> None:
@@ -698,7 +701,8 @@ class FairPool(AsyncAdaptedQueuePool):
             with suppress(OSError):  # the server has closed the connection
                 database_socket.shutdown(socket.SHUT_RDWR)
             database_socket.detach()  # unwrap: only psycopg may close the descriptor
-            # The pool must not give this connection to the next request.
+            # The pool must not give this connection to the next request. (soft: at the
+            # next checkout, the record opens a new one.)
             record.invalidate(soft=True)
 
     async def wait_for_slot(self) -> None:
@@ -764,10 +768,10 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def begin_immediate(connection: sa.Connection) -> None:
     """Send the BEGIN of a transaction of SQLite's write_engine.
 
-    Under AUTOCOMMIT, which Database.create_engine sets, sqlite3 sends no BEGIN of its
-    own, but SQLAlchemy still calls commit() or rollback(). So this begins a normal
-    transaction. IMMEDIATE takes the write lock at once. Otherwise, a transaction that
-    reads before it writes fails if another has written in between.
+    AUTOCOMMIT, which Database.create_engine sets, only stops sqlite3 from sending its
+    own BEGIN. SQLAlchemy still fires the event "begin", and calls commit() or
+    rollback() at the end. IMMEDIATE takes the write lock at once. Otherwise, a
+    transaction that reads before it writes fails if another has written in between.
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
@@ -881,7 +885,7 @@ class Database(MonitoredBackend):
             self.write_engine = self.create_engine(1)
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
-            # The same pool. READ COMMITTED, in place of AUTOCOMMIT, has transactions.
+            # It shares read_engine's pool. This level turns transactions on.
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
@@ -974,10 +978,9 @@ class Database(MonitoredBackend):
             await connection.run_sync(Base.metadata.create_all)
 
     async def prepare(self) -> None:
-        # After a failover, the connections of requests may lead to the former primary:
-        # replace them. (SQLAlchemy has replaced the connection of check_engine, because
-        # the check failed on it. On PostgreSQL, write_engine has the same pool. On
-        # SQLite, there is no failover.)
+        # After a failover, read_engine's connections may lead to the former primary:
+        # replace them. On PostgreSQL, write_engine shares this pool; SQLite has no
+        # failover. check_engine's connection was replaced when the check failed.
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)
         pool.invalidate_all()
@@ -1180,7 +1183,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already.
 
-    (`run_sync(…, limiter=…)` would join the queue too late for this check.)
+    (`run_sync(…, limiter=…)` lets other tasks run before it joins the queue: a burst of
+    requests would all pass this check before one of them is counted.)
     """
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
@@ -1256,8 +1260,8 @@ AFTER = sa.bindparam("after", type_=BigInt)
 LIST_ITEMS_QUERIES = {
     # Two comparisons. For a row comparison, SQLite would read all rows of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # A row comparison, at which PostgreSQL starts, and a second one, at which it stops.
-    # For the form above, it may read the primary key's index, with all owners' rows.
+    # The row comparison says where PostgreSQL starts to read the index, and the other
+    # one where it ends. For the form above, it may read the primary key's index.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1501,8 +1505,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The client may retry when the time at this index has left the window. Usually, that
--- is the oldest, at index 0. If the limit was lowered, count can be more than limit.
+-- The time at this index must leave the window to make room. It is the oldest, at index
+-- 0, unless the limit was lowered, so that more than `limit` times are stored.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_seconds = math.ceil((member_and_time[2] + window - now) / 1000000)
@@ -1644,7 +1648,7 @@ class RedisRateLimiter(MonitoredBackend):
         """Open all connections, before a burst of requests has to wait for that.
 
         redis-py opens a connection for each command that runs at the same time. So run
-        REDIS_CONNECTIONS commands: SCRIPT LOAD gives Redis the script for requests.
+        REDIS_CONNECTIONS commands. Any would do; SCRIPT LOAD is useful for run_script.
         """
         # Close idle connections, which may be dead. If one in use is dead, its command
         # fails, and closes it.
@@ -1704,7 +1708,7 @@ class RateLimiter:
         result = None
         if self.redis:
             result = await self.redis.hit(key, limiter.limit, limiter.seconds)
-        return result or limiter.hit(key)
+        return limiter.hit(key) if result is None else result
 
     async def enforce(self, name: str, scope: Scope) -> None:
         """Count a request of the client. Raises RateLimitedException.
@@ -1957,9 +1961,8 @@ class LimitsAndErrorsMiddleware:
             if name != b"content-type" or len(value) <= MAX_CONTENT_TYPE_BYTES
         ]
         response = await self.run_app(scope, receive, send)
-        # RequestLoggingMiddleware sets status_code when a response starts. Then no
-        # other one can be sent, and uvicorn closes the connection, because the response
-        # is not complete.
+        # If status_code is set, a response has started, and a second one cannot be
+        # sent. uvicorn closes the connection, because the first one is not complete.
         if response and "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
@@ -1978,9 +1981,9 @@ class LimitsAndErrorsMiddleware:
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
-        # task.cancelling() > 0: uvicorn has cancelled the task, at a shutdown. It does
-        # so once, so the 503 can still be sent. (asyncio.timeout undoes its own cancel,
-        # and a CancelledError that a route raises does not count.)
+        # task.cancelling() counts cancels from outside. asyncio.timeout takes its own
+        # back, and a route that raises CancelledError adds none. So above 0, uvicorn is
+        # shutting down. It cancels once, so the 503 can still be sent.
         task = asyncio.current_task()
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
@@ -2176,7 +2179,8 @@ async def post_user(
 ) -> UserOut:
     """Register."""
     user = await register_user(db, user_in)
-    # Not a full URL: it would contain the Host header, which the client chooses.
+    # Not a full URL: it would contain the Host header, which the client chooses. (The
+    # path includes ROOT_PATH: see RequestLoggingMiddleware.)
     response.headers["Location"] = f"{request.scope['path']}/{user.id}"
     return UserOut.model_validate(user)
 
@@ -2367,8 +2371,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,  # its redirects would be made from the Host header
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Like include_router(health_router), but without dependency_overrides, and a
-        # fifth faster: FastAPI 0.165 would match the router first, then its routes.
+        # Not include_router: FastAPI 0.165 would match the router first, then its
+        # routes, which makes health checks a fifth slower. The price: these routes
+        # ignore dependency_overrides. (They have no dependencies.)
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
