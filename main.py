@@ -660,8 +660,8 @@ class FairPool(AsyncAdaptedQueuePool):
         # pool_size and pool_timeout. (Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
         # All records, for invalidate_all. A record holds one connection after another.
-        # The set is weak, because SQLAlchemy drops a record if its first connect fails,
-        # and tells nobody.
+        # The set is weak, because SQLAlchemy drops a record, without an event, if its
+        # statements after the first connect fail.
         self.records: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # On a new connection, SQLAlchemy sends statements before the checkout (it asks
@@ -982,7 +982,7 @@ class Database(MonitoredBackend):
         # replace them. On PostgreSQL, write_engine shares this pool; SQLite has no
         # failover. check_engine's connection was replaced when the check failed.
         pool = self.read_engine.pool
-        assert isinstance(pool, FairPool)
+        assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
         if not self.is_prepared:
             # Open a connection, which takes long, before the first request needs it.
