@@ -163,7 +163,7 @@ wsgi_app = "main:app"
 default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
 bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
 for address in bind:  # gunicorn's own message would not name the variable
-    match = re.fullmatch(r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+", address)
+    match = re.fullmatch(r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd:.+", address)
     if not match or int(match[1] or 0) > 65535:
         raise SystemExit(f"bad settings: BIND: {address} is no host:port or unix:/path")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))

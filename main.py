@@ -1791,6 +1791,16 @@ def warn_of_untrusted_proxy() -> None:
     )
 
 
+def comes_from_header(address: str, port: int, forwarded_for: str) -> bool:
+    """Guess whether uvicorn has taken the client's address from X-Forwarded-For.
+
+    If uvicorn trusts the peer, it takes address and port from that header. (The port is
+    0 if the header has none.) So if they are not in the header, they are the peer's
+    own, and the peer is not trusted. Only a warning depends on this guess.
+    """
+    return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
+
+
 class RequestLoggingMiddleware:
     """Set the request's root path, id and client; measure its time; log it."""
 
@@ -1837,14 +1847,11 @@ class RequestLoggingMiddleware:
         trace = TRACEPARENT_PATTERN.fullmatch(headers.get(b"traceparent", b""))
         if trace:
             state["trace_id"] = trace[1].decode()
-        address, _ = scope["client"] or ("unknown", 0)
+        address, port = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, it has set the client's address to one of this
-            # header. So if the address is not there, the peer is not trusted. (A
-            # substring test is enough for a warning.)
-            forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
-            if address not in ",".join(forwarded_for):
+            forwarded_for = ",".join(Headers(scope=scope).getlist("x-forwarded-for"))
+            if not comes_from_header(address, port, forwarded_for):
                 warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
@@ -2287,10 +2294,7 @@ async def delete_item(item_id: IdPath, user: CurrentUser, db: WriteSession) -> N
 # --- Application ----------------------------------------------------------------------
 # create_app puts the parts together.
 
-api_router = APIRouter(
-    responses=document_errors(429, 500, 503, 504),
-    generate_unique_id_function=attrgetter("name"),
-)
+api_router = APIRouter(responses=document_errors(429, 500, 503, 504))
 api_router.include_router(users_router)
 api_router.include_router(auth_router)
 api_router.include_router(items_router)
@@ -2369,6 +2373,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         # The base URL of the requests that /docs sends.
         servers=[{"url": settings.ROOT_PATH or "/"}],
         redirect_slashes=False,  # its redirects would be made from the Host header
+        # As in health_router, whose routes, passed directly, this does not reach.
+        generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
         # Not include_router: FastAPI 0.165 would match the router first, then its
