@@ -31,61 +31,83 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     with suppress(OSError, ValueError), open(quota_file) as file:
-        quota, period = file.read().split()  # such as "200000 100000", for two CPUs
-        if quota != "max":
-            cpus = min(cpus, math.ceil(int(quota) / int(period)))
+        quota, period = file.read().split()  # "200000 100000": two CPUs
+        cpus = min(cpus, math.ceil(int(quota) / int(period)))  # no int: "max 100000"
     return cpus
 
 
-class LimitedHttpProtocol(HttpToolsProtocol):
-    """The HTTP protocol of uvicorn 0.54, with limits on headers, without `Upgrade`.
+wsgi_app = "main:app"
+default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
+bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
+for address in bind:  # gunicorn's own message would not name the variable
+    match = re.fullmatch(r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd:.+", address)
+    if not match or int(match[1] or 0) > 65535:
+        raise SystemExit(f"bad settings: BIND: {address}: no host:port, unix:… or fd:…")
+workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
+errorlog = None  # gunicorn's errors go to the handler of main.setup_logging
+preload_app = True  # invalid settings stop the start; workers share rate limits
+max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
+max_requests_jitter = max_requests // 10  # or all workers would be replaced at once
+graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
+timeout = graceful_timeout + 30  # a worker sends no heartbeat while it shuts down
+keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
+forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
+control_socket_disable = True  # it (for gunicornc) needs a writable home directory
+worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heartbeats
 
-    uvicorn calls data_received, which feeds the parser, which calls on_…_complete.
-    `cycle` is uvicorn's object for a request and its response.
-    """
+
+def when_ready(server: Any) -> None:  # before the workers are forked
+    if not logging.getLogger().handlers:  # only if you start main:create_app()
+        main.setup_logging(main.get_settings())
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
+    with suppress(OSError, ValueError):  # macOS refuses its own hard limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+    gc.freeze()  # else the garbage collector writes to memory that workers share
+
+
+class LimitedHttpProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol (0.54), with limits on headers, and without `Upgrade`."""
 
     is_in_body = False  # True between the end of the headers and the end of the body
-    header_bytes = 0  # of the headers that are being received; 0 when they are complete
+    header_bytes = 0  # received since the last body; 0 when the headers are complete
     is_stopping = False  # True when the worker ends
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # uvicorn compares this with FORWARDED_ALLOW_IPS. A unix socket has no address:
-        # it is local. An IPv4 client of an IPv6 socket has the prefix ::ffff: here.
+        # For FORWARDED_ALLOW_IPS: a unix socket is local, ::ffff:10.0.0.1 is 10.0.0.1.
         host, port = self.client or ("127.0.0.1", 0)
         self.client = (host.removeprefix("::ffff:"), port)
-        self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
+        self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
+
+    def refuse_slow(self) -> None:
+        # `cycle` is uvicorn's object for the latest request and its response.
+        if not self.cycle or self.cycle.response_complete:
+            self.refuse(408)  # else it would get into the response that is being sent
 
     def data_received(self, data: bytes) -> None:
         if not self.is_in_body:
-            self.header_bytes += len(data.lstrip(b"\r\n"))  # empty lines may come first
+            self.header_bytes += len(data)
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # CONNECT: repeating the headers raises Upgrade again
-        if self.header_bytes > MAX_HEADER_BYTES:  # too large, and still not complete
+            self.refuse(400)  # (HttpParserUpgrade comes here from CONNECT only.)
+        if self.header_bytes > MAX_HEADER_BYTES:  # and they are not complete
             self.refuse(431)
-        is_later_request = self.header_bytes > 0 and self.header_timer.cancelled()
-        is_responding = self.cycle and not self.cycle.response_complete
-        if is_later_request and not is_responding:  # a 408 would get into the response
-            self._unset_keepalive_if_required()  # private; stops uvicorn's idle timer
-            self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408)
 
     def parse(self, data: bytes) -> None:
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
-        After headers with `Upgrade`, httptools stops, and uvicorn would drop the body.
-        So a new parser reads the headers without it, and then the rest of `data`.
+        After headers with `Upgrade`, the parser stops. So a new one reads them without
+        it, and then the rest of `data`. (uvicorn would drop this, which is the body.)
         """
         while data:
             try:
                 return self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]  # from where the parser has stopped
+                data = data[upgrade.args[0] :]  # the bytes after the headers
             self.repeat_headers_without_upgrade()
 
     def repeat_headers_without_upgrade(self) -> None:
-        # Collect them now: the new parser calls on_message_begin, which empties them.
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
@@ -93,21 +115,27 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn
         parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
+    def on_message_begin(self) -> None:  # the parser has found a request's first byte
+        super().on_message_begin()
+        self._unset_keepalive_if_required()  # private: stops the keep-alive timer
+        if self.header_timer.cancelled():  # by the headers of the request before
+            self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
+
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
-            return  # `parse` makes a new parser, which calls this again
+            return  # `parse` repeats these headers, which calls this again
         # Not header_bytes: it counts the part of the body that came with the headers.
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops the parser; the 400 is not sent
+            raise httptools.HttpParserError  # stops it; refuse(400) then does nothing
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # for headers that came in one piece, too
+        self._unset_keepalive_if_required()  # the last response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # uvicorn adds trailers to it; the request keeps the old list
+        self.headers = []  # uvicorn would append trailers to the request's own list
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # not for a parser that `parse` replaces
@@ -136,8 +164,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # At SIGTERM, uvicorn shuts down. Then it restores the handler of before, and
-        # raises SIGTERM again. So set gunicorn's handle_quit here: it exits with 0.
+        # When uvicorn has shut down, it calls this handler, gunicorn's: exit with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
@@ -150,31 +177,4 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
             signal.raise_signal(signal.SIGTERM)
 
 
-def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # only if you start main:create_app()
-        main.setup_logging(main.get_settings())
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
-    with suppress(OSError, ValueError):  # macOS refuses its own hard limit
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
-    gc.freeze()  # else the garbage collector writes to memory that workers share
-
-
-wsgi_app = "main:app"
-default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
-bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
-for address in bind:  # gunicorn's own message would not name the variable
-    match = re.fullmatch(r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd:.+", address)
-    if not match or int(match[1] or 0) > 65535:
-        raise SystemExit(f"bad settings: BIND: {address} is no host:port or unix:/path")
-workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
-worker_class = ServiceWorker  # with limits on headers, and a graceful stop
-errorlog = None  # gunicorn's errors go to the handler of main.setup_logging
-preload_app = True  # invalid settings stop the start; workers share rate limits
-max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
-max_requests_jitter = max_requests // 10  # or all workers would be replaced at once
-graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
-timeout = graceful_timeout + 30  # a worker sends no heartbeat while it shuts down
-keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
-forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
-control_socket_disable = True  # the one of gunicorn 25 needs a writable home directory
-worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heartbeats
+worker_class = ServiceWorker
