@@ -117,8 +117,8 @@ def parse_database_url(value: str) -> sa.URL:
             make_conninfo(**options)
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
-    # In "user:pass@word@host", the host would be "word@host": drivers put the host into
-    # their messages, so a part of the password would be in the log.
+    # After an @ in a password, the rest of the password would count as a part of the
+    # host, which drivers write into their messages, and so into the log.
     if "@" in (url.host or ""):
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
@@ -160,10 +160,10 @@ def parse_origin(value: str) -> str:
 DatabaseUrl = Annotated[sa.URL, NoDecode, pydantic.BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
-# pydantic accepts invalid Unicode in a plain str, and refuses it in a str that has a
-# max_length or a pattern. (A lone surrogate is invalid. It comes from "\ud800" in JSON,
-# or from a variable that is not UTF-8.)
-ValidText = Annotated[str, Field(max_length=1000)]  # any length would do
+# pydantic checks that a str is valid Unicode only if it has a max_length or a pattern.
+# (A lone surrogate is invalid. It comes from "\ud800" in JSON, or from a variable that
+# is not UTF-8.) The length is arbitrary.
+ValidText = Annotated[str, Field(max_length=1000)]
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
 # At most a day, because more is surely a mistake.
@@ -184,11 +184,12 @@ class Settings(BaseSettings):
     API_V1_PREFIX: str = Field(default="/api/v1", pattern=r"^(/[A-Za-z0-9._~-]+)+$")
     # The prefix that a reverse proxy strips from the path.
     ROOT_PATH: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
-    # The random default is for development only: see refuse_unsafe_values. It is made
-    # at the import, before the fork, so that all workers have the same.
+    # The random default is for development only: see refuse_unsafe_values. All workers
+    # have the same, because gunicorn imports this module before it forks.
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
+    # (pydantic would accept a text here, and parse it. mypy wants the field's type.)
     DATABASE_URL: DatabaseUrl = parse_database_url("sqlite:///./app.db")
     DATABASE_POOL_SIZE: int = Field(default=5, ge=1)
     DATABASE_MAX_OVERFLOW: int = Field(default=10, ge=0)
@@ -252,7 +253,7 @@ def get_settings() -> Settings:
         reason = "; ".join(describe_invalid_value(e) for e in error.errors())
     except SettingsError as error:  # invalid JSON, or a secret that cannot be read
         reason = f"{error}: {error.__cause__}"  # the error names the variable
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:  # .env cannot be read, or decoded
         reason = f"{error}: in .env"
     raise SystemExit(f"bad settings: {reason}")
 
@@ -265,7 +266,7 @@ logger = logging.getLogger(__name__)
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
 # The attributes that each record has. All others come from `extra`, and are logged.
 # (color_message is uvicorn's copy of the message for terminals.)
-STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "color_message"}
+STANDARD_FIELDS = set(vars(logging.makeLogRecord({}))) | {"color_message"}
 # Linux writes a line of up to 4 KiB (PIPE_BUF) to a pipe in one piece; a longer one
 # could be mixed with others. 3000 leaves room for the other fields.
 MAX_TRACEBACK_BYTES = 3000
@@ -295,7 +296,7 @@ def shorten_traceback(text: str) -> str:
         # First leave out the frames of libraries: SQLAlchemy's alone exceed the limit,
         # and would push out those of your code.
         text = LIBRARY_FRAME.sub("", text)[-MAX_TRACEBACK_BYTES:]
-    # The JSON can be longer than the text: it writes "é" as \u00e9.
+    # JSON can be longer than the text: it writes "é" as \u00e9. So measure it, too.
     while len(json.dumps(text)) > MAX_TRACEBACK_BYTES:
         text = text[50:]
     return text
@@ -361,9 +362,9 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
-    # Under gunicorn, UvicornWorker later copies the handlers of gunicorn.error to
-    # uvicorn's loggers. Under uvicorn alone, these have uvicorn's own handlers. So give
-    # all three the handler.
+    # Under gunicorn, UvicornWorker later gives uvicorn.error the handlers and the level
+    # of gunicorn.error: so set this one. Under uvicorn alone, uvicorn has already given
+    # its own handlers to the other two: so replace these.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -409,7 +410,7 @@ ERROR_CODES = {  # status code: the `error` in the body
     504: "timeout",
 }
 DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
-# The methods that the header Allow can name (RFC 9110 § 15.5.6).
+# The methods that allowed_methods tries, for the header Allow (RFC 9110 § 15.5.6).
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -523,18 +524,17 @@ def allowed_methods(request: Request) -> str:
     """Try each method on each route: return those that match.
 
     The framework's own 405 names the methods of one route only. The result is empty if
-    only a mounted application has the path.
+    the path belongs to an application that you have mounted.
     """
     allowed = []
-    # If a mounted application has answered, Starlette has added the mount's path to
-    # root_path: undo that.
-    root_path = request.app.state.settings.ROOT_PATH
-    # Without mounts, which match every method.
+    # Leave out mounted applications: a Mount matches every method. If one has answered,
+    # Starlette has added its path to root_path: so use the one of the settings.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
+    root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
-        # In FastAPI 0.165, app.routes has an included router itself, not its routes. A
-        # router has no `methods`, but `matches` works for both.
+        # Since FastAPI 0.165, app.routes contains included routers as a whole. They
+        # have no `methods`. `matches` works for routers and for routes.
         if any(route.matches(scope)[0] == Match.FULL for route in routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -574,7 +574,9 @@ async def validation_exception_handler(
 async def unhandled_exception_handler(request: Request, exc: BaseException) -> Response:
     """Turn an unhandled exception into a 500; the log line has the traceback.
 
-    `exc` can be a CancelledError that a route has raised: it is not an `Exception`.
+    `exc` is a BaseException, because a route can raise CancelledError: for example, if
+    it awaits a task that was cancelled.
+
     LimitsAndErrorsMiddleware calls this function. A handler that is registered for
     Exception runs outside all middleware, so its response has no id and no security
     headers.
@@ -584,7 +586,7 @@ async def unhandled_exception_handler(request: Request, exc: BaseException) -> R
 
 
 # --- Models ---------------------------------------------------------------------------
-# The tables. `Database.create_tables` creates missing tables; it never changes one.
+# The tables. The service creates missing tables at its start; it never changes one.
 
 # SQLite autoincrements only primary keys of type INTEGER, which has 64 bits in SQLite.
 BigInt = sa.BigInteger().with_variant(sa.Integer, "sqlite")
@@ -615,7 +617,8 @@ class Item(Base):
     __tablename__ = "items"
     __table_args__ = (
         sa.Index("items_of_owner", "owner_id", "id"),
-        {"sqlite_autoincrement": True},  # the id of a deleted item is not given again
+        # As in User: otherwise, the link to a deleted item could lead to a new one.
+        {"sqlite_autoincrement": True},
     )
     owner_id: Mapped[int] = mapped_column(sa.ForeignKey(User.id, ondelete="CASCADE"))
     title: Mapped[str] = mapped_column(sa.String(200))
@@ -634,6 +637,14 @@ HEALTH_CHECK_TIMEOUT_SECONDS = 2  # the longest time until a health check is ans
 LIFESPAN_TIMEOUT_SECONDS = 1  # how long the start and the stop wait for a check
 
 
+def shut_down_socket(descriptor: int) -> None:
+    """End both directions of a connection. Its owner still has to close it."""
+    connection_socket = socket.socket(fileno=descriptor)
+    with suppress(OSError):  # the other side has closed the connection
+        connection_socket.shutdown(socket.SHUT_RDWR)
+    connection_socket.detach()  # or Python would close the descriptor
+
+
 class FairPool(AsyncAdaptedQueuePool):
     """A pool that serves requests in the order in which they came.
 
@@ -645,13 +656,13 @@ class FairPool(AsyncAdaptedQueuePool):
     3. gives it back, which stops the timer (`checkin`) and frees the slot
        (`_do_return_conn`).
 
-    If the timer ends first, it calls `abort_connection`. Otherwise, requests to a
+    If the timer ends first, it calls `abort_connection`. Without it, requests to a
     silent server would hold all connections. `pool_timeout` limits both the wait in 1
     and the time between 2 and 3.
 
     `_do_get` and `_do_return_conn` are private, but all pools of SQLAlchemy override
-    them (as of 2.1.9). They are plain functions. SQLAlchemy runs them in a greenlet,
-    where `await_(x)` waits for a coroutine.
+    them (as of 2.1.9). They are not async, so they cannot use `await`. An async engine
+    calls them in a greenlet, in which SQLAlchemy's `await_(coroutine)` does the same.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -659,14 +670,13 @@ class FairPool(AsyncAdaptedQueuePool):
         # size() and timeout() are methods of QueuePool: they return the arguments
         # pool_size and pool_timeout. (Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
-        # All records, for invalidate_all. A record holds one connection after another.
-        # The set is weak, because SQLAlchemy drops a record, without an event, if its
-        # statements after the first connect fail.
+        # A record is the pool's entry for a connection, or for its successors. These
+        # are all records, for invalidate_all. The set is weak, because SQLAlchemy drops
+        # a record, without an event, if the first statements on it fail (see below).
         self.records: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # On a new connection, SQLAlchemy sends statements before the checkout (it asks
-        # for the server's version). So the connect starts the timer, and the checkout
-        # starts it again.
+        # Both start the timer: "connect" for the first statements, by which SQLAlchemy
+        # asks a server for its version and more, "checkout" for those of the request.
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -696,11 +706,7 @@ class FairPool(AsyncAdaptedQueuePool):
         del self.timers[record]
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
-            # Python can shut down only a socket object: wrap psycopg's descriptor.
-            database_socket = socket.socket(fileno=connection.fileno())
-            with suppress(OSError):  # the server has closed the connection
-                database_socket.shutdown(socket.SHUT_RDWR)
-            database_socket.detach()  # unwrap: only psycopg may close the descriptor
+            shut_down_socket(connection.fileno())
             # The pool must not give this connection to the next request. (soft: at the
             # next checkout, the record opens a new one.)
             record.invalidate(soft=True)
@@ -768,10 +774,10 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def begin_immediate(connection: sa.Connection) -> None:
     """Send the BEGIN of a transaction of SQLite's write_engine.
 
-    AUTOCOMMIT, which Database.create_engine sets, only stops sqlite3 from sending its
-    own BEGIN. SQLAlchemy still fires the event "begin", and calls commit() or
-    rollback() at the end. IMMEDIATE takes the write lock at once. Otherwise, a
-    transaction that reads before it writes fails if another has written in between.
+    In AUTOCOMMIT (see Database.create_engine), sqlite3 sends no BEGIN of its own, so
+    this one is sent instead. SQLAlchemy still ends the transaction by commit() or
+    rollback(). IMMEDIATE takes the write lock at once: without it, a transaction that
+    reads before it writes fails if another has written in between.
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
@@ -844,7 +850,7 @@ class MonitoredBackend:
             logger.warning("%s is not ready", self.name, extra=extra)
         self.in_outage = True
         if self.retry_timer is not None:
-            self.retry_timer.cancel()
+            self.retry_timer.cancel()  # several requests can fail at once
         loop = asyncio.get_running_loop()
         self.retry_timer = loop.call_later(CHECK_INTERVAL_SECONDS, self.start_check)
 
@@ -920,8 +926,8 @@ class Database(MonitoredBackend):
         return engine
 
     def postgresql_options(self) -> dict[str, Any]:
-        """Return options of libpq. Those of DATABASE_URL override the ones here."""
-        own = self.settings.DATABASE_URL.query
+        """Return options of libpq: defaults, overridden by those of DATABASE_URL."""
+        url_options = self.settings.DATABASE_URL.query
         seconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS)
         milliseconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS * 1000)
         # The server ends a slow statement before FairPool closes its connection.
@@ -936,9 +942,9 @@ class Database(MonitoredBackend):
             "connect_timeout": str(seconds),
             "keepalives_idle": "60",  # NAT routers drop what is idle for minutes
             "target_session_attrs": "read-write",  # never connect to a replica
-            **own,
+            **url_options,
             # Later settings override earlier ones.
-            "options": f"{defaults} {own.get('options', '')}".rstrip(),
+            "options": f"{defaults} {url_options.get('options', '')}".rstrip(),
         }
 
     def session(self, writes: bool) -> AsyncSession:
@@ -958,7 +964,7 @@ class Database(MonitoredBackend):
             close_resets_only=False,
         )
 
-    async def create_missing_tables(self) -> None:
+    async def create_tables_if_needed(self) -> None:
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         missing = Base.metadata.tables.keys() - names
@@ -967,9 +973,9 @@ class Database(MonitoredBackend):
         # After an outage, create tables only in an empty database: if some tables
         # exist, a migration may be running.
         if missing and (is_start or is_empty):
-            await self.create_tables()
+            await self.create_missing_tables()
 
-    async def create_tables(self) -> None:
+    async def create_missing_tables(self) -> None:
         """Any number of workers and hosts may call this at once."""
         async with self.write_engine.begin() as connection:
             if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
@@ -978,9 +984,9 @@ class Database(MonitoredBackend):
             await connection.run_sync(Base.metadata.create_all)
 
     async def prepare(self) -> None:
-        # After a failover, read_engine's connections may lead to the former primary:
-        # replace them. On PostgreSQL, write_engine shares this pool; SQLite has no
-        # failover. check_engine's connection was replaced when the check failed.
+        # In an outage, the server may have failed over, and connections may lead to the
+        # former primary: replace them. (On PostgreSQL, write_engine shares this pool.
+        # SQLAlchemy has replaced check_engine's connection when the check failed.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -988,7 +994,7 @@ class Database(MonitoredBackend):
             # Open a connection, which takes long, before the first request needs it.
             async with self.read_engine.connect():
                 pass
-        await self.create_missing_tables()
+        await self.create_tables_if_needed()
 
     async def check(self) -> None:
         # Select all columns of all tables: this fails if one is missing. FOR UPDATE
@@ -1043,8 +1049,8 @@ def to_utc(moment: datetime) -> datetime:
     """Return the time in UTC."""
     if moment.tzinfo is None:  # from SQLite, which stores no zone
         return moment.replace(tzinfo=UTC)
-    # From a client, who may send any zone, if you add a time to a request; or from
-    # PostgreSQL, if somebody has overridden the option timezone=UTC.
+    # A request (if you add a time to one) can have any zone. So can PostgreSQL, if
+    # DATABASE_URL overrides the option timezone=UTC.
     try:
         return moment.astimezone(UTC)
     except OverflowError:  # 9999-12-31T23:00-05:00 would be in the year 10000
@@ -1060,7 +1066,8 @@ NewUsername = Annotated[
 ]
 # NIST SP 800-63B-4: at least 15 characters without a second factor, and no other rules.
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), NormalizedValidator]
-# A login has few rules: a name that cannot exist gets 401, as any wrong name does.
+# A login has few rules: a name that cannot exist gets 401, as any wrong name does, and
+# a password that is too long, as any wrong password. The bound is arbitrary.
 LoginText = Annotated[str, Field(min_length=1, max_length=1024)]
 LoginName = Annotated[LoginText, Field(pattern=NO_NUL), LowercaseValidator]
 LoginPassword = Annotated[LoginText, NormalizedValidator]
@@ -1183,8 +1190,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already.
 
-    (`run_sync(…, limiter=…)` lets other tasks run before it joins the queue: a burst of
-    requests would all pass this check before one of them is counted.)
+    (`run_sync` has an argument `limiter`, but lets other tasks run before it waits for
+    it: a whole burst of requests would pass this check before the first one counts.)
     """
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
@@ -1210,8 +1217,8 @@ def signing_key(settings: Settings) -> dict[str, str]:
 
     If a plain secret happened to be JSON, python-jose would parse it as such a key.
     """
-    # Bytes of a variable that are not UTF-8 arrive as surrogates, which a SecretStr
-    # accepts even with a min_length. surrogateescape restores the bytes.
+    # A variable's bytes that are not UTF-8 arrive as surrogates. (Unlike a str with a
+    # min_length, a SecretStr accepts these.) surrogateescape restores the bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1251,17 +1258,18 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 # `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects. The order is
 # that of the index.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-# In a comparison of rows, SQLAlchemy does not infer the types of parameters.
+# sa.tuple_, which is used below, does not infer the types of its parameters.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# Both conditions select the owner's items after `after`. Each database needs another
-# form to jump to that place in the index, so that the last page costs what the first
-# does.
+# Both queries return the owner's items after `after`. They differ so that each database
+# goes straight to that place in the index items_of_owner: then the last page costs what
+# the first does.
 LIST_ITEMS_QUERIES = {
-    # Two comparisons. For a row comparison, SQLite would read all rows of the owner.
+    # For PostgreSQL's query, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # The row comparison says where PostgreSQL starts to read the index, and the other
-    # one where it ends. For the form above, it may read the primary key's index.
+    # For SQLite's query, PostgreSQL may read the index of the primary key, with items
+    # of all owners. Here, it reads items_of_owner from (owner, after) up to the owner's
+    # last item.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1288,22 +1296,21 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
     return (await db.scalars(query)).all()
 
 
-async def update_user_if_same_password(
-    db: AsyncSession, user: User, **changes: object
-) -> bool:
+async def update_password_hash(db: AsyncSession, user: User, new_hash: str) -> bool:
     """Return False if the password has been changed since `user` was read.
 
     So one of two simultaneous password changes fails. The condition is not on
     token_version: a simultaneous logout, which changes it, must not make this fail.
     """
     condition = (User.id == user.id) & (User.password_hash == user.password_hash)
-    query = sa.update(User).where(condition).values(**changes).returning(User.id)
-    return await db.scalar(query) is not None
+    query = sa.update(User).where(condition).values(password_hash=new_hash)
+    return await db.scalar(query.returning(User.id)) is not None
 
 
 async def update_token_version(db: AsyncSession, user_id: int) -> None:
     """Add 1, which makes all tokens of the user invalid."""
     query = sa.update(User).where(User.id == user_id)
+    # Added by the database: another request may have done so since the user was read.
     await db.execute(query.values(token_version=User.token_version + 1))
 
 
@@ -1386,7 +1393,7 @@ async def authenticate_user(
         raise WrongCredentialsException
     if new_hash:  # the stored one was made with older parameters
         # If the password has just been changed, this does nothing.
-        await update_user_if_same_password(write_db, user, password_hash=new_hash)
+        await update_password_hash(write_db, user, new_hash)
         await write_db.commit()
     return user
 
@@ -1416,11 +1423,9 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
     if not is_valid:
         raise WrongPasswordException
     new_hash = await hash_password(change.new_password)
-    # Let the database add 1, not Python: a logout may have incremented the version
-    # since `user` was read.
-    changes = {"password_hash": new_hash, "token_version": User.token_version + 1}
-    if not await update_user_if_same_password(db, user, **changes):
+    if not await update_password_hash(db, user, new_hash):
         raise WrongPasswordException  # another request has changed the password
+    await update_token_version(db, user.id)
     await db.commit()
 
 
@@ -1505,8 +1510,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The time at this index must leave the window to make room. It is the oldest, at index
--- 0, unless the limit was lowered, so that more than `limit` times are stored.
+-- There is room again when the time at this index leaves the window. This is the oldest
+-- time, index 0. But if the limit was lowered, more than `limit` times can be stored.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_seconds = math.ceil((member_and_time[2] + window - now) / 1000000)
@@ -1648,7 +1653,7 @@ class RedisRateLimiter(MonitoredBackend):
         """Open all connections, before a burst of requests has to wait for that.
 
         redis-py opens a connection for each command that runs at the same time. So run
-        REDIS_CONNECTIONS commands. Any would do; SCRIPT LOAD is useful for run_script.
+        REDIS_CONNECTIONS commands. Any would do, but the script is needed anyway.
         """
         # Close idle connections, which may be dead. If one in use is dead, its command
         # fails, and closes it.
@@ -1661,7 +1666,7 @@ class RedisRateLimiter(MonitoredBackend):
 
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
-        # This wait is outside the timeout, because it does not mean that Redis is slow.
+        # This wait is outside the timeout: it means that the worker is busy, not Redis.
         async with self.slots:
             if self.in_outage:  # which may have begun during the wait
                 return None
@@ -1709,22 +1714,6 @@ class RateLimiter:
         if self.redis:
             result = await self.redis.hit(key, limiter.limit, limiter.seconds)
         return limiter.hit(key) if result is None else result
-
-    async def enforce(self, name: str, scope: Scope) -> None:
-        """Count a request of the client. Raises RateLimitedException.
-
-        It sets `rate_limit` in `request.state`, for the headers of the response. Some
-        requests, such as logins, count in several limits: the headers show the limit
-        that refused, else the one with the fewest requests remaining.
-        """
-        state = scope["state"]  # RequestLoggingMiddleware has put `client` there
-        result = await self.hit(name, state["client"])
-        previous: RateLimitResult | None = state.get("rate_limit")
-        is_tighter = previous is None or result.remaining < previous.remaining
-        if is_tighter or not result.allowed:
-            state["rate_limit"] = result
-        if not result.allowed:
-            raise RateLimitedException(result.reset_seconds)
 
     async def close(self) -> None:
         if self.redis:
@@ -1791,12 +1780,12 @@ def warn_of_untrusted_proxy() -> None:
     )
 
 
-def comes_from_header(address: str, port: int, forwarded_for: str) -> bool:
-    """Guess whether uvicorn has taken the client's address from X-Forwarded-For.
+def is_peer_trusted(address: str, port: int, forwarded_for: str) -> bool:
+    """Guess whether FORWARDED_ALLOW_IPS names the peer (a proxy, or the client itself).
 
-    If uvicorn trusts the peer, it takes address and port from that header. (The port is
-    0 if the header has none.) So if they are not in the header, they are the peer's
-    own, and the peer is not trusted. Only a warning depends on this guess.
+    If it does, uvicorn replaces the peer's address and port by those in the header
+    X-Forwarded-For (the port by 0, if the header has none). So the address and port of
+    a trusted peer occur in the header. Only a warning depends on this guess.
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
@@ -1812,9 +1801,8 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # ASGI wants `path` to include `root_path`, but the proxy has stripped it
-        # (/shop/health arrives as /health). So put it back. (FastAPI's own argument
-        # root_path would not do that.)
+        # With ROOT_PATH=/shop, the proxy turns /shop/health into /health. ASGI wants
+        # the whole path here: put the prefix back. (FastAPI's root_path would not.)
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1850,8 +1838,9 @@ class RequestLoggingMiddleware:
         address, port = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
+            # There can be several such headers; `headers` has only the last one.
             forwarded_for = ",".join(Headers(scope=scope).getlist("x-forwarded-for"))
-            if not comes_from_header(address, port, forwarded_for):
+            if not is_peer_trusted(address, port, forwarded_for):
                 warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
@@ -1866,7 +1855,7 @@ class RequestLoggingMiddleware:
         }
         optional = ("client", "user_id", "trace_id", "reason")
         fields |= {name: state[name] for name in optional if name in state}
-        # A 200 has a reason if it failed after its headers had been sent.
+        # If a response fails after its headers have been sent, its status stays 200.
         is_warning = status_code >= 500 or "reason" in state
         level = logging.WARNING if is_warning else logging.INFO
         if exception:
@@ -1913,6 +1902,23 @@ class OriginCORSMiddleware(CORSMiddleware):
             await self.app(scope, receive, send)
 
 
+async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> None:
+    """Count a request of the client. Raises RateLimitedException.
+
+    It sets `rate_limit` in `request.state`, for the headers of the response. Some
+    requests, such as logins, count in several limits: the headers show the limit that
+    refused, else the one with the fewest requests remaining.
+    """
+    state = scope["state"]
+    result = await limiter.hit(name, state["client"])
+    previous: RateLimitResult | None = state.get("rate_limit")
+    is_tighter = previous is None or result.remaining < previous.remaining
+    if is_tighter or not result.allowed:
+        state["rate_limit"] = result
+    if not result.allowed:
+        raise RateLimitedException(result.reset_seconds)
+
+
 class RateLimitMiddleware:
     """Count every API request, before its body is read and its route is found."""
 
@@ -1938,7 +1944,7 @@ class RateLimitMiddleware:
             await send(message)
 
         try:
-            await self.rate_limiter.enforce("api", scope)
+            await enforce_rate_limit(self.rate_limiter, "api", scope)
         except RateLimitedException as error:
             response = await app_exception_handler(Request(scope), error)
             return await response(scope, receive, send_with_rate_limit)
@@ -1982,15 +1988,16 @@ class LimitsAndErrorsMiddleware:
             async with timer:
                 await self.app(scope, self.limit_body(scope, receive), send)
                 return None
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - any
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - answered
             return await self.answer_error(Request(scope), error, timer.expired())
 
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
-        # task.cancelling() counts cancels from outside. asyncio.timeout takes its own
-        # back, and a route that raises CancelledError adds none. So above 0, uvicorn is
-        # shutting down. It cancels once, so the 503 can still be sent.
+        # task.cancelling() counts the calls of task.cancel(). Above 0, uvicorn has made
+        # one, at a shutdown: asyncio.timeout takes its own call back, and a route that
+        # raises CancelledError makes none. uvicorn makes one only, so that the 503 can
+        # still be sent.
         task = asyncio.current_task()
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
@@ -2073,7 +2080,8 @@ def rate_limit_dependency(limit_name: str) -> Callable[[Request], Awaitable[None
     """Return a dependency that applies a limit, in addition to RateLimitMiddleware."""
 
     async def apply_limit(request: Request) -> None:
-        await request.app.state.rate_limiter.enforce(limit_name, request.scope)
+        rate_limiter: RateLimiter = request.app.state.rate_limiter
+        await enforce_rate_limit(rate_limiter, limit_name, request.scope)
 
     return apply_limit
 
@@ -2085,8 +2093,9 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 # --- Health routes --------------------------------------------------------------------
 # For orchestrators and monitors: no rate limit, and only the log says what is wrong.
-# Some monitors send HEAD requests, which need a route of their own in FastAPI. (Python
-# applies decorators from the bottom up: GET, the usual method, is matched first.)
+# Some monitors send HEAD requests, which need a route of their own in FastAPI. (The
+# decorator for HEAD is above the one for GET, because the lower one is applied first:
+# so GET, the usual method, is matched first.)
 
 health_router = APIRouter(
     prefix="/health",
@@ -2161,8 +2170,8 @@ After = Annotated[
 ]
 Limit = Annotated[int, Query(ge=1, le=100)]
 LoginFormBody = Annotated[LoginForm, Form()]
-# For routes that hash a password.
-PASSWORD_LIMIT = [Depends(rate_limit_dependency("login"))]
+# For all routes that hash a password: login, registration and password change.
+LOGIN_LIMIT = [Depends(rate_limit_dependency("login"))]
 
 users_router = APIRouter(prefix="/users", tags=["users"])
 # With these `form_limits`, FastAPI answers 400 to a form that has more than 20 fields,
@@ -2178,7 +2187,7 @@ items_router = APIRouter(
 @users_router.post(
     "",
     status_code=201,
-    dependencies=PASSWORD_LIMIT,
+    dependencies=LOGIN_LIMIT,
     responses=document_errors(400, 409, 413, 422),
 )
 async def post_user(
@@ -2209,7 +2218,7 @@ async def get_me(user: CurrentUser) -> UserOut:
 @users_router.patch(
     "/me",
     status_code=204,
-    dependencies=PASSWORD_LIMIT,
+    dependencies=LOGIN_LIMIT,
     responses=document_errors(400, 401, 403, 413, 422),
 )
 async def patch_me(change: PasswordChange, user: CurrentUser, db: WriteSession) -> None:
@@ -2230,7 +2239,7 @@ async def get_user(user_id: IdPath, user: CurrentUser, db: ReadSession) -> UserO
 
 
 @auth_router.post(
-    "/token", dependencies=PASSWORD_LIMIT, responses=document_errors(400, 401, 413, 422)
+    "/token", dependencies=LOGIN_LIMIT, responses=document_errors(400, 401, 413, 422)
 )
 async def post_token(
     form: LoginFormBody, request: Request, read_db: ReadSession, write_db: WriteSession
@@ -2337,7 +2346,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
 
 
 def register_exception_handlers(app: FastAPI) -> None:
-    # Not app.add_exception_handler: mypy refuses a handler of a subclass of Exception.
+    # Not app.add_exception_handler: mypy refuses functions whose `exc` is more special
+    # than Exception.
     app.exception_handler(AppException)(app_exception_handler)
     app.exception_handler(HTTPException)(http_exception_handler)
     app.exception_handler(RequestValidationError)(validation_exception_handler)
@@ -2373,13 +2383,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         # The base URL of the requests that /docs sends.
         servers=[{"url": settings.ROOT_PATH or "/"}],
         redirect_slashes=False,  # its redirects would be made from the Host header
-        # As in health_router, whose routes, passed directly, this does not reach.
+        # For api_router, as in health_router. (This does not change `routes` below.)
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router: FastAPI 0.165 would match the router first, then its
-        # routes, which makes health checks a fifth slower. The price: these routes
-        # ignore dependency_overrides. (They have no dependencies.)
+        # Not include_router: since FastAPI 0.165, an included router is matched first,
+        # and then its routes, which makes health checks a fifth slower. The price:
+        # dependency_overrides has no effect on them. (They have no dependencies.)
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
@@ -2393,9 +2403,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# Importing this module must not read settings, so `app` is built at its first use. For
-# a name that a module does not have, Python calls the module's __getattr__ (PEP 562).
-# This one builds the application and stores it as `main.app`, so it is called once.
+# gunicorn and uvicorn ask for `main:app`. Importing this module must not read settings,
+# so `app` is built at its first use. For a name that a module does not have, Python
+# calls the module's __getattr__ (PEP 562). This one builds the application, and stores
+# it as `main.app`, so it is called once.
 # (mypy reads the declaration only.)
 if TYPE_CHECKING:
     app: FastAPI

@@ -1306,7 +1306,7 @@ async def test_sqlite_file_that_becomes_writable_is_written() -> None:
 async def test_read_session_refuses_to_write() -> None:
     async with connected() as database, database.session(writes=False) as db:
         for write in (
-            main.update_user_if_same_password(db, main.User(id=1), token_version=1),
+            main.update_password_hash(db, main.User(id=1), ""),
             main.remove_user(db, 1),
             main.add_row(db, main.User(username="ada")),
         ):
@@ -2163,7 +2163,7 @@ async def test_rate_limit_of_two_budgets_shows_the_tighter(limits: Any) -> None:
     rate_limiter = main.RateLimiter(make_settings(**dict(zip(names, limits))))
     scope: dict[str, Any] = {"state": {"client": ADDRESS}}
     for budget in BUDGETS:
-        await rate_limiter.enforce(budget, scope)
+        await main.enforce_rate_limit(rate_limiter, budget, scope)
     assert scope["state"]["rate_limit"] == (True, 3, 2, 60)
 
 
