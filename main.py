@@ -44,14 +44,7 @@ import tempfile
 import time
 import unicodedata
 import weakref
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context, ContextVar
 from datetime import UTC, datetime
@@ -73,12 +66,7 @@ from psycopg.conninfo import make_conninfo
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
 from pydantic import MISSING, AfterValidator, BaseModel, Field, SecretStr
-from pydantic_core import (
-    ErrorDetails,
-    PydanticCustomError,
-    PydanticSerializationError,
-    to_json,
-)
+from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 from python_multipart.multipart import parse_options_header
 from redis.asyncio import Redis
@@ -211,12 +199,9 @@ class Settings(BaseSettings):
 
         A text of spaces only, which env_ignore_empty does not see, counts as not set.
         """
-        stripped = {}
-        for name, value in values.items():
-            value = value.strip() if isinstance(value, str) else value
-            if value != "":
-                stripped[name] = value
-        return stripped
+        texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
+        stripped = values | texts
+        return {k: v for k, v in stripped.items() if v != ""}
 
     @pydantic.model_validator(mode="after")
     def refuse_unsafe_values(self) -> "Settings":
@@ -310,7 +295,7 @@ class JsonFormatter(logging.Formatter):
         try:  # four times as fast as json.dumps
             line = to_json(fields, ensure_ascii=True, fallback=str, inf_nan_mode="null")
             return line.decode()
-        except PydanticSerializationError:  # text that is not valid Unicode
+        except ValueError:  # text that is not valid Unicode
             return json.dumps(fields, default=str)
 
     def message(self, record: logging.LogRecord) -> str:
@@ -649,16 +634,9 @@ class FairPool(AsyncAdaptedQueuePool):
     """A pool that serves requests in the order in which they came.
 
     In SQLAlchemy's own pool, newcomers overtake: under load, some requests wait until
-    they fail. Here, a request
-
-    1. waits for a slot of a semaphore, which is fair (`_do_get`),
-    2. takes a connection out of the pool, which starts a timer (`checkout`),
-    3. gives it back, which stops the timer (`checkin`) and frees the slot
-       (`_do_return_conn`).
-
-    If the timer ends first, it calls `abort_connection`. Without it, requests to a
-    silent server would hold all connections. `pool_timeout` limits both the wait in 1
-    and the time between 2 and 3.
+    they fail. Here, a request first waits for a slot of a semaphore, which is fair.
+    Then it may hold a connection until a timer ends. Without it, requests to a silent
+    server would hold all connections. `pool_timeout` limits both times.
 
     `_do_get` and `_do_return_conn` are private, but all pools of SQLAlchemy override
     them (as of 2.1.9). They are not async, so they cannot use `await`. An async engine
@@ -672,27 +650,45 @@ class FairPool(AsyncAdaptedQueuePool):
         self.slots = asyncio.Semaphore(self.size())
         # A record is the pool's entry for a connection, or for its successors. These
         # are all records, for invalidate_all. The set is weak, because SQLAlchemy drops
-        # a record, without an event, if the first statements on it fail (see below).
+        # a record without telling the pool if the first statements on it fail.
         self.records: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # Both start the timer: "connect" for the first statements, by which SQLAlchemy
-        # asks a server for its version and more, "checkout" for those of the request.
-        event.listen(self, "connect", self.start_timer)
-        event.listen(self, "checkout", self.start_timer)
-        event.listen(self, "checkin", self.stop_timer)
+        # On a new connection, SQLAlchemy sends statements of its own (it asks for the
+        # server's version), before `_do_get` ends. They have the timer, too.
+        event.listen(self, "connect", lambda _, record: self.start_timer(record))
 
-    # The events "connect" and "checkout" call this. Only "checkout" passes a third
-    # argument, which is not used.
-    def start_timer(
-        self, connection: object, record: ConnectionPoolEntry, proxy: object = None
-    ) -> None:
+    def _do_get(self) -> ConnectionPoolEntry:
+        await_(self.wait_for_slot())
+        try:
+            record = super()._do_get()
+        except BaseException:
+            self.slots.release()
+            raise
+        self.start_timer(record)
+        return record
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        self.stop_timer(record)
+        try:
+            super()._do_return_conn(record)
+        finally:
+            self.slots.release()
+
+    async def wait_for_slot(self) -> None:
+        try:
+            async with asyncio.timeout(self.timeout()):
+                await self.slots.acquire()
+        except TimeoutError:
+            raise sa_exc.TimeoutError("no connection was free in time") from None
+
+    def start_timer(self, record: ConnectionPoolEntry) -> None:
         self.records.add(record)
-        self.stop_timer(connection, record)  # the event "connect" may have started one
+        self.stop_timer(record)  # "connect" may have started one
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self.timeout(), self.abort_connection, record)
         self.timers[record] = timer
 
-    def stop_timer(self, connection: object, record: ConnectionPoolEntry) -> None:
+    def stop_timer(self, record: ConnectionPoolEntry) -> None:
         if record in self.timers:
             self.timers.pop(record).cancel()
 
@@ -710,27 +706,6 @@ class FairPool(AsyncAdaptedQueuePool):
             # The pool must not give this connection to the next request. (soft: at the
             # next checkout, the record opens a new one.)
             record.invalidate(soft=True)
-
-    async def wait_for_slot(self) -> None:
-        try:
-            async with asyncio.timeout(self.timeout()):
-                await self.slots.acquire()
-        except TimeoutError:
-            raise sa_exc.TimeoutError("no connection was free in time") from None
-
-    def _do_get(self) -> ConnectionPoolEntry:
-        await_(self.wait_for_slot())
-        try:
-            return super()._do_get()
-        except BaseException:
-            self.slots.release()
-            raise
-
-    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        try:
-            super()._do_return_conn(record)
-        finally:
-            self.slots.release()
 
     def invalidate_all(self) -> None:
         """Replace each connection before its next use.
@@ -964,19 +939,16 @@ class Database(MonitoredBackend):
             close_resets_only=False,
         )
 
-    async def create_tables_if_needed(self) -> None:
+    async def create_missing_tables(self) -> None:
+        """Any number of workers and hosts may call this at once."""
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         missing = Base.metadata.tables.keys() - names
-        is_start = not self.is_prepared
-        is_empty = not names
         # After an outage, create tables only in an empty database: if some tables
         # exist, a migration may be running.
-        if missing and (is_start or is_empty):
-            await self.create_missing_tables()
-
-    async def create_missing_tables(self) -> None:
-        """Any number of workers and hosts may call this at once."""
+        is_migrating = self.is_prepared and names
+        if not missing or is_migrating:
+            return
         async with self.write_engine.begin() as connection:
             if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
                 lock = sa.func.pg_advisory_xact_lock(7411)  # an arbitrary number
@@ -994,7 +966,7 @@ class Database(MonitoredBackend):
             # Open a connection, which takes long, before the first request needs it.
             async with self.read_engine.connect():
                 pass
-        await self.create_tables_if_needed()
+        await self.create_missing_tables()
 
     async def check(self) -> None:
         # Select all columns of all tables: this fails if one is missing. FOR UPDATE
@@ -1973,23 +1945,16 @@ class LimitsAndErrorsMiddleware:
             for name, value in scope["headers"]
             if name != b"content-type" or len(value) <= MAX_CONTENT_TYPE_BYTES
         ]
-        response = await self.run_app(scope, receive, send)
-        # If status_code is set, a response has started, and a second one cannot be
-        # sent. uvicorn closes the connection, because the first one is not complete.
-        if response and "status_code" not in scope["state"]:
-            await response(scope, receive, send)
-
-    async def run_app(
-        self, scope: Scope, receive: Receive, send: Send
-    ) -> Response | None:
-        """Return a response if an error has occurred."""
         timer = asyncio.timeout(self.timeout_seconds)
         try:
             async with timer:
-                await self.app(scope, self.limit_body(scope, receive), send)
-                return None
+                return await self.app(scope, self.limit_body(scope, receive), send)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - answered
-            return await self.answer_error(Request(scope), error, timer.expired())
+            response = await self.answer_error(Request(scope), error, timer.expired())
+        # If status_code is set, a response has started, and a second one cannot be
+        # sent. uvicorn closes the connection, because the first one is not complete.
+        if "status_code" not in scope["state"]:
+            await response(scope, receive, send)
 
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
@@ -2076,7 +2041,7 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
     return user
 
 
-def rate_limit_dependency(limit_name: str) -> Callable[[Request], Awaitable[None]]:
+def rate_limit_dependency(limit_name: str) -> Callable[[Request], object]:
     """Return a dependency that applies a limit, in addition to RateLimitMiddleware."""
 
     async def apply_limit(request: Request) -> None:
@@ -2093,9 +2058,7 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 # --- Health routes --------------------------------------------------------------------
 # For orchestrators and monitors: no rate limit, and only the log says what is wrong.
-# Some monitors send HEAD requests, which need a route of their own in FastAPI. (The
-# decorator for HEAD is above the one for GET, because the lower one is applied first:
-# so GET, the usual method, is matched first.)
+# Some monitors send HEAD requests, which need a route of their own in FastAPI.
 
 health_router = APIRouter(
     prefix="/health",
@@ -2314,9 +2277,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open the database, but start without it if it does not answer in a second."""
     database = Database(app.state.settings)
     app.state.database = database
-    checks = {database.start_check()}
-    if app.state.rate_limiter.redis:
-        checks.add(app.state.rate_limiter.redis.start_check())
+    backends = (database, app.state.rate_limiter.redis)  # None without REDIS_URL
+    checks = {backend.start_check() for backend in backends if backend}
     await asyncio.wait(checks, timeout=LIFESPAN_TIMEOUT_SECONDS)
     try:
         yield

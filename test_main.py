@@ -349,7 +349,6 @@ def free_port() -> int:
 
 
 def until(condition: Callable[[], Any], description: str) -> None:
-    """Wait for another process."""
     end = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < end, f"in vain: {description}"
@@ -357,7 +356,6 @@ def until(condition: Callable[[], Any], description: str) -> None:
 
 
 async def eventually(condition: Callable[[], Any], description: str) -> None:
-    """Wait for another task."""
     end = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < end, f"in vain: {description}"
@@ -1043,11 +1041,15 @@ async def test_silent_server_costs_only_requests_that_use_it(
     assert (await pg_ada.get("/users/me")).status_code == 200
 
 
-async def test_connection_held_for_too_long_is_not_used_again(pg_ada: Client) -> None:
-    for seconds in (5, 0):
-        async with held_connection(pg_ada.app.state.database):
+async def test_connection_is_used_again_unless_held_for_too_long(pg_ada: Any) -> None:
+    pids = []
+    for seconds in (0, 0, 5, 0):
+        async with held_connection(pg_ada.app.state.database) as db:
+            pids.append(await db.scalar(sa.select(sa.func.pg_backend_pid())))
             skip_time(seconds)
             await let_others_run()
+        skip_time(5)
+    assert pids[0] == pids[1] == pids[2] != pids[3]
 
 
 def waiting_for_locks(connection: psycopg.Connection[Any]) -> list[Any]:
@@ -1889,8 +1891,8 @@ async def test_login_renews_an_outdated_hash(database: main.Database) -> None:
         async with database.session(False) as read_db, database.session(True) as db:
             await main.authenticate_user(read_db, db, "ada", PASSWORD)
     async with database.session(writes=False) as db:
-        renewed = await main.read_token_owner(db, 1, 0)
-    assert renewed.password_hash.startswith(PARAMETERS)
+        user = await main.read_token_owner(db, 1, 0)
+    assert user.password_hash.startswith(PARAMETERS)
 
 
 @cases("call", HASHING)
@@ -3312,8 +3314,7 @@ async def test_upgrade_is_ignored(segments: Any, connection: Connection) -> None
 
 async def test_upgrade_in_a_pipeline_keeps_the_order(connection: Connection) -> None:
     post = POST + UPGRADE + HELLO
-    get = GET[:-2] + UPGRADE + b"\r\n"
-    await connection.send(GET + post + get + post + GET)
+    await connection.send(GET + post + GET[:-2] + UPGRADE + b"\r\n" + post + GET)
     assert connection.sizes() == [0, 5, 0, 5, 0]
 
 
