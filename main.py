@@ -112,9 +112,9 @@ def parse_database_url(value: str) -> sa.URL:
     if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
     if url.get_backend_name() == "sqlite":
-        # Refuse a host (sqlite://./app.db) and options (?mode=memory): compare the URL
-        # with one that has only the file name. In memory, each connection of the pool
-        # would have its own database.
+        # Compare the URL with one that has only a file name. This refuses a host, as in
+        # sqlite://./app.db, and options, such as mode=memory. (In memory, each
+        # connection of the pool would have its own database.)
         file_url = sa.URL.create(url.drivername, database=url.database)
         if url != file_url or url.database in {None, "", ":memory:"}:
             raise ValueError("should name a file, without options: sqlite:///./app.db")
