@@ -40,9 +40,9 @@ wsgi_app = "main:app"
 default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
 bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
 for address in bind:  # gunicorn's own message would not name the variable
-    match = re.fullmatch(r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd:.+", address)
+    match = re.fullmatch(r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd://.+", address)
     if not match or int(match[1] or 0) > 65535:
-        raise SystemExit(f"bad settings: BIND: {address}: no host:port, unix:… or fd:…")
+        raise SystemExit(f"bad settings: BIND: {address!r}: no host:port or unix:/path")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 errorlog = None  # gunicorn's errors go to the handler of main.setup_logging
 preload_app = True  # invalid settings stop the start; workers share rate limits

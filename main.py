@@ -122,11 +122,18 @@ def parse_database_url(value: str) -> sa.URL:
 
 
 def check_redis_url(value: str) -> str:
-    """Raise ValueError if redis-py refuses the URL, or does not know its options."""
+    """Raise ValueError if redis-py refuses the URL, or would misread it."""
+    # redis-py ignores a database that is no number. If a password has a /, ? or #, the
+    # part before it would count as the host, which gets into messages, and the log.
+    form = r"(rediss?://[^/?#]*(/[0-9]*)?|unix://[^?#]+)([?][^#@]*)?"
+    if not re.fullmatch(form, value):
+        raise ValueError("should be like redis://:password@host:6379/0, with / as %2F")
     try:
-        pool: Any = Redis.from_url(value).connection_pool  # its methods have no types
-        pool.make_connection()  # checks the options, and does not connect
-    except Exception:  # noqa: BLE001 - ValueError, TypeError, RedisError
+        client = Redis.from_url(value)
+        client.register_script("")  # checks the option "encoding"
+        pool: Any = client.connection_pool  # its methods have no types
+        pool.make_connection()  # checks the other options, and does not connect
+    except Exception:  # noqa: BLE001 - ValueError, TypeError, LookupError, RedisError
         raise ValueError("not a Redis URL with valid options") from None
     return value
 
@@ -2032,6 +2039,8 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
 
     The user's session is closed: what a route sets on the user is not stored.
     """
+    if not token:  # "Authorization: Bearer" without a token is no invalid token
+        raise oauth2_scheme.make_not_authenticated_error()
     user_id, version = decode_access_token(token, request.app.state.settings)
     # A session of its own, which gives its connection back before the route's session
     # takes one. If a request held two, requests could wait for each other for ever.

@@ -475,8 +475,9 @@ REFUSED_SETTINGS = {
         '["https://hunter2.example", "*"]',
     ],
     "REDIS_URL": [
-        *("https://:hunter2@h", "redis://:hunter2@h:99999"),
+        *("https://:hunter2@h", "redis://:hunter2@h:99999", "redis://h/hunter2"),
         *("redis://:hunter2@h?timeout=1", "redis://:hunter2@h?socket_timeout=one"),
+        *("redis://u:1#hunter2@h", "redis://u:1/hunter2@h", "redis://h?encoding=x"),
     ],
     "LOG_LEVEL": ["info", "HUNTER2"],
 }
@@ -496,9 +497,7 @@ def test_settings_refused_are_all_named_with_a_reason(environment: Environment) 
         environment(DATABASE_URL="hunter2", LOG_LEVEL="loud")
 
 
-@cases(
-    "line, why", {"UTF-8": (b"A=\xe9", "in .env"), "JSON": (b"CORS_ORIGINS=x", "char")}
-)
+@cases("line, why", {"text": (b"A=\xe9", ".env"), "JSON": (b"CORS_ORIGINS=x", "char")})
 def test_settings_file_is_refused(line: bytes, why: str, environment: Any) -> None:
     Path(".env").write_bytes(line)
     with pytest.raises(SystemExit, match=rf"\Abad settings: .+: .*{why}"):
@@ -808,6 +807,7 @@ async def test_error_does_not_contain_the_invalid_value(
 
 ERROR_HEADERS = {
     "no-token": ("GET /items", "", "www-authenticate: Bearer"),
+    "empty-token": ("GET /items", "Bearer", "www-authenticate: Bearer"),
     "other-scheme": ("GET /items", "Basic YTpi", "www-authenticate: Bearer"),
     "login": ("GET /fail/credentials", "", "www-authenticate: Bearer"),
     "rate-limited": ("GET /fail/rate-limited", "", "retry-after: 7"),
@@ -3102,7 +3102,7 @@ ROOT = Path(main.__file__).parent
 BAD_VALUES = {
     "BIND": [
         *("127.0.0.1:http", "127.0.0.1:65536", "127.0.0.1:-1", "host", ":80,host"),
-        *("80", "::1:80", "h://x:1"),
+        *("80", "::1:80", "h://x:1", "fd:x", "1\n2"),
     ],
     "PORT": ["0", "65536"],
     "WORKERS": ["0", "many", "9" * 5000],
