@@ -32,7 +32,7 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     with suppress(OSError, ValueError), open(quota_file) as file:
         quota, period = file.read().split()  # "200000 100000": two CPUs
-        cpus = min(cpus, math.ceil(int(quota) / int(period)))  # no int: "max 100000"
+        cpus = min(cpus, math.ceil(int(quota) / int(period)))  # ValueError for "max"
     return cpus
 
 
@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heart
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # only if you start main:create_app()
+    if not logging.getLogger().handlers:  # main:app sets them, main:create_app() not
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -80,9 +80,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # `cycle` is uvicorn's object for the latest request and its response.
+        # Not into a response that is being sent. (`cycle`: uvicorn's latest request.)
         if not self.cycle or self.cycle.response_complete:
-            self.refuse(408)  # else it would get into the response that is being sent
+            self.refuse(408)
 
     def data_received(self, data: bytes) -> None:
         if not self.is_in_body:
@@ -90,7 +90,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # (HttpParserUpgrade comes here from CONNECT only.)
+            self.refuse(400)  # CONNECT raises HttpParserUpgrade in both parsers
         if self.header_bytes > MAX_HEADER_BYTES:  # and they are not complete
             self.refuse(431)
 
@@ -118,7 +118,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
-        if self.header_timer.cancelled():  # by the headers of the request before
+        if self.header_timer.cancelled():  # by the previous request's complete headers
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -128,7 +128,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops it; refuse(400) then does nothing
+            raise httptools.HttpParserError  # ends feed_data; refuse(400) does nothing
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
@@ -164,12 +164,12 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # When uvicorn has shut down, it calls this handler, gunicorn's: exit with 0.
+        # uvicorn raises SIGTERM again when it has shut down: then this exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # called at SIGQUIT, despite its name
-        signal.raise_signal(signal.SIGTERM)  # (gunicorn sends SIGQUIT at Ctrl+C)
+    def handle_exit(self, *_: object) -> None:  # at SIGQUIT: gunicorn got Ctrl+C
+        signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:
         await super().callback_notify()

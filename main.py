@@ -99,14 +99,15 @@ def parse_database_url(value: str) -> sa.URL:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
-            # Let psycopg check the names of the options now. This does not connect.
+            # Check the names of the options: make_conninfo raises an error for one that
+            # libpq does not know. It does not connect.
             dialect_class = url.get_dialect()
             _, options = dialect_class().create_connect_args(url)
             make_conninfo(**options)
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
-    # After an @ in a password, the rest of the password would count as a part of the
-    # host, which drivers write into their messages, and so into the log.
+    # In "user:pass@word@host", "word@host" would count as the host, which drivers write
+    # into their messages, and so into the log.
     if "@" in (url.host or ""):
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
@@ -184,7 +185,7 @@ class Settings(BaseSettings):
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
-    # (pydantic would accept a text here, and parse it. mypy wants the field's type.)
+    # (pydantic-settings would parse a text here, too, but mypy wants the field's type.)
     DATABASE_URL: DatabaseUrl = parse_database_url("sqlite:///./app.db")
     DATABASE_POOL_SIZE: int = Field(default=5, ge=1)
     DATABASE_MAX_OVERFLOW: int = Field(default=10, ge=0)
@@ -244,7 +245,8 @@ def get_settings() -> Settings:
     except pydantic.ValidationError as error:
         reason = "; ".join(describe_invalid_value(e) for e in error.errors())
     except SettingsError as error:  # invalid JSON, or a secret that cannot be read
-        reason = f"{error}: {error.__cause__}"  # the error names the variable
+        # The error names the variable; its cause says what is wrong.
+        reason = f"{error}: {error.__cause__}"
     except (OSError, UnicodeDecodeError) as error:  # .env cannot be read, or decoded
         reason = f"{error}: in .env"
     raise SystemExit(f"bad settings: {reason}")
@@ -354,9 +356,9 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
-    # Under gunicorn, UvicornWorker later gives uvicorn.error the handlers and the level
-    # of gunicorn.error: so set this one. Under uvicorn alone, uvicorn has already given
-    # its own handlers to the other two: so replace these.
+    # Under gunicorn, UvicornWorker later copies handlers and level of gunicorn.error to
+    # uvicorn.error. Under uvicorn alone, "uvicorn" and "uvicorn.error" already have
+    # handlers of uvicorn. So replace the handlers of all three.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -367,7 +369,7 @@ def setup_logging(settings: Settings) -> None:
     access_logger = logging.getLogger("uvicorn.access")
     access_logger.handlers = []
     access_logger.propagate = False
-    logging.captureWarnings(True)
+    logging.captureWarnings(True)  # or Python would write them to stderr, as text
     # Do not look up which line of code logs, nor the name of the process: saves 5 µs.
     # (Python's Logging HOWTO describes both, under "Optimization".)
     logging._srcfile = None
@@ -421,10 +423,10 @@ class AppException(Exception):
 
 
 class UnauthorizedException(AppException):
-    # The same error for every fault of a token, so that a forger learns nothing.
+    # One error for every invalid token, so that a forger does not learn what is wrong.
     status_code = 401
     message = "The access token is not valid."
-    # RFC 6750 § 3.1 has this one code for every fault of a token.
+    # RFC 6750 § 3.1 has this one code for every invalid token.
     headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
 
@@ -519,14 +521,14 @@ def allowed_methods(request: Request) -> str:
     the path belongs to an application that you have mounted.
     """
     allowed = []
-    # Leave out mounted applications: a Mount matches every method. If one has answered,
-    # Starlette has added its path to root_path: so use the one of the settings.
+    # Leave out mounted applications: a Mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
+    # If a mounted application has answered, Starlette has changed the root_path.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
-        # Since FastAPI 0.165, app.routes contains included routers as a whole. They
-        # have no `methods`. `matches` works for routers and for routes.
+        # Not route.methods: since FastAPI 0.165, app.routes also contains routers,
+        # which have `matches`, but no `methods`.
         if any(route.matches(scope)[0] == Match.FULL for route in routes):
             allowed.append(method)
     return ", ".join(allowed)
@@ -536,7 +538,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     """Turn an HTTPException of the framework or of your code into a response."""
     if exc.status_code in {204, 304}:  # must not have a body
         return Response(None, exc.status_code, exc.headers)
-    error = AppException(exc.detail)  # the reason, for the log
+    error = AppException(exc.detail)  # for the log; clients get error.message
     error.status_code = exc.status_code
     error.headers = exc.headers
     if exc.status_code != 500:  # a 500 tells clients nothing
@@ -615,7 +617,7 @@ class Item(Base):
     owner_id: Mapped[int] = mapped_column(sa.ForeignKey(User.id, ondelete="CASCADE"))
     title: Mapped[str] = mapped_column(sa.String(200))
     description: Mapped[str | None] = mapped_column(sa.String(2000))
-    # No default: create_item sets both times to one moment. Two calls of now() differ.
+    # No default: create_item sets both times to the same moment.
     updated_at: Mapped[datetime] = mapped_column(onupdate=now)
 
 
@@ -642,12 +644,14 @@ class FairPool(AsyncAdaptedQueuePool):
 
     In SQLAlchemy's own pool, newcomers overtake: under load, some requests wait until
     they fail. Here, a request first waits for a slot of a semaphore, which is fair.
-    Then it may hold a connection until a timer ends. Without it, requests to a silent
-    server would hold all connections. `pool_timeout` limits both times.
+    Then a timer limits how long the request may hold a connection. Without the timer,
+    requests to a silent server would hold all connections. `pool_timeout` limits both
+    times.
 
-    `_do_get` and `_do_return_conn` are private, but all pools of SQLAlchemy override
-    them (as of 2.1.9). They are not async, so they cannot use `await`. An async engine
-    calls them in a greenlet, in which SQLAlchemy's `await_(coroutine)` does the same.
+    SQLAlchemy calls `_do_get` to take a connection out of the pool, and
+    `_do_return_conn` to give it back, also if connecting has failed. Both are private,
+    but all pools of SQLAlchemy override them (as of 2.1.9). They are not async:
+    SQLAlchemy's `await_(coroutine)` takes the place of `await` in them.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -655,13 +659,15 @@ class FairPool(AsyncAdaptedQueuePool):
         # size() and timeout() are methods of QueuePool: they return the arguments
         # pool_size and pool_timeout. (Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
-        # A record is the pool's entry for a connection, or for its successors. These
-        # are all records, for invalidate_all. The set is weak, because SQLAlchemy drops
-        # a record without telling the pool if the first statements on it fail.
+        # SQLAlchemy has a record for each connection of the pool. If the connection is
+        # lost, the record gets a new one. invalidate_all needs all records. The set is
+        # weak, because SQLAlchemy drops a record without telling the pool if the first
+        # statements on its connection fail.
         self.records: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # On a new connection, SQLAlchemy sends statements of its own (it asks for the
-        # server's version), before `_do_get` ends. They have the timer, too.
+        # On a new connection, SQLAlchemy first sends statements of its own (it asks for
+        # the server's version). This starts the timer for these statements, too. (If
+        # they fail, the timer ends later, finds a closed connection, and does nothing.)
         event.listen(self, "connect", lambda _, record: self.start_timer(record))
 
     def _do_get(self) -> ConnectionPoolEntry:
@@ -725,7 +731,7 @@ class FairPool(AsyncAdaptedQueuePool):
 
 
 def cut_message(context: sa.engine.ExceptionContext) -> None:
-    """Keep a message's first line: the next ones can show a row's password hash."""
+    """Keep a message's first line: PostgreSQL's second one can quote a whole row."""
     for error in (context.original_exception, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
@@ -741,7 +747,8 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
     sqlite_error = getattr(error, "sqlite_errorname", "")
     is_read_only = isinstance(error, psycopg.errors.ReadOnlySqlTransaction)
     if is_read_only or sqlite_error.startswith("SQLITE_READONLY"):
-        # As after a lost connection, SQLAlchemy then replaces the pool's connections.
+        # SQLAlchemy then replaces this connection and all older ones of the pool, as if
+        # this one were lost.
         context.is_disconnect = True
 
 
@@ -751,15 +758,16 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
     with suppress(sqlite3.OperationalError):
         connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA foreign_keys = ON")
+    # sqlite3 then sends no BEGIN. For write_engine, begin_immediate sends it, as
+    # SQLAlchemy's documentation advises. read_engine needs none.
+    connection.isolation_level = None
 
 
 def begin_immediate(connection: sa.Connection) -> None:
-    """Send the BEGIN of a transaction of SQLite's write_engine.
+    """Begin a transaction of SQLite's write_engine.
 
-    In AUTOCOMMIT (see Database.create_engine), sqlite3 sends no BEGIN of its own, so
-    this one is sent instead. SQLAlchemy still ends the transaction by commit() or
-    rollback(). IMMEDIATE takes the write lock at once: without it, a transaction that
-    reads before it writes fails if another has written in between.
+    IMMEDIATE takes the write lock at once. Without it, a transaction that reads before
+    it writes fails if another one has written in between.
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
@@ -890,6 +898,8 @@ class Database(MonitoredBackend):
             options["connect_args"] = {"prepare_threshold": None}
             # Otherwise, SQLAlchemy looks for the type hstore: three round trips.
             options["use_native_hstore"] = False
+            # No BEGIN and COMMIT. (__init__ turns transactions on for write_engine.)
+            options["isolation_level"] = "AUTOCOMMIT"
         engine = create_async_engine(
             url,
             **options,
@@ -897,9 +907,9 @@ class Database(MonitoredBackend):
             pool_size=pool_size,
             max_overflow=0,  # all connections stay open
             pool_timeout=seconds,
-            isolation_level="AUTOCOMMIT",  # __init__ gives write_engine transactions
             hide_parameters=True,  # or every error would log them
-            enable_from_linting=False,  # it warns of the cross join in Database.check
+            # Database.check selects from all tables without a join: do not warn of it.
+            enable_from_linting=False,
         )
         event.listen(engine.sync_engine, "handle_error", cut_message)
         event.listen(engine.sync_engine, "handle_error", drop_read_only_connections)
@@ -953,8 +963,8 @@ class Database(MonitoredBackend):
         missing = Base.metadata.tables.keys() - names
         # After an outage, create tables only in an empty database: if some tables
         # exist, a migration may be running.
-        is_migrating = self.is_prepared and names
-        if not missing or is_migrating:
+        may_be_migrating = self.is_prepared and bool(names)
+        if may_be_migrating or not missing:
             return
         async with self.write_engine.begin() as connection:
             if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
@@ -964,8 +974,8 @@ class Database(MonitoredBackend):
 
     async def prepare(self) -> None:
         # In an outage, the server may have failed over, and connections may lead to the
-        # former primary: replace them. (On PostgreSQL, write_engine shares this pool.
-        # SQLAlchemy has replaced check_engine's connection when the check failed.)
+        # former primary: replace those of read_engine. PostgreSQL's write_engine shares
+        # its pool. SQLAlchemy has already closed the connection whose check failed.
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1045,8 +1055,8 @@ NewUsername = Annotated[
 ]
 # NIST SP 800-63B-4: at least 15 characters without a second factor, and no other rules.
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), NormalizedValidator]
-# A login has few rules: a name that cannot exist gets 401, as any wrong name does, and
-# a password that is too long, as any wrong password. The bound is arbitrary.
+# A login has other rules than a registration: a name or password that nobody can have
+# gets 401, as any wrong one does, not 422. The bound is arbitrary.
 LoginText = Annotated[str, Field(min_length=1, max_length=1024)]
 LoginName = Annotated[LoginText, Field(pattern=NO_NUL), LowercaseValidator]
 LoginPassword = Annotated[LoginText, NormalizedValidator]
@@ -1110,8 +1120,8 @@ class ItemIn(RequestBody):
 
 
 class ItemPatch(RequestBody):
-    # MISSING: the field may be left out, and model_dump() then leaves it out, too. It
-    # may not be null, as `title: Title | None = None` would allow.
+    # MISSING is pydantic's value of a field that was not sent. model_dump() leaves such
+    # a field out. Unlike `title: Title | None = None`, it does not allow null.
     title: Title | MISSING = Field(default=MISSING, examples=["tea"])
     description: Description | None | MISSING = Field(
         default=MISSING, examples=["green"]
@@ -1169,8 +1179,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already.
 
-    (`run_sync` has an argument `limiter`, but lets other tasks run before it waits for
-    it: a whole burst of requests would pass this check before the first one counts.)
+    (Not by `run_sync(…, limiter=HASHING_LIMITER)`: it lets other tasks run before it
+    joins the queue, so a burst of requests would pass this check while nobody waits.)
     """
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
@@ -1194,10 +1204,10 @@ async def verify_password(password: str, stored_hash: str) -> tuple[bool, str | 
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    If a plain secret happened to be JSON, python-jose would parse it as such a key.
+    (python-jose also takes a plain secret, but would read JSON in it as such a key.)
     """
-    # A variable's bytes that are not UTF-8 arrive as surrogates. (Unlike a str with a
-    # min_length, a SecretStr accepts these.) surrogateescape restores the bytes.
+    # Python reads bytes of a variable that are not UTF-8 as surrogates, which SecretStr
+    # accepts. surrogateescape turns them back into the bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1244,11 +1254,12 @@ AFTER = sa.bindparam("after", type_=BigInt)
 # goes straight to that place in the index items_of_owner: then the last page costs what
 # the first does.
 LIST_ITEMS_QUERIES = {
-    # For PostgreSQL's query, SQLite would read all items of the owner.
+    # SQLite uses both columns of the index only for two plain comparisons. (For a row
+    # comparison, as below, it would read all items of the owner.)
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # For SQLite's query, PostgreSQL may read the index of the primary key, with items
-    # of all owners. Here, it reads items_of_owner from (owner, after) up to the owner's
-    # last item.
+    # PostgreSQL may choose the index of the primary key for two plain comparisons, and
+    # read items of all owners. With a row comparison, it reads items_of_owner, from
+    # (owner, after) up to the owner's last item.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1489,11 +1500,12 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- There is room again when the time at this index leaves the window. This is the oldest
--- time, index 0. But if the limit was lowered, more than `limit` times can be stored.
+-- There is room again when a certain time leaves the window: the oldest one, at index
+-- 0, or a later one, if the limit was lowered and more than `limit` times are stored.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
-local reset_seconds = math.ceil((member_and_time[2] + window - now) / 1000000)
+local reset_time = tonumber(member_and_time[2]) + window
+local reset_seconds = math.ceil((reset_time - now) / 1000000)
 -- The fields of RateLimitResult. Redis sends true as 1, and false as null.
 return {allowed, limit, math.max(0, limit - count), reset_seconds}
 """
@@ -1645,7 +1657,8 @@ class RedisRateLimiter(MonitoredBackend):
 
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
-        # This wait is outside the timeout: it means that the worker is busy, not Redis.
+        # Wait for a slot before the timeout begins: if all slots are taken, this worker
+        # is busy, but Redis need not be slow.
         async with self.slots:
             if self.in_outage:  # which may have begun during the wait
                 return None
@@ -1657,6 +1670,7 @@ class RedisRateLimiter(MonitoredBackend):
 
     async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
         keys = [f"{self.key_prefix}:{key}"]
+        # (Any: redis-py's types allow only texts in it.)
         arguments: Any = [limit, seconds * 1_000_000, secrets.token_hex(8)]
         async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
             allowed, *numbers = await self.script(keys, arguments)
@@ -1760,11 +1774,10 @@ def warn_of_untrusted_proxy() -> None:
 
 
 def is_peer_trusted(address: str, port: int, forwarded_for: str) -> bool:
-    """Guess whether FORWARDED_ALLOW_IPS names the peer (a proxy, or the client itself).
+    """Guess whether FORWARDED_ALLOW_IPS names the peer. Only a warning depends on it.
 
-    If it does, uvicorn replaces the peer's address and port by those in the header
-    X-Forwarded-For (the port by 0, if the header has none). So the address and port of
-    a trusted peer occur in the header. Only a warning depends on this guess.
+    uvicorn does not tell. It replaces the address and port of a trusted peer by those
+    in X-Forwarded-For (the port by 0, if the header has none). So look for them there.
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
@@ -1781,7 +1794,8 @@ class RequestLoggingMiddleware:
             return await self.app(scope, receive, send)
         started = time.perf_counter()
         # With ROOT_PATH=/shop, the proxy turns /shop/health into /health. ASGI wants
-        # the whole path here: put the prefix back. (FastAPI's root_path would not.)
+        # the whole path here, so put the prefix back. (FastAPI's argument root_path
+        # would not change the path.)
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1957,19 +1971,20 @@ class LimitsAndErrorsMiddleware:
             async with timer:
                 return await self.app(scope, self.limit_body(scope, receive), send)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - answered
+            # Made in any case, because this stores what the log line needs.
             response = await self.answer_error(Request(scope), error, timer.expired())
-        # If status_code is set, a response has started, and a second one cannot be
-        # sent. uvicorn closes the connection, because the first one is not complete.
-        if "status_code" not in scope["state"]:
-            await response(scope, receive, send)
+            # If status_code is set, a response has started, and a second one cannot be
+            # sent. uvicorn closes the connection, because the first is not complete.
+            if "status_code" not in scope["state"]:
+                await response(scope, receive, send)
 
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
-        # task.cancelling() counts the calls of task.cancel(). Above 0, uvicorn has made
-        # one, at a shutdown: asyncio.timeout takes its own call back, and a route that
-        # raises CancelledError makes none. uvicorn makes one only, so that the 503 can
-        # still be sent.
+        # A CancelledError has one of three causes. At a shutdown, uvicorn has called
+        # task.cancel(), which task.cancelling() counts. (uvicorn calls it only once, so
+        # the 503 can still be sent.) After the timeout, `is_late` is True. Otherwise,
+        # the route has raised it: a 500.
         task = asyncio.current_task()
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
@@ -1990,7 +2005,7 @@ class LimitsAndErrorsMiddleware:
 
         async def receive_limited() -> Message:
             nonlocal received_bytes
-            if received_bytes == 0:  # before the first part of the body
+            if received_bytes == 0:  # no part of the body has been read
                 self.check_body_headers(Headers(scope=scope))
             message = await receive()
             received_bytes += len(message.get("body", b""))
@@ -2017,7 +2032,8 @@ class LimitsAndErrorsMiddleware:
 # What a route asks for, and what a test overrides. All are async: sync functions would
 # wait for one of FastAPI's 40 threads.
 
-# The token's URL depends on settings. `customize_openapi` replaces this one in /docs.
+# A placeholder: the token's URL depends on settings. customize_openapi writes the real
+# one into the OpenAPI document.
 oauth2_scheme = OAuth2PasswordBearer("auth/token")
 BearerToken = Annotated[str, Depends(oauth2_scheme)]
 
@@ -2317,8 +2333,7 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
 
 
 def register_exception_handlers(app: FastAPI) -> None:
-    # Not app.add_exception_handler: mypy refuses functions whose `exc` is more special
-    # than Exception.
+    # Not app.add_exception_handler: mypy wants handlers whose `exc` is any Exception.
     app.exception_handler(AppException)(app_exception_handler)
     app.exception_handler(HTTPException)(http_exception_handler)
     app.exception_handler(RequestValidationError)(validation_exception_handler)
@@ -2354,7 +2369,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         # The base URL of the requests that /docs sends.
         servers=[{"url": settings.ROOT_PATH or "/"}],
         redirect_slashes=False,  # its redirects would be made from the Host header
-        # For api_router, as in health_router. (This does not change `routes` below.)
+        # For api_router. (The routes of health_router, below, have this already.)
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
