@@ -40,7 +40,7 @@ wsgi_app = "main:app"
 default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
 bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
 for address in bind:  # gunicorn's own message would not name the variable
-    match = re.fullmatch(r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd://.+", address)
+    match = re.fullmatch(r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd://[0-9]+", address)
     if not match or int(match[1] or 0) > 65535:
         raise SystemExit(f"bad settings: BIND: {address!r}: no host:port or unix:/path")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
@@ -111,7 +111,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
-        self.parser = parser = httptools.HttpRequestParser(self)
+        self.parser = parser = httptools.HttpRequestParser(self)  # empties self.headers
         parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn
         parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 

@@ -126,9 +126,10 @@ def check_redis_url(value: str) -> str:
     """Raise ValueError if redis-py refuses the URL, or would misread it."""
     # redis-py ignores a database that is no number. If a password has a /, ? or #, the
     # part before it would count as the host, which gets into messages, and the log.
-    form = r"(rediss?://[^/?#]*(/[0-9]*)?|unix://[^?#]+)([?][^#@]*)?"
-    if not re.fullmatch(form, value):
-        raise ValueError("should be like redis://:password@host:6379/0, with / as %2F")
+    tcp = "rediss?://[^/?#]*(/[0-9]*/?)?"
+    unix = "unix://([^/?#@]*@)?/[^?#@]*"
+    if not re.fullmatch(f"({tcp}|{unix})([?][^#@]*)?", value):
+        raise ValueError("is not like redis://:password@host:6379/0, with / as %2F")
     try:
         client = Redis.from_url(value)
         client.register_script("")  # checks the option "encoding"
@@ -357,8 +358,8 @@ def setup_logging(settings: Settings) -> None:
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
     # Under gunicorn, UvicornWorker later copies handlers and level of gunicorn.error to
-    # uvicorn.error. Under uvicorn alone, "uvicorn" and "uvicorn.error" already have
-    # handlers of uvicorn. So replace the handlers of all three.
+    # uvicorn.error. Under uvicorn alone, "uvicorn" has uvicorn's own handler, to which
+    # uvicorn.error passes its records. So give all three this handler.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -527,7 +528,7 @@ def allowed_methods(request: Request) -> str:
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
-        # Not route.methods: since FastAPI 0.165, app.routes also contains routers,
+        # Not route.methods: since FastAPI 0.137, app.routes also contains routers,
         # which have `matches`, but no `methods`.
         if any(route.matches(scope)[0] == Match.FULL for route in routes):
             allowed.append(method)
@@ -580,7 +581,7 @@ async def unhandled_exception_handler(request: Request, exc: BaseException) -> R
 
 
 # --- Models ---------------------------------------------------------------------------
-# The tables. The service creates missing tables at its start; it never changes one.
+# The tables. Database.create_missing_tables creates them. Nothing changes them later.
 
 # SQLite autoincrements only primary keys of type INTEGER, which has 64 bits in SQLite.
 BigInt = sa.BigInteger().with_variant(sa.Integer, "sqlite")
@@ -648,9 +649,9 @@ class FairPool(AsyncAdaptedQueuePool):
     requests to a silent server would hold all connections. `pool_timeout` limits both
     times.
 
-    SQLAlchemy calls `_do_get` to take a connection out of the pool, and
-    `_do_return_conn` to give it back, also if connecting has failed. Both are private,
-    but all pools of SQLAlchemy override them (as of 2.1.9). They are not async:
+    SQLAlchemy calls `_do_get` to take a connection out of the pool, and, if this has
+    not raised an exception, `_do_return_conn` to give it back. Both are private, but
+    all pools of SQLAlchemy override them (as of 2.1.9). They are not async:
     SQLAlchemy's `await_(coroutine)` takes the place of `await` in them.
     """
 
@@ -666,22 +667,21 @@ class FairPool(AsyncAdaptedQueuePool):
         self.records: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # On a new connection, SQLAlchemy first sends statements of its own (it asks for
-        # the server's version). This starts the timer for these statements, too. (If
-        # they fail, the timer ends later, finds a closed connection, and does nothing.)
+        # the server's version). "connect" starts the timer for these. (If they fail, it
+        # ends later, finds no connection, and does nothing.)
         event.listen(self, "connect", lambda _, record: self.start_timer(record))
+        event.listen(self, "checkout", lambda _, record, _2: self.start_timer(record))
+        event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
 
     def _do_get(self) -> ConnectionPoolEntry:
         await_(self.wait_for_slot())
         try:
-            record = super()._do_get()
+            return super()._do_get()
         except BaseException:
             self.slots.release()
             raise
-        self.start_timer(record)
-        return record
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        self.stop_timer(record)
         try:
             super()._do_return_conn(record)
         finally:
@@ -696,7 +696,7 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def start_timer(self, record: ConnectionPoolEntry) -> None:
         self.records.add(record)
-        self.stop_timer(record)  # "connect" may have started one
+        self.stop_timer(record)  # the event "connect" may have started one
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self.timeout(), self.abort_connection, record)
         self.timers[record] = timer
@@ -747,8 +747,8 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
     sqlite_error = getattr(error, "sqlite_errorname", "")
     is_read_only = isinstance(error, psycopg.errors.ReadOnlySqlTransaction)
     if is_read_only or sqlite_error.startswith("SQLITE_READONLY"):
-        # SQLAlchemy then replaces this connection and all older ones of the pool, as if
-        # this one were lost.
+        # SQLAlchemy then replaces all connections that the pool has now, as if this one
+        # were lost.
         context.is_disconnect = True
 
 
@@ -975,7 +975,7 @@ class Database(MonitoredBackend):
     async def prepare(self) -> None:
         # In an outage, the server may have failed over, and connections may lead to the
         # former primary: replace those of read_engine. PostgreSQL's write_engine shares
-        # its pool. SQLAlchemy has already closed the connection whose check failed.
+        # its pool. If check_engine's connection was lost, SQLAlchemy has closed it.
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1039,7 +1039,7 @@ def to_utc(moment: datetime) -> datetime:
     if moment.tzinfo is None:  # from SQLite, which stores no zone
         return moment.replace(tzinfo=UTC)
     # A request (if you add a time to one) can have any zone. So can PostgreSQL, if
-    # DATABASE_URL overrides the option timezone=UTC.
+    # something overrides the option timezone=UTC.
     try:
         return moment.astimezone(UTC)
     except OverflowError:  # 9999-12-31T23:00-05:00 would be in the year 10000
@@ -1055,8 +1055,8 @@ NewUsername = Annotated[
 ]
 # NIST SP 800-63B-4: at least 15 characters without a second factor, and no other rules.
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), NormalizedValidator]
-# A login has other rules than a registration: a name or password that nobody can have
-# gets 401, as any wrong one does, not 422. The bound is arbitrary.
+# A login has fewer rules than a registration: a name such as "?!", which nobody can
+# have, gets 401, as any wrong one does. The length is arbitrary.
 LoginText = Annotated[str, Field(min_length=1, max_length=1024)]
 LoginName = Annotated[LoginText, Field(pattern=NO_NUL), LowercaseValidator]
 LoginPassword = Annotated[LoginText, NormalizedValidator]
@@ -1902,7 +1902,7 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
     requests, such as logins, count in several limits: the headers show the limit that
     refused, else the one with the fewest requests remaining.
     """
-    state = scope["state"]
+    state = scope["state"]  # RequestLoggingMiddleware has put `client` there
     result = await limiter.hit(name, state["client"])
     previous: RateLimitResult | None = state.get("rate_limit")
     is_tighter = previous is None or result.remaining < previous.remaining
@@ -1966,25 +1966,25 @@ class LimitsAndErrorsMiddleware:
             for name, value in scope["headers"]
             if name != b"content-type" or len(value) <= MAX_CONTENT_TYPE_BYTES
         ]
+        response: Response | None = None
         timer = asyncio.timeout(self.timeout_seconds)
         try:
             async with timer:
-                return await self.app(scope, self.limit_body(scope, receive), send)
+                await self.app(scope, self.limit_body(scope, receive), send)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - answered
-            # Made in any case, because this stores what the log line needs.
             response = await self.answer_error(Request(scope), error, timer.expired())
-            # If status_code is set, a response has started, and a second one cannot be
-            # sent. uvicorn closes the connection, because the first is not complete.
-            if "status_code" not in scope["state"]:
-                await response(scope, receive, send)
+        # If status_code is set, a response has started, and a second one cannot be
+        # sent. uvicorn closes the connection, because the first one is not complete.
+        if response and "status_code" not in scope["state"]:
+            await response(scope, receive, send)
 
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
-        # A CancelledError has one of three causes. At a shutdown, uvicorn has called
-        # task.cancel(), which task.cancelling() counts. (uvicorn calls it only once, so
-        # the 503 can still be sent.) After the timeout, `is_late` is True. Otherwise,
-        # the route has raised it: a 500.
+        # At a shutdown, uvicorn has called task.cancel(), and task.cancelling() counts
+        # that. (uvicorn calls it only once, so the 503 can still be sent.) After the
+        # timeout, asyncio.timeout has taken its own call back, and `is_late` is True.
+        # If a route has raised CancelledError itself, nobody has called cancel(): a 500.
         task = asyncio.current_task()
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
@@ -2373,7 +2373,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router: since FastAPI 0.165, an included router is matched first,
+        # Not include_router: since FastAPI 0.137, an included router is matched first,
         # and then its routes, which makes health checks a fifth slower. The price:
         # dependency_overrides has no effect on them. (They have no dependencies.)
         routes=health_router.routes,
