@@ -1984,7 +1984,7 @@ class LimitsAndErrorsMiddleware:
         # At a shutdown, uvicorn has called task.cancel(), and task.cancelling() counts
         # that. (uvicorn calls it only once, so the 503 can still be sent.) After the
         # timeout, asyncio.timeout has taken its own call back, and `is_late` is True.
-        # If a route has raised CancelledError itself, nobody has called cancel(): a 500.
+        # If a route has raised CancelledError itself, nobody has called it: a 500.
         task = asyncio.current_task()
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
