@@ -50,6 +50,7 @@ from contextvars import Context, ContextVar
 from datetime import UTC, datetime
 from functools import cache, lru_cache, partial
 from operator import attrgetter
+from traceback import clear_frames
 from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 from urllib.parse import quote
 
@@ -730,6 +731,19 @@ class FairPool(AsyncAdaptedQueuePool):
             record.invalidate(soft=True)
 
 
+async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
+    """Connect, and leave nothing open if that fails or is cancelled.
+
+    In psycopg 3.3, the exception's traceback then holds the connection, and itself: the
+    socket would stay open until the garbage collector runs, which can take minutes.
+    """
+    try:
+        return await psycopg.AsyncConnection.connect(*args, **options)
+    except BaseException as error:
+        clear_frames(error.__traceback__)
+        raise
+
+
 def cut_message(context: sa.engine.ExceptionContext) -> None:
     """Keep a message's first line: PostgreSQL's second one can quote a whole row."""
     for error in (context.original_exception, context.sqlalchemy_exception):
@@ -894,8 +908,11 @@ class Database(MonitoredBackend):
             options["connect_args"] = {"timeout": seconds}  # for SQLite's lock
         else:
             url = url.set(query=self.postgresql_options())
-            # No prepared statements: after an ALTER TABLE, PostgreSQL refuses them.
-            options["connect_args"] = {"prepare_threshold": None}
+            options["connect_args"] = {
+                "async_creator_fn": connect_to_postgresql,
+                # No prepared statements: after an ALTER TABLE, PostgreSQL refuses them.
+                "prepare_threshold": None,
+            }
             # Otherwise, SQLAlchemy looks for the type hstore: three round trips.
             options["use_native_hstore"] = False
             # No BEGIN and COMMIT. (__init__ turns transactions on for write_engine.)
