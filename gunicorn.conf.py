@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heart
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # main:app sets them, main:create_app() not
+    if not logging.getLogger().handlers:  # main:create_app() does not set up logging
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -69,7 +69,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), with limits on headers, and without `Upgrade`."""
 
     is_in_body = False  # True between the end of the headers and the end of the body
-    header_bytes = 0  # received since the last body; 0 when the headers are complete
+    header_bytes = 0  # received before the headers are complete, which sets it to 0
     is_stopping = False  # True when the worker ends
 
     def connection_made(self, transport: Any) -> None:
@@ -80,7 +80,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # Not into a response that is being sent. (`cycle`: uvicorn's latest request.)
+        # Not while a response is being sent. (`cycle` is uvicorn's latest request.)
         if not self.cycle or self.cycle.response_complete:
             self.refuse(408)
 
@@ -90,15 +90,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # CONNECT raises HttpParserUpgrade in both parsers
+            self.refuse(400)  # (HttpParserUpgrade: the method CONNECT, see `parse`)
         if self.header_bytes > MAX_HEADER_BYTES:  # and they are not complete
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
-        After headers with `Upgrade`, the parser stops. So a new one reads them without
-        it, and then the rest of `data`. (uvicorn would drop this, which is the body.)
+        The parser stops after headers with `Upgrade`. So a new parser gets the headers
+        without it, and the body, which uvicorn would drop. (CONNECT stops it, too.)
         """
         while data:
             try:
@@ -111,7 +111,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
-        self.parser = parser = httptools.HttpRequestParser(self)  # empties self.headers
+        self.parser = parser = httptools.HttpRequestParser(self)
         parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn
         parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
@@ -128,7 +128,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # ends feed_data; refuse(400) does nothing
+            raise httptools.HttpParserError  # to stop the parser
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
@@ -164,11 +164,11 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn raises SIGTERM again when it has shut down: then this exits with 0.
-        signal.signal(signal.SIGTERM, self.handle_quit)
+        # When uvicorn has shut down, it restores this handler, and raises SIGTERM again.
+        signal.signal(signal.SIGTERM, self.handle_quit)  # gunicorn's; exits with 0
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # at SIGQUIT: gunicorn got Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, as after Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

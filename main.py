@@ -127,8 +127,8 @@ def check_redis_url(value: str) -> str:
     """Raise ValueError if redis-py refuses the URL, or would misread it."""
     # redis-py ignores a database that is no number. If a password has a /, ? or #, the
     # part before it would count as the host, which gets into messages, and the log.
-    tcp = "rediss?://[^/?#]*(/[0-9]*/?)?"
-    unix = "unix://([^/?#@]*@)?/[^?#@]*"
+    tcp = "rediss?://[^/?#]*(/[0-9]*/?)?"  # host, and maybe the number of a database
+    unix = "unix://([^/?#@]*@)?/[^?#@]*"  # maybe a user and password, and a path
     if not re.fullmatch(f"({tcp}|{unix})([?][^#@]*)?", value):
         raise ValueError("is not like redis://:password@host:6379/0, with / as %2F")
     try:
@@ -360,7 +360,8 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
     # Under gunicorn, UvicornWorker later copies handlers and level of gunicorn.error to
     # uvicorn.error. Under uvicorn alone, "uvicorn" has uvicorn's own handler, to which
-    # uvicorn.error passes its records. So give all three this handler.
+    # uvicorn.error passes its records. With this handler in all three, each record is
+    # written once, in our format.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -525,7 +526,7 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     # Leave out mounted applications: a Mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # If a mounted application has answered, Starlette has changed the root_path.
+    # A Mount that has matched leaves its own root_path. No route matches with that.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -662,14 +663,14 @@ class FairPool(AsyncAdaptedQueuePool):
         # pool_size and pool_timeout. (Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
         # SQLAlchemy has a record for each connection of the pool. If the connection is
-        # lost, the record gets a new one. invalidate_all needs all records. The set is
-        # weak, because SQLAlchemy drops a record without telling the pool if the first
-        # statements on its connection fail.
+        # lost, the record gets a new one. invalidate_all needs all records, but the
+        # base class lists only idle ones. The set is weak, because SQLAlchemy drops a
+        # record, without an event, if the first statements on its connection fail.
         self.records: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # On a new connection, SQLAlchemy first sends statements of its own (it asks for
-        # the server's version). "connect" starts the timer for these. (If they fail, it
-        # ends later, finds no connection, and does nothing.)
+        # the server's version). "connect" starts the timer for these. (If they fail,
+        # nobody stops the timer. abort_connection then finds no connection.)
         event.listen(self, "connect", lambda _, record: self.start_timer(record))
         event.listen(self, "checkout", lambda _, record, _2: self.start_timer(record))
         event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
@@ -734,8 +735,9 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    In psycopg 3.3, the exception's traceback then holds the connection, and itself: the
-    socket would stay open until the garbage collector runs, which can take minutes.
+    In psycopg 3.3, a frame in the exception's traceback holds the exception and the
+    connection. Without clear_frames, the socket of the connection would stay open until
+    the garbage collector finds this cycle, which can take minutes.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -754,8 +756,8 @@ def cut_message(context: sa.engine.ExceptionContext) -> None:
 def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
     """Replace the pool's connections if one is read-only.
 
-    After a failover, a read-only connection leads to the former primary. On SQLite, it
-    was opened while the file was not writable.
+    After a failover, a read-only connection leads to the former primary. On SQLite, a
+    connection that was opened while the file was not writable stays read-only.
     """
     error = context.original_exception
     sqlite_error = getattr(error, "sqlite_errorname", "")
@@ -772,8 +774,8 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
     with suppress(sqlite3.OperationalError):
         connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA foreign_keys = ON")
-    # sqlite3 then sends no BEGIN. For write_engine, begin_immediate sends it, as
-    # SQLAlchemy's documentation advises. read_engine needs none.
+    # With None, sqlite3 sends no BEGIN of its own. For write_engine, begin_immediate
+    # sends it, as SQLAlchemy's documentation advises. read_engine needs none.
     connection.isolation_level = None
 
 
@@ -978,8 +980,9 @@ class Database(MonitoredBackend):
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         missing = Base.metadata.tables.keys() - names
-        # After an outage, create tables only in an empty database: if some tables
-        # exist, a migration may be running.
+        # At the start, create missing tables. (Migrate before the start.) After an
+        # outage, the database may be a new one, which is empty. If it has some tables,
+        # a migration may be running.
         may_be_migrating = self.is_prepared and bool(names)
         if may_be_migrating or not missing:
             return
@@ -991,8 +994,9 @@ class Database(MonitoredBackend):
 
     async def prepare(self) -> None:
         # In an outage, the server may have failed over, and connections may lead to the
-        # former primary: replace those of read_engine. PostgreSQL's write_engine shares
-        # its pool. If check_engine's connection was lost, SQLAlchemy has closed it.
+        # former primary. Replace those of read_engine, and so of PostgreSQL's
+        # write_engine, which shares the pool. (SQLite does not fail over. If the
+        # connection of check_engine was lost, SQLAlchemy has closed it.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1197,7 +1201,7 @@ async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already.
 
     (Not by `run_sync(…, limiter=HASHING_LIMITER)`: it lets other tasks run before it
-    joins the queue, so a burst of requests would pass this check while nobody waits.)
+    joins the queue. All requests of a burst would see an empty queue, and pass.)
     """
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
@@ -1221,7 +1225,8 @@ async def verify_password(password: str, stored_hash: str) -> tuple[bool, str | 
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    (python-jose also takes a plain secret, but would read JSON in it as such a key.)
+    (python-jose also takes a text. But if the text happens to be JSON, python-jose
+    parses it as such a key.)
     """
     # Python reads bytes of a variable that are not UTF-8 as surrogates, which SecretStr
     # accepts. surrogateescape turns them back into the bytes.
@@ -1271,12 +1276,12 @@ AFTER = sa.bindparam("after", type_=BigInt)
 # goes straight to that place in the index items_of_owner: then the last page costs what
 # the first does.
 LIST_ITEMS_QUERIES = {
-    # SQLite uses both columns of the index only for two plain comparisons. (For a row
-    # comparison, as below, it would read all items of the owner.)
+    # owner_id = :owner AND id > :after
+    # With the other query, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # PostgreSQL may choose the index of the primary key for two plain comparisons, and
-    # read items of all owners. With a row comparison, it reads items_of_owner, from
-    # (owner, after) up to the owner's last item.
+    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
+    # With the other query, PostgreSQL may read the primary key's index, with the items
+    # of all owners.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1317,7 +1322,7 @@ async def update_password_hash(db: AsyncSession, user: User, new_hash: str) -> b
 async def update_token_version(db: AsyncSession, user_id: int) -> None:
     """Add 1, which makes all tokens of the user invalid."""
     query = sa.update(User).where(User.id == user_id)
-    # Added by the database: another request may have done so since the user was read.
+    # The database adds, not Python: another request may have done so in the meantime.
     await db.execute(query.values(token_version=User.token_version + 1))
 
 
@@ -1517,8 +1522,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- There is room again when a certain time leaves the window: the oldest one, at index
--- 0, or a later one, if the limit was lowered and more than `limit` times are stored.
+-- There is room again when the time at this index leaves the window. Usually, this is
+-- the oldest time (index 0). If the limit was lowered, some more must leave before.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
@@ -1793,8 +1798,9 @@ def warn_of_untrusted_proxy() -> None:
 def is_peer_trusted(address: str, port: int, forwarded_for: str) -> bool:
     """Guess whether FORWARDED_ALLOW_IPS names the peer. Only a warning depends on it.
 
-    uvicorn does not tell. It replaces the address and port of a trusted peer by those
-    in X-Forwarded-For (the port by 0, if the header has none). So look for them there.
+    If it does, uvicorn has replaced the peer's address and port by those of a client in
+    X-Forwarded-For (the port by 0, if the header has none). So if `address` and `port`
+    are in this header, the peer is probably trusted.
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
@@ -1810,8 +1816,8 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # With ROOT_PATH=/shop, the proxy turns /shop/health into /health. ASGI wants
-        # the whole path here, so put the prefix back. (FastAPI's argument root_path
+        # With ROOT_PATH=/shop, the proxy turns /shop/health into /health. In ASGI, the
+        # path includes root_path, so put the prefix back. (FastAPI's argument root_path
         # would not change the path.)
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
@@ -1865,7 +1871,8 @@ class RequestLoggingMiddleware:
         }
         optional = ("client", "user_id", "trace_id", "reason")
         fields |= {name: state[name] for name in optional if name in state}
-        # If a response fails after its headers have been sent, its status stays 200.
+        # A response that fails after its headers keeps its status 200: then, only the
+        # reason shows the failure.
         is_warning = status_code >= 500 or "reason" in state
         level = logging.WARNING if is_warning else logging.INFO
         if exception:
@@ -1998,10 +2005,11 @@ class LimitsAndErrorsMiddleware:
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
-        # At a shutdown, uvicorn has called task.cancel(), and task.cancelling() counts
-        # that. (uvicorn calls it only once, so the 503 can still be sent.) After the
-        # timeout, asyncio.timeout has taken its own call back, and `is_late` is True.
-        # If a route has raised CancelledError itself, nobody has called it: a 500.
+        # 1. At a shutdown, uvicorn cancels this task: cancelling() is above 0, a 503.
+        #    (uvicorn cancels only once, so the 503 can still be sent.)
+        # 2. After the timeout, asyncio.timeout cancels it, too, but then uncancels it:
+        #    cancelling() is 0, and `is_late` is True: a 504.
+        # 3. A route has raised CancelledError itself: a 500, as for any exception.
         task = asyncio.current_task()
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
@@ -2072,7 +2080,7 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
 
     The user's session is closed: what a route sets on the user is not stored.
     """
-    if not token:  # "Authorization: Bearer" without a token is no invalid token
+    if not token:  # "Authorization: Bearer" alone: as if there were no header
         raise oauth2_scheme.make_not_authenticated_error()
     user_id, version = decode_access_token(token, request.app.state.settings)
     # A session of its own, which gives its connection back before the route's session
@@ -2350,7 +2358,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
 
 
 def register_exception_handlers(app: FastAPI) -> None:
-    # Not app.add_exception_handler: mypy wants handlers whose `exc` is any Exception.
+    # Not app.add_exception_handler, whose type wants handlers of any Exception. The
+    # decorator has no such type.
     app.exception_handler(AppException)(app_exception_handler)
     app.exception_handler(HTTPException)(http_exception_handler)
     app.exception_handler(RequestValidationError)(validation_exception_handler)
@@ -2390,9 +2399,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router: since FastAPI 0.137, an included router is matched first,
-        # and then its routes, which makes health checks a fifth slower. The price:
-        # dependency_overrides has no effect on them. (They have no dependencies.)
+        # Not include_router, because of the speed: since FastAPI 0.137, an included
+        # router costs one more match, a fifth of a health check. The price:
+        # dependency_overrides has no effect on these routes. (They have none.)
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
