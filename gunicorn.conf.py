@@ -104,8 +104,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             try:
                 return self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]  # the bytes after the headers
-            self.repeat_headers_without_upgrade()
+                data = data[upgrade.args[0] :]  # the body, for the new parser
+                self.repeat_headers_without_upgrade()
 
     def repeat_headers_without_upgrade(self) -> None:
         version = self.parser.get_http_version().encode()
@@ -118,7 +118,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
-        if self.header_timer.cancelled():  # by the previous request's complete headers
+        if self.header_timer.cancelled():  # at the end of the last request's headers
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -164,7 +164,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # When uvicorn has shut down, it restores this handler, and raises SIGTERM again.
+        # After its shutdown, uvicorn restores this handler, and raises SIGTERM again.
         signal.signal(signal.SIGTERM, self.handle_quit)  # gunicorn's; exits with 0
         super().run()
 

@@ -187,7 +187,8 @@ class Settings(BaseSettings):
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
-    # (pydantic-settings would parse a text here, too, but mypy wants the field's type.)
+    # (pydantic-settings validates defaults, too, so a text would do. But mypy wants the
+    # field's type.)
     DATABASE_URL: DatabaseUrl = parse_database_url("sqlite:///./app.db")
     DATABASE_POOL_SIZE: int = Field(default=5, ge=1)
     DATABASE_MAX_OVERFLOW: int = Field(default=10, ge=0)
@@ -1272,14 +1273,12 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # sa.tuple_, which is used below, does not infer the types of its parameters.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# Both queries return the owner's items after `after`. They differ so that each database
+# Both queries mean: owner_id = :owner AND id > :after. They differ so that each database
 # goes straight to that place in the index items_of_owner: then the last page costs what
 # the first does.
 LIST_ITEMS_QUERIES = {
-    # owner_id = :owner AND id > :after
     # With the other query, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
     # With the other query, PostgreSQL may read the primary key's index, with the items
     # of all owners.
     "postgresql": ITEMS_QUERY.where(
@@ -1658,8 +1657,9 @@ class RedisRateLimiter(MonitoredBackend):
         self.slots = asyncio.Semaphore(REDIS_CONNECTIONS - 1)
 
     async def check(self) -> None:
-        # Ignore the result: if Redis is slow or read-only, this raises an exception. A
-        # check takes no slot, because it must not wait behind requests.
+        # Ignore the result: if Redis is slow, or read-only (ZREMRANGEBYSCORE writes),
+        # this raises an exception. A check takes no slot, because it must not wait
+        # behind requests.
         await self.run_script("check", limit=1, seconds=1)
 
     async def prepare(self) -> None:
@@ -1769,9 +1769,9 @@ SECURITY_HEADERS = {
 # RFC 6797 § 7.2: over https only. Not for subdomains: they may be somebody else's.
 HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
 LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
-OTHER_HEADERS = ("Location", "Retry-After", "X-Request-ID", "X-Response-Time")
+RESPONSE_HEADERS = ("Location", "Retry-After", "X-Request-ID", "X-Response-Time")
 # What scripts of the origins in CORS_ORIGINS may read: all that the service adds.
-EXPOSED_HEADERS = (*SECURITY_HEADERS, *HTTPS_HEADERS, *LIMIT_HEADERS, *OTHER_HEADERS)
+EXPOSED_HEADERS = (*SECURITY_HEADERS, *HTTPS_HEADERS, *LIMIT_HEADERS, *RESPONSE_HEADERS)
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
 # Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline.
 DOCS_CSP = (
