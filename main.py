@@ -1273,9 +1273,9 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # sa.tuple_, which is used below, does not infer the types of its parameters.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# Both queries mean: owner_id = :owner AND id > :after. They differ so that each database
-# goes straight to that place in the index items_of_owner: then the last page costs what
-# the first does.
+# Both queries mean: owner_id = :owner AND id > :after. They differ so that each
+# database goes straight to that place in the index items_of_owner: then the last page
+# costs what the first does.
 LIST_ITEMS_QUERIES = {
     # With the other query, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
