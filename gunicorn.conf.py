@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heart
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # main:create_app() does not set up logging
+    if not logging.getLogger().handlers:  # only with: gunicorn "main:create_app()"
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -69,7 +69,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), with limits on headers, and without `Upgrade`."""
 
     is_in_body = False  # True between the end of the headers and the end of the body
-    header_bytes = 0  # received before the headers are complete, which sets it to 0
+    header_bytes = 0  # of the next request's headers; 0 when they are complete
     is_stopping = False  # True when the worker ends
 
     def connection_made(self, transport: Any) -> None:

@@ -130,7 +130,7 @@ def check_redis_url(value: str) -> str:
     tcp = "rediss?://[^/?#]*(/[0-9]*/?)?"  # host, and maybe the number of a database
     unix = "unix://([^/?#@]*@)?/[^?#@]*"  # maybe a user and password, and a path
     if not re.fullmatch(f"({tcp}|{unix})([?][^#@]*)?", value):
-        raise ValueError("is not like redis://:password@host:6379/0, with / as %2F")
+        raise ValueError("is not like redis://:password@host:6379/0, or not encoded")
     try:
         client = Redis.from_url(value)
         client.register_script("")  # checks the option "encoding"
@@ -187,8 +187,7 @@ class Settings(BaseSettings):
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
-    # (pydantic-settings validates defaults, too, so a text would do. But mypy wants the
-    # field's type.)
+    # (pydantic-settings would parse a text, too, but mypy wants the field's type.)
     DATABASE_URL: DatabaseUrl = parse_database_url("sqlite:///./app.db")
     DATABASE_POOL_SIZE: int = Field(default=5, ge=1)
     DATABASE_MAX_OVERFLOW: int = Field(default=10, ge=0)
@@ -912,6 +911,7 @@ class Database(MonitoredBackend):
         else:
             url = url.set(query=self.postgresql_options())
             options["connect_args"] = {
+                # SQLAlchemy calls this in place of psycopg's own function.
                 "async_creator_fn": connect_to_postgresql,
                 # No prepared statements: after an ALTER TABLE, PostgreSQL refuses them.
                 "prepare_threshold": None,
@@ -1280,7 +1280,7 @@ LIST_ITEMS_QUERIES = {
     # With the other query, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # With the other query, PostgreSQL may read the primary key's index, with the items
-    # of all owners.
+    # of all owners. (The row comparison alone would include the items of later owners.)
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1860,7 +1860,7 @@ class RequestLoggingMiddleware:
                 warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
-        # There is no status if a middleware has failed: uvicorn then answers 500.
+        # There is no status if a middleware has failed: Starlette then answers 500.
         status_code = state.get("status_code", 500)
         exception = state.get("exception")
         fields = {
@@ -2005,11 +2005,11 @@ class LimitsAndErrorsMiddleware:
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
-        # 1. At a shutdown, uvicorn cancels this task: cancelling() is above 0, a 503.
-        #    (uvicorn cancels only once, so the 503 can still be sent.)
-        # 2. After the timeout, asyncio.timeout cancels it, too, but then uncancels it:
-        #    cancelling() is 0, and `is_late` is True: a 504.
-        # 3. A route has raised CancelledError itself: a 500, as for any exception.
+        # 1. At a shutdown, uvicorn has cancelled this task: cancelling() is above 0.
+        #    Answer 503. (uvicorn cancels only once, so this can still be sent.)
+        # 2. After the timeout, asyncio.timeout has cancelled and uncancelled the task,
+        #    and `is_late` is True. Answer 504.
+        # 3. The route has raised an exception, even a CancelledError. Answer 500.
         task = asyncio.current_task()
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
@@ -2092,7 +2092,10 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
 
 
 def rate_limit_dependency(limit_name: str) -> Callable[[Request], object]:
-    """Return a dependency that applies a limit, in addition to RateLimitMiddleware."""
+    """Return a dependency that applies a limit, in addition to RateLimitMiddleware.
+
+    Write `Depends(rate_limit_dependency("login"))`: it is no dependency itself.
+    """
 
     async def apply_limit(request: Request) -> None:
         rate_limiter: RateLimiter = request.app.state.rate_limiter
@@ -2157,7 +2160,7 @@ async def readiness_probe(request: Request, response: Response) -> ProbeStatus:
 @health_router.head("", include_in_schema=False)
 @health_router.get("", responses={503: {"model": HealthStatus | ErrorResponse}})
 async def health_check(request: Request, response: Response) -> HealthStatus:
-    """How are the service and the servers that it depends on?"""
+    """The state of the service, and of the servers that it depends on."""
     database, redis = await asyncio.gather(
         check_database(request), check_redis(request)
     )
