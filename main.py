@@ -735,9 +735,9 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    In psycopg 3.3, a frame in the exception's traceback holds the exception and the
-    connection. Without clear_frames, the socket of the connection would stay open until
-    the garbage collector finds this cycle, which can take minutes.
+    Frames of psycopg 3.3 and SQLAlchemy 2.1 in the exception's traceback hold the
+    exception, and one of psycopg holds the connection. Without clear_frames, its socket
+    would stay open until the garbage collector finds this cycle: maybe for minutes.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
