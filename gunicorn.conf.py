@@ -44,7 +44,7 @@ for address in bind:  # gunicorn's own message would not name the variable
     if not match or int(match[1] or 0) > 65535:
         raise SystemExit(f"bad settings: BIND: {address!r}: no host:port or unix:/path")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
-errorlog = None  # gunicorn's errors go to the handler of main.setup_logging
+errorlog = None  # no handler of gunicorn's own: main.setup_logging has set one
 preload_app = True  # invalid settings stop the start; workers share rate limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 max_requests_jitter = max_requests // 10  # or all workers would be replaced at once
@@ -69,7 +69,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), with limits on headers, and without `Upgrade`."""
 
     is_in_body = False  # True between the end of the headers and the end of the body
-    header_bytes = 0  # of the next request's headers; 0 when they are complete
+    header_bytes = 0  # received of a request's headers; 0 when they are complete
     is_stopping = False  # True when the worker ends
 
     def connection_made(self, transport: Any) -> None:
@@ -91,7 +91,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(400)  # (HttpParserUpgrade: the method CONNECT, see `parse`)
-        if self.header_bytes > MAX_HEADER_BYTES:  # and they are not complete
+        if self.header_bytes > MAX_HEADER_BYTES:  # (0 if they are complete)
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
@@ -118,7 +118,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
-        if self.header_timer.cancelled():  # at the end of the last request's headers
+        if self.header_timer.cancelled():  # by on_headers_complete: a later request
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -128,7 +128,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # to stop the parser
+            raise httptools.HttpParserError  # to stop it; refuse(400) does nothing
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()

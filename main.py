@@ -133,7 +133,7 @@ def check_redis_url(value: str) -> str:
         raise ValueError("is not like redis://:password@host:6379/0, or not encoded")
     try:
         client = Redis.from_url(value)
-        client.register_script("")  # checks the option "encoding"
+        client.register_script("")  # encodes a text: this checks the option "encoding"
         pool: Any = client.connection_pool  # its methods have no types
         pool.make_connection()  # checks the other options, and does not connect
     except Exception:  # noqa: BLE001 - ValueError, TypeError, LookupError, RedisError
@@ -541,7 +541,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     """Turn an HTTPException of the framework or of your code into a response."""
     if exc.status_code in {204, 304}:  # must not have a body
         return Response(None, exc.status_code, exc.headers)
-    error = AppException(exc.detail)  # for the log; clients get error.message
+    error = AppException(exc.detail)  # for the log; a client gets error.message
     error.status_code = exc.status_code
     error.headers = exc.headers
     if exc.status_code != 500:  # a 500 tells clients nothing
@@ -748,6 +748,7 @@ async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
 
 def cut_message(context: sa.engine.ExceptionContext) -> None:
     """Keep a message's first line: PostgreSQL's second one can quote a whole row."""
+    # Both exceptions make their text from args[0].
     for error in (context.original_exception, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
@@ -897,7 +898,8 @@ class Database(MonitoredBackend):
             self.write_engine = self.create_engine(1)
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
-            # It shares read_engine's pool. This level turns transactions on.
+            # It shares read_engine's pool, which is in autocommit. This level turns
+            # transactions on.
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
@@ -981,13 +983,14 @@ class Database(MonitoredBackend):
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         missing = Base.metadata.tables.keys() - names
-        # At the start, create missing tables. (Migrate before the start.) After an
-        # outage, the database may be a new one, which is empty. If it has some tables,
-        # a migration may be running.
+        # At the start, create what is missing. (So migrate before the start.) After an
+        # outage, create tables only if the database is empty: then it is a new one. If
+        # it has some tables, a migration may be creating the others.
         may_be_migrating = self.is_prepared and bool(names)
         if may_be_migrating or not missing:
             return
         async with self.write_engine.begin() as connection:
+            # Lock, because of two that create the same table at once, one would fail.
             if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
                 lock = sa.func.pg_advisory_xact_lock(7411)  # an arbitrary number
                 await connection.execute(sa.select(lock))
@@ -996,8 +999,8 @@ class Database(MonitoredBackend):
     async def prepare(self) -> None:
         # In an outage, the server may have failed over, and connections may lead to the
         # former primary. Replace those of read_engine, and so of PostgreSQL's
-        # write_engine, which shares the pool. (SQLite does not fail over. If the
-        # connection of check_engine was lost, SQLAlchemy has closed it.)
+        # write_engine, which shares the pool. (SQLite does not fail over. check_engine
+        # needs nothing: a check fails on a bad connection, and SQLAlchemy replaces it.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1390,7 +1393,7 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
 async def authenticate_user(
     read_db: AsyncSession, write_db: AsyncSession, username: str, password: str
 ) -> User:
-    """Raises WrongCredentialsException, after the same time whatever is wrong.
+    """Raises WrongCredentialsException. An unknown name takes as long as a known one.
 
     `write_db` is used only to store a new hash, so most logins do not wait for SQLite's
     single writer. The two never hold a connection at the same time.
@@ -2005,26 +2008,25 @@ class LimitsAndErrorsMiddleware:
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
-        # 1. At a shutdown, uvicorn has cancelled this task: cancelling() is above 0.
-        #    Answer 503. (uvicorn cancels only once, so this can still be sent.)
-        # 2. After the timeout, asyncio.timeout has cancelled and uncancelled the task,
-        #    and `is_late` is True. Answer 504.
-        # 3. The route has raised an exception, even a CancelledError. Answer 500.
         task = asyncio.current_task()
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
+            # uvicorn has cancelled this task, because it shuts down. It does so only
+            # once, so the 503 can still be sent.
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         if is_late:
+            # asyncio.timeout has cancelled this task, and taken that back.
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
             return await app_exception_handler(request, late)
+        # This can also be a CancelledError that the route itself has raised.
         return await unhandled_exception_handler(request, error)
 
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        FastAPI catches any other exception while it reads the body, and answers 400. If
-        a route does not read the body, nothing is checked.
+        It runs when the route first reads the body. There, FastAPI's handler turns an
+        HTTPException into a response, and any other exception would become a 400.
         """
         received_bytes = 0
 
