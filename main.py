@@ -898,8 +898,7 @@ class Database(MonitoredBackend):
             self.write_engine = self.create_engine(1)
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
-            # It shares read_engine's pool, which is in autocommit. This level turns
-            # transactions on.
+            # It shares read_engine's pool, with transactions in place of autocommit.
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
@@ -979,7 +978,7 @@ class Database(MonitoredBackend):
         )
 
     async def create_missing_tables(self) -> None:
-        """Any number of workers and hosts may call this at once."""
+        """Any number of workers and hosts may call this at once: a lock orders them."""
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         missing = Base.metadata.tables.keys() - names
@@ -990,7 +989,6 @@ class Database(MonitoredBackend):
         if may_be_migrating or not missing:
             return
         async with self.write_engine.begin() as connection:
-            # Lock, because of two that create the same table at once, one would fail.
             if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
                 lock = sa.func.pg_advisory_xact_lock(7411)  # an arbitrary number
                 await connection.execute(sa.select(lock))
