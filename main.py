@@ -2009,8 +2009,7 @@ class LimitsAndErrorsMiddleware:
         task = asyncio.current_task()
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
-            # uvicorn has cancelled this task, because it shuts down. It does so only
-            # once, so the 503 can still be sent.
+            # uvicorn has cancelled it, only once, so the 503 can still be sent.
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         if is_late:
