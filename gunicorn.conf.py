@@ -113,7 +113,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
         self.parser = parser = httptools.HttpRequestParser(self)
         parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn
-        parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
+        parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")  # empties self.headers
 
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
@@ -168,7 +168,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         signal.signal(signal.SIGTERM, self.handle_quit)  # gunicorn's; exits with 0
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, as after Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # UvicornWorker: at SIGQUIT (Ctrl+C)
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -44,7 +44,14 @@ import tempfile
 import time
 import unicodedata
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context, ContextVar
 from datetime import UTC, datetime
@@ -130,7 +137,7 @@ def check_redis_url(value: str) -> str:
     tcp = "rediss?://[^/?#]*(/[0-9]*/?)?"  # host, and maybe the number of a database
     unix = "unix://([^/?#@]*@)?/[^?#@]*"  # maybe a user and password, and a path
     if not re.fullmatch(f"({tcp}|{unix})([?][^#@]*)?", value):
-        raise ValueError("is not like redis://:password@host:6379/0, or not encoded")
+        raise ValueError("should be like redis://:pass@host:6379/0, with /?#@ encoded")
     try:
         client = Redis.from_url(value)
         client.register_script("")  # encodes a text: this checks the option "encoding"
@@ -526,7 +533,7 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     # Leave out mounted applications: a Mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # A Mount that has matched leaves its own root_path. No route matches with that.
+    # If a mounted application has answered, the scope has its root_path: use ours.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -2009,7 +2016,7 @@ class LimitsAndErrorsMiddleware:
         task = asyncio.current_task()
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
-            # uvicorn has cancelled it, only once, so the 503 can still be sent.
+            # At a shutdown, uvicorn cancels a task once, so this can still be sent.
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         if is_late:
@@ -2090,7 +2097,7 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
     return user
 
 
-def rate_limit_dependency(limit_name: str) -> Callable[[Request], object]:
+def rate_limit_dependency(limit_name: str) -> Callable[[Request], Awaitable[None]]:
     """Return a dependency that applies a limit, in addition to RateLimitMiddleware.
 
     Write `Depends(rate_limit_dependency("login"))`: it is no dependency itself.
@@ -2329,7 +2336,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open the database, but start without it if it does not answer in a second."""
     database = Database(app.state.settings)
     app.state.database = database
-    backends = (database, app.state.rate_limiter.redis)  # None without REDIS_URL
+    backends = (database, app.state.rate_limiter.redis)  # redis: or None
     checks = {backend.start_check() for backend in backends if backend}
     await asyncio.wait(checks, timeout=LIFESPAN_TIMEOUT_SECONDS)
     try:

@@ -299,12 +299,12 @@ SLUGS = {int(code): slug for code, slug in re.findall(r"(\d+) (\w+)", SLUGS_TEXT
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
     """The body of an error, after a look at its form."""
-    code = response.status_code
+    status = response.status_code
     body: dict[str, Any] = response.json()
     assert list(body) == ["error", "message", "details", "request_id"]
     assert response.headers["Content-Type"] == "application/json"
     assert body["request_id"] == response.headers["X-Request-ID"]
-    assert body["error"] == SLUGS.get(code, f"http_{code}")
+    assert body["error"] == SLUGS.get(status, f"http_{status}")
     assert re.match("[A-Z][a-z ]", body["message"])
     return body
 
@@ -2574,16 +2574,16 @@ async def test_log_line_has_the_id_of_a_valid_trace(guest: Client, log: Log) -> 
     assert [line.get("trace_id") for line in log.lines()] == [*TRACES.values()]
 
 
-@pytest.mark.parametrize("port, count", [(5, 1), (0, 0), (80, 0)])
-async def test_forwarded_for_warns_once(port: int, count: int, log: Log) -> None:
+@pytest.mark.parametrize("end, port, n", [(9, 5, 1), (9, 0, 0), (9, 80, 0), (3, 0, 1)])
+async def test_forwarded_for_warns_once(end: int, port: int, n: int, log: Log) -> None:
     main.warn_of_untrusted_proxy.cache_clear()
     log.start(LOG_LEVEL="WARNING")
-    client = ("203.0.113.9", port)  # as uvicorn takes it from a trusted peer, but for 5
+    client = (f"203.0.113.{end}", port)  # in the header, if uvicorn trusts the peer
     headers = [(b"x-forwarded-for", v) for v in (b"203.0.113.9:80", b"10.0.0.2")]
     for _ in range(3):
         await send_raw(built_app(), "/nowhere", client=client, headers=headers)
     told = ["FORWARDED_ALLOW_IPS" in line["message"] for line in log.lines()]
-    assert told == [True] * count
+    assert told == [True] * n
 
 
 async def test_hsts_is_sent_over_https_only(guest: Client) -> None:
@@ -2644,8 +2644,8 @@ async def test_body_declared_too_large_is_not_read(odd: Client) -> None:
         yield b""
         pytest.fail("it was read")
 
-    size = {"Content-Length": "2001"}
-    response = await odd.post("/read", content=unread(), headers=size)
+    headers = {"Content-Length": "2001"}
+    response = await odd.post("/read", content=unread(), headers=headers)
     assert response.status_code == 413
 
 
