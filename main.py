@@ -989,9 +989,10 @@ class Database(MonitoredBackend):
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         missing = Base.metadata.tables.keys() - names
-        # At the start, create what is missing. (So migrate before the start.) After an
-        # outage, create tables only if the database is empty: then it is a new one. If
-        # it has some tables, a migration may be creating the others.
+        # At the start, create what is missing. (Then a migration that creates the same
+        # table would fail: run migrations before the start.) After an outage, create
+        # tables only if the database is empty: then it is a new one. If it has some
+        # tables, a migration may be creating the others.
         may_be_migrating = self.is_prepared and bool(names)
         if may_be_migrating or not missing:
             return
@@ -1530,7 +1531,7 @@ if allowed then
     count = count + 1
 end
 -- There is room again when the time at this index leaves the window. Usually, this is
--- the oldest time (index 0). If the limit was lowered, some more must leave before.
+-- the oldest time (index 0). If the limit was lowered, several times must leave first.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
@@ -1566,8 +1567,9 @@ def open_lock_file() -> IO[bytes]:
     """Return the file that a worker locks while it uses the shared memory.
 
     All workers inherit the same open file. fcntl.lockf works between them, because its
-    locks belong to processes. If a worker is killed, the kernel releases its lock. (A
-    lock of the module multiprocessing would stay locked for ever.)
+    locks belong to processes (those of fcntl.flock belong to open files). If a worker
+    is killed, the kernel releases its lock. (A lock of the module multiprocessing would
+    stay locked for ever.)
     """
     return tempfile.TemporaryFile()
 
@@ -2029,7 +2031,7 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        It runs when the route first reads the body. There, FastAPI's handler turns an
+        A route calls `receive` to read its body. There, FastAPI's handler turns an
         HTTPException into a response, and any other exception would become a 400.
         """
         received_bytes = 0
