@@ -989,10 +989,9 @@ class Database(MonitoredBackend):
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         missing = Base.metadata.tables.keys() - names
-        # At the start, create what is missing. (Then a migration that creates the same
-        # table would fail: run migrations before the start.) After an outage, create
-        # tables only if the database is empty: then it is a new one. If it has some
-        # tables, a migration may be creating the others.
+        # At the start, create what is missing. (A migration that creates it would fail:
+        # run it before.) After an outage, create tables only if the database is empty:
+        # then it is a new one. If it has some, a migration may be creating the others.
         may_be_migrating = self.is_prepared and bool(names)
         if may_be_migrating or not missing:
             return
