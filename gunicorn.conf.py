@@ -49,10 +49,10 @@ preload_app = True  # invalid settings stop the start; workers share rate limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 max_requests_jitter = max_requests // 10  # or all workers would be replaced at once
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
-timeout = graceful_timeout + 30  # 30 is the default; a shutdown has no heartbeats
+timeout = graceful_timeout + 30  # the default, 30, plus a shutdown without heartbeats
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
-control_socket_disable = True  # it (for gunicornc) needs a writable home directory
+control_socket_disable = True  # it serves the tool gunicornc, and needs a writable home
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heartbeats
 
 
@@ -80,25 +80,25 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # Not while a response is being sent. (`cycle` is uvicorn's latest request.)
+        # Do not cut off a response that is being sent. (`cycle`: the latest request)
         if not self.cycle or self.cycle.response_complete:
             self.refuse(408)
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes) -> None:  # in place of uvicorn's
         if not self.is_in_body:
             self.header_bytes += len(data)
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # (HttpParserUpgrade: the method CONNECT, see `parse`)
+            self.refuse(400)  # (HttpParserUpgrade is for CONNECT: see `parse`)
         if self.header_bytes > MAX_HEADER_BYTES:  # (0 if they are complete)
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
-        The parser stops after headers with `Upgrade`. So a new parser gets the headers
-        without it, and the body, which uvicorn would drop. (CONNECT stops it, too.)
+        The parser stops after headers with `Upgrade`, and uvicorn would drop the body.
+        So a new parser gets both, without `Upgrade`. (CONNECT makes that stop, too.)
         """
         while data:
             try:
@@ -113,12 +113,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
         self.parser = parser = httptools.HttpRequestParser(self)
         parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn
-        parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")  # empties self.headers
+        parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")  # begins self.headers anew
 
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
-        if self.header_timer.cancelled():  # by on_headers_complete of the last request
+        if self.header_timer.cancelled():  # else it runs since connection_made
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -128,7 +128,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # to stop it; refuse(400) does nothing
+            raise httptools.HttpParserError  # ends parsing; refuse(400) changes nothing
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
@@ -138,7 +138,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.headers = []  # or uvicorn would add trailers to this request's headers
 
     def on_message_complete(self) -> None:
-        if not self.parser.should_upgrade():  # not for a parser that `parse` replaces
+        if not self.parser.should_upgrade():  # else the new parser calls this again
             super().on_message_complete()
             self.is_in_body = False
 
@@ -154,7 +154,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_stopping = True
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        self.loop.call_later(0.5, super().shutdown)  # a request may be on its way
+        self.loop.call_later(0.5, super().shutdown)  # answer requests on their way
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
@@ -164,11 +164,11 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # After its shutdown, uvicorn restores this handler, and raises SIGTERM again.
+        # uvicorn handles SIGTERM itself, then raises it again for the handler set here.
         signal.signal(signal.SIGTERM, self.handle_quit)  # gunicorn's; exits with 0
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # UvicornWorker: at SIGQUIT (Ctrl+C)
+    def handle_exit(self, *_: object) -> None:  # Ctrl+C: gunicorn sends SIGQUIT
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

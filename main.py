@@ -83,7 +83,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
-from sqlalchemy.util import await_  # see FairPool
+from sqlalchemy.util import await_  # `await` for a method that is not async
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -102,7 +102,7 @@ DRIVERS = {
 
 
 def parse_database_url(value: str) -> sa.URL:
-    """Return the URL that a platform hands out, with the async driver filled in."""
+    """Check the URL of a database, and return it with the name of the async driver."""
     try:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
@@ -140,7 +140,7 @@ def check_redis_url(value: str) -> str:
         raise ValueError("should be like redis://:pass@host:6379/0, with /?#@ encoded")
     try:
         client = Redis.from_url(value)
-        client.register_script("")  # encodes a text: this checks the option "encoding"
+        client.register_script("")  # encodes its text: fails for an unknown "encoding"
         pool: Any = client.connection_pool  # its methods have no types
         pool.make_connection()  # checks the other options, and does not connect
     except Exception:  # noqa: BLE001 - ValueError, TypeError, LookupError, RedisError
@@ -194,7 +194,7 @@ class Settings(BaseSettings):
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
-    # (pydantic-settings would parse a text, too, but mypy wants the field's type.)
+    # (A str would do: pydantic-settings parses defaults. But mypy wants a sa.URL.)
     DATABASE_URL: DatabaseUrl = parse_database_url("sqlite:///./app.db")
     DATABASE_POOL_SIZE: int = Field(default=5, ge=1)
     DATABASE_MAX_OVERFLOW: int = Field(default=10, ge=0)
@@ -365,10 +365,10 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
-    # Under gunicorn, UvicornWorker later copies handlers and level of gunicorn.error to
-    # uvicorn.error. Under uvicorn alone, "uvicorn" has uvicorn's own handler, to which
-    # uvicorn.error passes its records. With this handler in all three, each record is
-    # written once, in our format.
+    # Replace the servers' own handlers by this one. Without propagation, each record is
+    # written once. (gunicorn writes to gunicorn.error, whose handlers and level its
+    # UvicornWorker copies to uvicorn.error. Without gunicorn, uvicorn has given a
+    # handler to "uvicorn".)
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -533,7 +533,7 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     # Leave out mounted applications: a Mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # If a mounted application has answered, the scope has its root_path: use ours.
+    # A Mount has changed the scope's root_path: restore ours, or no route would match.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -666,18 +666,19 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        # size() and timeout() are methods of QueuePool: they return the arguments
-        # pool_size and pool_timeout. (Database.create_engine sets max_overflow to 0.)
+        # A slot for each connection: size() is the argument pool_size, and timeout() is
+        # pool_timeout. (Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
-        # SQLAlchemy has a record for each connection of the pool. If the connection is
-        # lost, the record gets a new one. invalidate_all needs all records, but the
-        # base class lists only idle ones. The set is weak, because SQLAlchemy drops a
-        # record, without an event, if the first statements on its connection fail.
+        # All records, for invalidate_all: the base class lists only idle ones. A record
+        # is SQLAlchemy's place for one connection. If that is lost, the record gets a
+        # new one. The set is weak, because SQLAlchemy drops a record, without an event,
+        # if the first statements on its connection fail.
         self.records: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # On a new connection, SQLAlchemy first sends statements of its own (it asks for
-        # the server's version). "connect" starts the timer for these. (If they fail,
-        # nobody stops the timer. abort_connection then finds no connection.)
+        # The timer runs from checkout to checkin. For a new connection, it starts at
+        # "connect", because SQLAlchemy sends statements (it asks for the server's
+        # version) before the checkout. (If these fail, the record has no connection any
+        # more: the timer's end has no effect.)
         event.listen(self, "connect", lambda _, record: self.start_timer(record))
         event.listen(self, "checkout", lambda _, record, _2: self.start_timer(record))
         event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
@@ -742,9 +743,9 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    Frames of psycopg 3.3 and SQLAlchemy 2.1 in the exception's traceback hold the
-    exception, and one of psycopg holds the connection. Without clear_frames, its socket
-    would stay open until the garbage collector finds this cycle: maybe for minutes.
+    The exception's traceback has frames of psycopg 3.3 and SQLAlchemy 2.1. Some hold
+    the exception, which is a cycle, and one holds the connection. Without clear_frames,
+    its socket would stay open until the garbage collector runs: maybe for minutes.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -755,7 +756,7 @@ async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
 
 def cut_message(context: sa.engine.ExceptionContext) -> None:
     """Keep a message's first line: PostgreSQL's second one can quote a whole row."""
-    # Both exceptions make their text from args[0].
+    # Both exceptions have their message in args[0].
     for error in (context.original_exception, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
@@ -989,9 +990,9 @@ class Database(MonitoredBackend):
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         missing = Base.metadata.tables.keys() - names
-        # At the start, create what is missing. (A migration that creates it would fail:
-        # run it before.) After an outage, create tables only if the database is empty:
-        # then it is a new one. If it has some, a migration may be creating the others.
+        # At the start, create what is missing. (So run migrations before it. Later
+        # they would find their tables.) After an outage, create tables only if there is
+        # none, as in a new database. Else, a migration may be creating the others.
         may_be_migrating = self.is_prepared and bool(names)
         if may_be_migrating or not missing:
             return
@@ -1209,8 +1210,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already.
 
-    (Not by `run_sync(…, limiter=HASHING_LIMITER)`: it lets other tasks run before it
-    joins the queue. All requests of a burst would see an empty queue, and pass.)
+    (`run_sync(…, limiter=HASHING_LIMITER)` would let other tasks run before it joins
+    the queue. Then all requests of a burst would find an empty queue, and wait.)
     """
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
@@ -1288,7 +1289,8 @@ LIST_ITEMS_QUERIES = {
     # With the other query, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # With the other query, PostgreSQL may read the primary key's index, with the items
-    # of all owners. (The row comparison alone would include the items of later owners.)
+    # of all owners. (A row comparison is true for the later items of the owner, and for
+    # all items of later owners, which the last line excludes.)
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1529,8 +1531,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- There is room again when the time at this index leaves the window. Usually, this is
--- the oldest time (index 0). If the limit was lowered, several times must leave first.
+-- A request more is allowed when the time at this index leaves the window. Usually, it
+-- is the oldest time (index 0). If the limit was lowered, several must leave before.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
@@ -1805,11 +1807,10 @@ def warn_of_untrusted_proxy() -> None:
 
 
 def is_peer_trusted(address: str, port: int, forwarded_for: str) -> bool:
-    """Guess whether FORWARDED_ALLOW_IPS names the peer. Only a warning depends on it.
+    """Guess whether uvicorn trusts the peer. Only a warning depends on it.
 
-    If it does, uvicorn has replaced the peer's address and port by those of a client in
-    X-Forwarded-For (the port by 0, if the header has none). So if `address` and `port`
-    are in this header, the peer is probably trusted.
+    uvicorn does not tell. But if it trusts the peer, it takes `address` and `port` from
+    X-Forwarded-For (and 0, if the header has no port). So look for them in the header.
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
@@ -1880,8 +1881,8 @@ class RequestLoggingMiddleware:
         }
         optional = ("client", "user_id", "trace_id", "reason")
         fields |= {name: state[name] for name in optional if name in state}
-        # A response that fails after its headers keeps its status 200: then, only the
-        # reason shows the failure.
+        # A response that fails after its headers keeps its status, such as 200. Then,
+        # only `reason`, which LimitsAndErrorsMiddleware sets, shows the failure.
         is_warning = status_code >= 500 or "reason" in state
         level = logging.WARNING if is_warning else logging.INFO
         if exception:
@@ -1959,7 +1960,7 @@ class RateLimitMiddleware:
 
         async def send_with_rate_limit(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # Read it now, because the route may have applied another limit, too.
+                # Read it here, not earlier: the route may have applied another limit.
                 result: RateLimitResult = scope["state"]["rate_limit"]
                 message["headers"] = [
                     *message["headers"],
@@ -2015,13 +2016,13 @@ class LimitsAndErrorsMiddleware:
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
         task = asyncio.current_task()
+        # asyncio.timeout takes its own cancellation back (task.uncancel). What counts
+        # here is uvicorn's at a shutdown: just one, so a response can still be sent.
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
-            # At a shutdown, uvicorn cancels a task once, so this can still be sent.
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         if is_late:
-            # asyncio.timeout has cancelled this task, and taken that back.
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
             return await app_exception_handler(request, late)
         # This can also be a CancelledError that the route itself has raised.
@@ -2030,8 +2031,8 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        A route calls `receive` to read its body. There, FastAPI's handler turns an
-        HTTPException into a response, and any other exception would become a 400.
+        The body is limited where a route reads it: 404 and 405 come first. There,
+        FastAPI lets an HTTPException pass, but turns any other exception into a 400.
         """
         received_bytes = 0
 
@@ -2123,7 +2124,8 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
-    # LimitsAndErrorsMiddleware can answer these on every route.
+    # LimitsAndErrorsMiddleware can answer these on every route: an ErrorResponse even
+    # where a check has a 503 of its own.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
     generate_unique_id_function=attrgetter("name"),
@@ -2337,7 +2339,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open the database, but start without it if it does not answer in a second."""
     database = Database(app.state.settings)
     app.state.database = database
-    backends = (database, app.state.rate_limiter.redis)  # redis: or None
+    backends = (database, app.state.rate_limiter.redis)  # None without REDIS_URL
     checks = {backend.start_check() for backend in backends if backend}
     await asyncio.wait(checks, timeout=LIFESPAN_TIMEOUT_SECONDS)
     try:
@@ -2409,9 +2411,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router, because of the speed: since FastAPI 0.137, an included
-        # router costs one more match, a fifth of a health check. The price:
-        # dependency_overrides has no effect on these routes. (They have none.)
+        # Not by include_router: since FastAPI 0.137, an included router costs one more
+        # match, which makes a health check a fifth slower. (The price: on these routes,
+        # dependency_overrides has no effect. They have no dependencies.)
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
