@@ -99,6 +99,7 @@ DRIVERS = {
     "postgresql": "postgresql+psycopg",
     "postgres": "postgresql+psycopg",  # some platforms write it so
 }
+SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 
 def parse_database_url(value: str) -> sa.URL:
@@ -120,6 +121,9 @@ def parse_database_url(value: str) -> sa.URL:
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
+    # libpq checks the values of options when it connects. Check the usual one now.
+    if url.query.get("sslmode", "prefer") not in SSL_MODES:
+        raise ValueError(f"has an sslmode that is not one of {', '.join(SSL_MODES)}")
     if url.get_backend_name() == "sqlite":
         # Compare the URL with one that has only a file name. This refuses a host, as in
         # sqlite://./app.db, and options, such as mode=memory. (In memory, each

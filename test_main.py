@@ -454,6 +454,7 @@ REFUSED_SETTINGS = {
         *("postgres://u:hunter2@h:65536/d", "postgres://u:p@hunter2@h/d"),
         *("sqlite://", "sqlite:///:memory:", "sqlite:///x?a=1", "postgres://h/d?a=1"),
         *("sqlite://./app.db", "sqlite://:hunter2@/x", "postgres://u:hunter2@h:-1/d"),
+        "postgres://u:hunter2@h/d?sslmode=required",
     ],
     "DATABASE_MAX_OVERFLOW": ["-1"],
     "DATABASE_POOL_SIZE": ["0"],
@@ -2761,8 +2762,7 @@ async def test_health_answers_head_as_get(path: str, guest: Client) -> None:
 
 async def test_health_and_readiness_tell_an_old_table(guest: Client, log: Log) -> None:
     assert (await guest.get(f"{HEALTH}/ready")).json() == {"status": "ready"}
-    database = guest.app.state.database
-    await execute(database, "ALTER TABLE items DROP COLUMN title")
+    await execute(guest.app.state.database, "ALTER TABLE items DROP COLUMN title")
     log.start()
     health = await guest.get(HEALTH)
     ready = await guest.get(f"{HEALTH}/ready")
