@@ -44,12 +44,12 @@ for address in bind:  # gunicorn's own message would not name the variable
     if not match or int(match[1] or 0) > 65535:
         raise SystemExit(f"bad settings: BIND: {address!r}: no host:port or unix:/path")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
-errorlog = None  # no handler of gunicorn's own: main.setup_logging has set one
+errorlog = None  # no handler of gunicorn's own: main.setup_logging will set one
 preload_app = True  # invalid settings stop the start; workers share rate limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 max_requests_jitter = max_requests // 10  # or all workers would be replaced at once
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
-timeout = graceful_timeout + 30  # the default, 30, plus a shutdown without heartbeats
+timeout = graceful_timeout + 30  # 30 s, plus a shutdown, which has no heartbeats
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
 control_socket_disable = True  # it serves the tool gunicornc, and needs a writable home
@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heart
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # only with: gunicorn "main:create_app()"
+    if not logging.getLogger().handlers:  # gunicorn "main:create_app()" sets none
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -90,15 +90,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # (HttpParserUpgrade is for CONNECT: see `parse`)
-        if self.header_bytes > MAX_HEADER_BYTES:  # (0 if they are complete)
+            self.refuse(431 if self.header_bytes > MAX_HEADER_BYTES else 400)
+        if self.header_bytes > MAX_HEADER_BYTES:
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
         The parser stops after headers with `Upgrade`, and uvicorn would drop the body.
-        So a new parser gets both, without `Upgrade`. (CONNECT makes that stop, too.)
+        So a new parser gets both, without `Upgrade`. For CONNECT, it stops again: 400.
         """
         while data:
             try:
@@ -118,24 +118,24 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
-        if self.header_timer.cancelled():  # else it runs since connection_made
+        if self.header_timer.cancelled():  # False for the first request: it still runs
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
-        # Not header_bytes: it counts the part of the body that came with the headers.
-        size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
-        if size > MAX_HEADER_BYTES:
-            self.refuse(431)
-            raise httptools.HttpParserError  # ends parsing; refuse(400) changes nothing
+        # Until here, header_bytes can include a part of the body.
+        lines = [b"%s: %s\r\n" % line for line in self.headers]
+        self.header_bytes = len(self.url) + sum(map(len, lines))
+        if self.header_bytes > MAX_HEADER_BYTES:
+            raise httptools.HttpParserError  # data_received answers 431
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # the last response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # or uvicorn would add trailers to this request's headers
+        self.headers = []  # uvicorn appends trailers here: not to the request's
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else the new parser calls this again
@@ -154,7 +154,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_stopping = True
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        self.loop.call_later(0.5, super().shutdown)  # answer requests on their way
+        self.loop.call_later(0.5, super().shutdown)  # clients may have sent requests
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
@@ -164,11 +164,11 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn handles SIGTERM itself, then raises it again for the handler set here.
+        # uvicorn shuts down at SIGTERM, and then raises it again for this handler:
         signal.signal(signal.SIGTERM, self.handle_quit)  # gunicorn's; exits with 0
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # Ctrl+C: gunicorn sends SIGQUIT
+    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, which Ctrl+C causes
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

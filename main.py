@@ -83,7 +83,7 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
-from sqlalchemy.util import await_  # `await` for a method that is not async
+from sqlalchemy.util import await_  # awaits in sync methods: see FairPool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -138,13 +138,13 @@ def check_redis_url(value: str) -> str:
     """Raise ValueError if redis-py refuses the URL, or would misread it."""
     # redis-py ignores a database that is no number. If a password has a /, ? or #, the
     # part before it would count as the host, which gets into messages, and the log.
-    tcp = "rediss?://[^/?#]*(/[0-9]*/?)?"  # host, and maybe the number of a database
-    unix = "unix://([^/?#@]*@)?/[^?#@]*"  # maybe a user and password, and a path
+    tcp = "rediss?://[^/?#]*(/[0-9]*/?)?"  # redis://:pass@host:6379/0
+    unix = "unix://([^/?#@]*@)?/[^?#@]*"  # unix://:pass@/path
     if not re.fullmatch(f"({tcp}|{unix})([?][^#@]*)?", value):
         raise ValueError("should be like redis://:pass@host:6379/0, with /?#@ encoded")
     try:
         client = Redis.from_url(value)
-        client.register_script("")  # encodes its text: fails for an unknown "encoding"
+        client.register_script("")  # fails if the option "encoding" is unknown
         pool: Any = client.connection_pool  # its methods have no types
         pool.make_connection()  # checks the other options, and does not connect
     except Exception:  # noqa: BLE001 - ValueError, TypeError, LookupError, RedisError
@@ -198,7 +198,7 @@ class Settings(BaseSettings):
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
-    # (A str would do: pydantic-settings parses defaults. But mypy wants a sa.URL.)
+    # pydantic-settings would also parse a str, but mypy wants a sa.URL.
     DATABASE_URL: DatabaseUrl = parse_database_url("sqlite:///./app.db")
     DATABASE_POOL_SIZE: int = Field(default=5, ge=1)
     DATABASE_MAX_OVERFLOW: int = Field(default=10, ge=0)
@@ -361,18 +361,18 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # The handler needs the level, too. Otherwise, LOG_LEVEL=ERROR would show warnings
-    # of the loggers in LIBRARY_LEVELS, whose own level replaces the root logger's.
+    # A logger with a level of its own ignores the root logger's. So without this,
+    # LOG_LEVEL=ERROR would still show warnings of the loggers in LIBRARY_LEVELS.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
-    # Replace the servers' own handlers by this one. Without propagation, each record is
-    # written once. (gunicorn writes to gunicorn.error, whose handlers and level its
-    # UvicornWorker copies to uvicorn.error. Without gunicorn, uvicorn has given a
-    # handler to "uvicorn".)
+    # Each of these can have a handler of its server: gunicorn.error under gunicorn;
+    # uvicorn.error, because UvicornWorker copies those of gunicorn.error to it; and
+    # uvicorn, if it runs without gunicorn. With our handler in their place, and without
+    # propagation to the root logger's, each record is written once.
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
@@ -537,7 +537,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     # Leave out mounted applications: a Mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # A Mount has changed the scope's root_path: restore ours, or no route would match.
+    # If a mounted application has answered, its Mount has added its path to root_path.
+    # With that, /static/docs would match the route /docs. So use our own root_path.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -673,16 +674,16 @@ class FairPool(AsyncAdaptedQueuePool):
         # A slot for each connection: size() is the argument pool_size, and timeout() is
         # pool_timeout. (Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
-        # All records, for invalidate_all: the base class lists only idle ones. A record
-        # is SQLAlchemy's place for one connection. If that is lost, the record gets a
-        # new one. The set is weak, because SQLAlchemy drops a record, without an event,
-        # if the first statements on its connection fail.
+        # All records of the pool, for invalidate_all. (A record holds one connection,
+        # and if that is lost, opens a new one.) The base class lists only idle records.
+        # The set is weak, because SQLAlchemy drops a record, without an event, if its
+        # own first statements on a new connection fail.
         self.records: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # The timer runs from checkout to checkin. For a new connection, it starts at
-        # "connect", because SQLAlchemy sends statements (it asks for the server's
-        # version) before the checkout. (If these fail, the record has no connection any
-        # more: the timer's end has no effect.)
+        # "connect", because SQLAlchemy sends its first statements before the checkout.
+        # If these fail, there is no checkin: the timer ends, finds no connection, and
+        # does nothing.
         event.listen(self, "connect", lambda _, record: self.start_timer(record))
         event.listen(self, "checkout", lambda _, record, _2: self.start_timer(record))
         event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
@@ -747,9 +748,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    The exception's traceback has frames of psycopg 3.3 and SQLAlchemy 2.1. Some hold
-    the exception, which is a cycle, and one holds the connection. Without clear_frames,
-    its socket would stay open until the garbage collector runs: maybe for minutes.
+    Frames in the exception's traceback refer to the exception: a reference cycle. One
+    of them also refers to the connection. So its socket would stay open until the
+    garbage collector runs, maybe for minutes. clear_frames breaks the cycle, which
+    psycopg 3.3 and SQLAlchemy 2.1 make.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -994,9 +996,9 @@ class Database(MonitoredBackend):
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         missing = Base.metadata.tables.keys() - names
-        # At the start, create what is missing. (So run migrations before it. Later
-        # they would find their tables.) After an outage, create tables only if there is
-        # none, as in a new database. Else, a migration may be creating the others.
+        # At the start, create each table that is missing. (Run migrations before: they
+        # cannot create a table that exists.) After an outage, create tables only in an
+        # empty database: in another one, a migration may be running.
         may_be_migrating = self.is_prepared and bool(names)
         if may_be_migrating or not missing:
             return
@@ -1007,10 +1009,10 @@ class Database(MonitoredBackend):
             await connection.run_sync(Base.metadata.create_all)
 
     async def prepare(self) -> None:
-        # In an outage, the server may have failed over, and connections may lead to the
-        # former primary. Replace those of read_engine, and so of PostgreSQL's
-        # write_engine, which shares the pool. (SQLite does not fail over. check_engine
-        # needs nothing: a check fails on a bad connection, and SQLAlchemy replaces it.)
+        # After a failover, old connections can lead to the former primary. So replace
+        # those of read_engine, whose pool PostgreSQL's write_engine shares. The others
+        # need nothing: SQLite has no failover, and if a check fails on a bad connection,
+        # SQLAlchemy replaces it.
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1214,8 +1216,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already.
 
-    (`run_sync(…, limiter=HASHING_LIMITER)` would let other tasks run before it joins
-    the queue. Then all requests of a burst would find an empty queue, and wait.)
+    (`run_sync(…, limiter=HASHING_LIMITER)` lets other tasks run before it joins the
+    queue. So all requests of a burst would find the queue empty, and join it.)
     """
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
@@ -1242,8 +1244,8 @@ def signing_key(settings: Settings) -> dict[str, str]:
     (python-jose also takes a text. But if the text happens to be JSON, python-jose
     parses it as such a key.)
     """
-    # Python reads bytes of a variable that are not UTF-8 as surrogates, which SecretStr
-    # accepts. surrogateescape turns them back into the bytes.
+    # os.environ has surrogates in place of bytes that are not UTF-8. surrogateescape
+    # turns them back into these bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1293,8 +1295,8 @@ LIST_ITEMS_QUERIES = {
     # With the other query, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # With the other query, PostgreSQL may read the primary key's index, with the items
-    # of all owners. (A row comparison is true for the later items of the owner, and for
-    # all items of later owners, which the last line excludes.)
+    # of all owners. (The row comparison (owner_id, id) > (7, 20) is also true for the
+    # owner 8. So owner_id <= 7 is needed, too.)
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1535,8 +1537,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- A request more is allowed when the time at this index leaves the window. Usually, it
--- is the oldest time (index 0). If the limit was lowered, several must leave before.
+-- The next request is allowed when the time at this index leaves the window. It is the
+-- oldest time (index 0), unless the limit was lowered: then, more must leave first.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
@@ -1813,8 +1815,8 @@ def warn_of_untrusted_proxy() -> None:
 def is_peer_trusted(address: str, port: int, forwarded_for: str) -> bool:
     """Guess whether uvicorn trusts the peer. Only a warning depends on it.
 
-    uvicorn does not tell. But if it trusts the peer, it takes `address` and `port` from
-    X-Forwarded-For (and 0, if the header has no port). So look for them in the header.
+    If it does, it has taken the client's address and port from X-Forwarded-For. (If
+    the header has no port, it is 0.) So look for both there.
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
@@ -2020,8 +2022,8 @@ class LimitsAndErrorsMiddleware:
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
         task = asyncio.current_task()
-        # asyncio.timeout takes its own cancellation back (task.uncancel). What counts
-        # here is uvicorn's at a shutdown: just one, so a response can still be sent.
+        # asyncio.timeout takes its own cancellation back. So if one is left, it is
+        # uvicorn's, at a shutdown. It cancels only once, so a response can be sent.
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
             stopping = ServiceUnavailableException("the server is shutting down")
@@ -2035,8 +2037,8 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        The body is limited where a route reads it: 404 and 405 come first. There,
-        FastAPI lets an HTTPException pass, but turns any other exception into a 400.
+        So a body is checked when a route reads it: after 404 and 405. (FastAPI turns
+        other exceptions, if they are raised while it reads a body, into a 400.)
         """
         received_bytes = 0
 
@@ -2128,8 +2130,8 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
-    # LimitsAndErrorsMiddleware can answer these on every route: an ErrorResponse even
-    # where a check has a 503 of its own.
+    # LimitsAndErrorsMiddleware can answer these on every route. So the 503 of a check
+    # has either its own body or an ErrorResponse.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
     generate_unique_id_function=attrgetter("name"),
@@ -2203,8 +2205,8 @@ LoginFormBody = Annotated[LoginForm, Form()]
 LOGIN_LIMIT = [Depends(rate_limit_dependency("login"))]
 
 users_router = APIRouter(prefix="/users", tags=["users"])
-# With these `form_limits`, FastAPI answers 400 to a form that has more than 20 fields,
-# or a file. (By default, it allows 1,000 fields.)
+# `form_limits` is FastAPI's: it answers 400 to a form that has more than 20 fields (by
+# default, it allows 1,000), or a file.
 auth_router = APIRouter(
     prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
 )
@@ -2354,7 +2356,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Middleware]:
-    """Return the middleware, outermost first."""
+    """Return the middleware for `FastAPI(middleware=…)`, outermost first."""
     cors = Middleware(
         OriginCORSMiddleware,
         allow_origins=settings.CORS_ORIGINS,
@@ -2415,9 +2417,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not by include_router: since FastAPI 0.137, an included router costs one more
-        # match, which makes a health check a fifth slower. (The price: on these routes,
-        # dependency_overrides has no effect. They have no dependencies.)
+        # Not by include_router, which (since FastAPI 0.137) would make a health check a
+        # fifth slower. As a result, dependency_overrides does not reach these routes.
+        # They have no dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
