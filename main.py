@@ -156,8 +156,8 @@ def parse_origin(value: str) -> str:
     """Return the origin as browsers send it: in lower case, without :80 or :443."""
     if value == "*":
         return value
-    # AnyUrl puts the host in lower case, drops the scheme's own port, and appends "/".
-    origin = str(pydantic.AnyUrl(value)).removesuffix("/")
+    # AnyUrl drops the scheme's own port, and appends "/".
+    origin = str(pydantic.AnyUrl(value)).removesuffix("/").lower()
     # scheme://host without path, query, fragment, user or wildcard.
     if not re.fullmatch(r"[^:]+://[^/?#@*]+", origin):
         raise ValueError("should be an origin such as https://app.example")
@@ -1011,8 +1011,8 @@ class Database(MonitoredBackend):
     async def prepare(self) -> None:
         # After a failover, old connections can lead to the former primary. So replace
         # those of read_engine, whose pool PostgreSQL's write_engine shares. The others
-        # need nothing: SQLite has no failover, and if a check fails on a bad connection,
-        # SQLAlchemy replaces it.
+        # need nothing: SQLite has no failover; and if a check fails on a connection,
+        # SQLAlchemy replaces that.
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()

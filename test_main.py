@@ -421,7 +421,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "": [],
         '["*"]': ["*"],
         '["HTTPS://A.Example:443", "http://b/"]': ["https://a.example", "http://b"],
-        '["http://[::1]:3000"]\n': ["http://[::1]:3000"],
+        '["http://[::1]:3000", "APP://Host"]\n': ["http://[::1]:3000", "app://host"],
     },
     "RATE_LIMIT_REQUESTS": {"": 100, "1": 1, "10000": 10_000},
     "RATE_LIMIT_WINDOW_SECONDS": {"": 60, " 1 ": 1},
