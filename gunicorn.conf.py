@@ -17,7 +17,7 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 import main
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
-HEADER_SECONDS = 10  # from the connect, or from the first byte of a later request
+HEADER_SECONDS = 10  # until the first byte, and from there to the end of the headers
 
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
@@ -49,7 +49,7 @@ preload_app = True  # invalid settings stop the start; workers share rate limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 max_requests_jitter = max_requests // 10  # or all workers would be replaced at once
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
-timeout = graceful_timeout + 30  # 30 s, plus a shutdown, which has no heartbeats
+timeout = graceful_timeout + 30  # a worker sends no heartbeats during a shutdown
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
 control_socket_disable = True  # it serves the tool gunicornc, and needs a writable home
@@ -97,8 +97,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def parse(self, data: bytes) -> None:
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
-        The parser stops after headers with `Upgrade`, and uvicorn would drop the body.
-        So a new parser gets both, without `Upgrade`. For CONNECT, it stops again: 400.
+        After headers with `Upgrade`, the parser stops, and uvicorn would drop the body.
+        So a new parser gets the headers without it, then the body. CONNECT is refused.
         """
         while data:
             try:
@@ -113,13 +113,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
         self.parser = parser = httptools.HttpRequestParser(self)
         parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn
-        parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")  # begins self.headers anew
+        parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
-        if self.header_timer.cancelled():  # False for the first request: it still runs
-            self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
+        self.header_timer.cancel()
+        self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -135,7 +135,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # the last response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # uvicorn appends trailers here: not to the request's
+        self.headers = []  # a new list, or uvicorn would add trailers to the request's
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else the new parser calls this again

@@ -43,7 +43,6 @@ import sys
 import tempfile
 import time
 import unicodedata
-import weakref
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -143,10 +142,9 @@ def check_redis_url(value: str) -> str:
     if not re.fullmatch(f"({tcp}|{unix})([?][^#@]*)?", value):
         raise ValueError("should be like redis://:pass@host:6379/0, with /?#@ encoded")
     try:
-        client = Redis.from_url(value)
-        client.register_script("")  # fails if the option "encoding" is unknown
-        pool: Any = client.connection_pool  # its methods have no types
-        pool.make_connection()  # checks the other options, and does not connect
+        pool: Any = Redis.from_url(value).connection_pool  # its methods have no types
+        pool.get_encoder().encode("")  # checks the option "encoding"
+        pool.make_connection()  # checks the other options; it does not connect
     except Exception:  # noqa: BLE001 - ValueError, TypeError, LookupError, RedisError
         raise ValueError("not a Redis URL with valid options") from None
     return value
@@ -198,7 +196,6 @@ class Settings(BaseSettings):
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
-    # pydantic-settings would also parse a str, but mypy wants a sa.URL.
     DATABASE_URL: DatabaseUrl = parse_database_url("sqlite:///./app.db")
     DATABASE_POOL_SIZE: int = Field(default=5, ge=1)
     DATABASE_MAX_OVERFLOW: int = Field(default=10, ge=0)
@@ -294,6 +291,14 @@ LIBRARY_LEVELS = {
 }
 
 
+# Servers have handlers of their own here. setup_logging replaces them.
+SERVER_LOGGERS = (
+    "gunicorn.error",
+    "uvicorn.error",  # UvicornWorker copies the handlers of gunicorn.error to it
+    "uvicorn",  # has a handler if uvicorn runs without gunicorn
+)
+
+
 def shorten_traceback(text: str) -> str:
     """Cut the beginning, so that its JSON has at most MAX_TRACEBACK_BYTES.
 
@@ -369,15 +374,11 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(library_level)
     if settings.DEBUG:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
-    # Each of these can have a handler of its server: gunicorn.error under gunicorn;
-    # uvicorn.error, because UvicornWorker copies those of gunicorn.error to it; and
-    # uvicorn, if it runs without gunicorn. With our handler in their place, and without
-    # propagation to the root logger's, each record is written once.
-    for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
+    for name in SERVER_LOGGERS:
         server_logger = logging.getLogger(name)
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # then it has the root logger's level
-        server_logger.propagate = False
+        server_logger.propagate = False  # or the root's handler would write it, too
     # uvicorn writes an access log if this logger has a handler, its own or a parent's.
     # RequestLoggingMiddleware writes ours.
     access_logger = logging.getLogger("uvicorn.access")
@@ -537,8 +538,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     # Leave out mounted applications: a Mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # If a mounted application has answered, its Mount has added its path to root_path.
-    # With that, /static/docs would match the route /docs. So use our own root_path.
+    # An application that you have mounted at /api can have answered for /api/v1/users.
+    # Its Mount has then added /api to root_path. So use ours.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -674,18 +675,16 @@ class FairPool(AsyncAdaptedQueuePool):
         # A slot for each connection: size() is the argument pool_size, and timeout() is
         # pool_timeout. (Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
-        # All records of the pool, for invalidate_all. (A record holds one connection,
-        # and if that is lost, opens a new one.) The base class lists only idle records.
-        # The set is weak, because SQLAlchemy drops a record, without an event, if its
-        # own first statements on a new connection fail.
-        self.records: weakref.WeakSet[ConnectionPoolEntry] = weakref.WeakSet()
+        # True: SQLAlchemy shall replace all connections before their next use.
+        self.is_outdated = False
+        # SQLAlchemy has a record for each connection.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # The timer runs from checkout to checkin. For a new connection, it starts at
-        # "connect", because SQLAlchemy sends its first statements before the checkout.
-        # If these fail, there is no checkin: the timer ends, finds no connection, and
-        # does nothing.
+        # A connection has these events: "connect", if it is new; then SQLAlchemy's own
+        # first statements; "checkout"; the request's statements; "checkin". The timer
+        # runs during all statements. If the first ones fail, there is no "checkin": the
+        # timer then ends without a connection, and does nothing.
         event.listen(self, "connect", lambda _, record: self.start_timer(record))
-        event.listen(self, "checkout", lambda _, record, _2: self.start_timer(record))
+        event.listen(self, "checkout", lambda _, record, _2: self.check_out(record))
         event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
 
     def _do_get(self) -> ConnectionPoolEntry:
@@ -709,8 +708,13 @@ class FairPool(AsyncAdaptedQueuePool):
         except TimeoutError:
             raise sa_exc.TimeoutError("no connection was free in time") from None
 
+    def check_out(self, record: ConnectionPoolEntry) -> None:
+        if self.is_outdated:
+            self.is_outdated = False
+            raise sa_exc.InvalidatePoolError  # SQLAlchemy replaces them, and goes on
+        self.start_timer(record)
+
     def start_timer(self, record: ConnectionPoolEntry) -> None:
-        self.records.add(record)
         self.stop_timer(record)  # the event "connect" may have started one
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self.timeout(), self.abort_connection, record)
@@ -735,23 +739,14 @@ class FairPool(AsyncAdaptedQueuePool):
             # next checkout, the record opens a new one.)
             record.invalidate(soft=True)
 
-    def invalidate_all(self) -> None:
-        """Replace each connection before its next use.
-
-        dispose() would let new connections be opened while the old ones are in use:
-        together, they could be too many.
-        """
-        for record in self.records:
-            record.invalidate(soft=True)
-
 
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    Frames in the exception's traceback refer to the exception: a reference cycle. One
-    of them also refers to the connection. So its socket would stay open until the
-    garbage collector runs, maybe for minutes. clear_frames breaks the cycle, which
-    psycopg 3.3 and SQLAlchemy 2.1 make.
+    In psycopg 3.3 and SQLAlchemy 2.1, local variables of functions in the exception's
+    traceback hold the exception (a reference cycle) and the connection. So its socket
+    would stay open until the garbage collector runs, maybe for minutes. clear_frames
+    deletes these variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -996,9 +991,8 @@ class Database(MonitoredBackend):
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         missing = Base.metadata.tables.keys() - names
-        # At the start, create each table that is missing. (Run migrations before: they
-        # cannot create a table that exists.) After an outage, create tables only in an
-        # empty database: in another one, a migration may be running.
+        # At the start, create what is missing. At the end of an outage, a migration may
+        # be running: create tables only if the database is empty, because it is new.
         may_be_migrating = self.is_prepared and bool(names)
         if may_be_migrating or not missing:
             return
@@ -1009,14 +1003,14 @@ class Database(MonitoredBackend):
             await connection.run_sync(Base.metadata.create_all)
 
     async def prepare(self) -> None:
-        # After a failover, old connections can lead to the former primary. So replace
-        # those of read_engine, whose pool PostgreSQL's write_engine shares. The others
-        # need nothing: SQLite has no failover; and if a check fails on a connection,
-        # SQLAlchemy replaces that.
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
-        pool.invalidate_all()
-        if not self.is_prepared:
+        if self.is_prepared:
+            # After a failover, old connections lead to the former primary. Replace
+            # them: on PostgreSQL, all requests use this pool. (dispose() would let new
+            # ones be opened while old ones are in use: together, maybe too many.)
+            pool.is_outdated = True
+        else:
             # Open a connection, which takes long, before the first request needs it.
             async with self.read_engine.connect():
                 pass
@@ -1214,11 +1208,9 @@ MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
-    """Wait for a turn. Raises ServiceUnavailableException if too many wait already.
-
-    (`run_sync(…, limiter=HASHING_LIMITER)` lets other tasks run before it joins the
-    queue. So all requests of a burst would find the queue empty, and join it.)
-    """
+    """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
+    # `run_sync(…, limiter=…)` would pause before it joins the queue. Until then, all
+    # requests of a burst would find the queue empty.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1288,15 +1280,15 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # sa.tuple_, which is used below, does not infer the types of its parameters.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# Both queries mean: owner_id = :owner AND id > :after. They differ so that each
-# database goes straight to that place in the index items_of_owner: then the last page
-# costs what the first does.
+# Both queries find the same rows. They differ so that each database goes straight to
+# the first of them in the index items_of_owner: then the last page costs what the first
+# does.
 LIST_ITEMS_QUERIES = {
-    # With the other query, SQLite would read all items of the owner.
+    # With PostgreSQL's query, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # With the other query, PostgreSQL may read the primary key's index, with the items
-    # of all owners. (The row comparison (owner_id, id) > (7, 20) is also true for the
-    # owner 8. So owner_id <= 7 is needed, too.)
+    # With SQLite's query, PostgreSQL may read the primary key's index, with the items
+    # of all owners. (owner_id, id) > (7, 20) finds the items of owner 7 from id 21 on,
+    # and those of owner 8 and all later ones, which owner_id <= 7 leaves out.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1537,8 +1529,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The next request is allowed when the time at this index leaves the window. It is the
--- oldest time (index 0), unless the limit was lowered: then, more must leave first.
+-- There is room for one more when the oldest time (index 0) leaves the window. If the
+-- limit was lowered, there can be more times than `limit`: then some more must leave.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
@@ -1815,8 +1807,8 @@ def warn_of_untrusted_proxy() -> None:
 def is_peer_trusted(address: str, port: int, forwarded_for: str) -> bool:
     """Guess whether uvicorn trusts the peer. Only a warning depends on it.
 
-    If it does, it has taken the client's address and port from X-Forwarded-For. (If
-    the header has no port, it is 0.) So look for both there.
+    If uvicorn does, it replaces the peer's address and port by those of a client in
+    X-Forwarded-For (by port 0, if none is given). So look for them in this header.
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
@@ -2022,8 +2014,8 @@ class LimitsAndErrorsMiddleware:
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
         task = asyncio.current_task()
-        # asyncio.timeout takes its own cancellation back. So if one is left, it is
-        # uvicorn's, at a shutdown. It cancels only once, so a response can be sent.
+        # `cancelling` counts cancellations from outside: here uvicorn's, at a shutdown.
+        # (asyncio.timeout takes its own back.) There is only one, so we can still send.
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
             stopping = ServiceUnavailableException("the server is shutting down")
@@ -2037,8 +2029,8 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        So a body is checked when a route reads it: after 404 and 405. (FastAPI turns
-        other exceptions, if they are raised while it reads a body, into a 400.)
+        It raises when a route reads the body, so 404 and 405 come first. While FastAPI
+        reads a body, it turns all exceptions but an HTTPException into a 400.
         """
         received_bytes = 0
 
@@ -2130,8 +2122,8 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
-    # LimitsAndErrorsMiddleware can answer these on every route. So the 503 of a check
-    # has either its own body or an ErrorResponse.
+    # LimitsAndErrorsMiddleware can answer these on every route. (So a 503 has the body
+    # of the check, or is an ErrorResponse.)
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
     generate_unique_id_function=attrgetter("name"),
@@ -2417,9 +2409,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not by include_router, which (since FastAPI 0.137) would make a health check a
-        # fifth slower. As a result, dependency_overrides does not reach these routes.
-        # They have no dependencies.
+        # include_router (since FastAPI 0.137) would make a health check a fifth slower.
+        # A route that is passed here ignores dependency_overrides. These routes have no
+        # dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
