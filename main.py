@@ -675,14 +675,13 @@ class FairPool(AsyncAdaptedQueuePool):
         # A slot for each connection: size() is the argument pool_size, and timeout() is
         # pool_timeout. (Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
-        # True: SQLAlchemy shall replace all connections before their next use.
-        self.is_outdated = False
+        self.is_outdated = False  # True: replace all connections before their next use
         # SQLAlchemy has a record for each connection.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # A connection has these events: "connect", if it is new; then SQLAlchemy's own
-        # first statements; "checkout"; the request's statements; "checkin". The timer
-        # runs during all statements. If the first ones fail, there is no "checkin": the
-        # timer then ends without a connection, and does nothing.
+        # "connect" starts the timer for SQLAlchemy's own first statements on a new
+        # connection. "checkout" starts it again for those of the request, and "checkin"
+        # stops it. (If the first ones fail, nothing stops it. But then, the record has
+        # no connection, and abort_connection does nothing.)
         event.listen(self, "connect", lambda _, record: self.start_timer(record))
         event.listen(self, "checkout", lambda _, record, _2: self.check_out(record))
         event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
@@ -711,7 +710,9 @@ class FairPool(AsyncAdaptedQueuePool):
     def check_out(self, record: ConnectionPoolEntry) -> None:
         if self.is_outdated:
             self.is_outdated = False
-            raise sa_exc.InvalidatePoolError  # SQLAlchemy replaces them, and goes on
+            # SQLAlchemy catches this, replaces each connection that was opened before
+            # now, at its next use, and goes on with a new one.
+            raise sa_exc.InvalidatePoolError
         self.start_timer(record)
 
     def start_timer(self, record: ConnectionPoolEntry) -> None:
@@ -827,7 +828,7 @@ class MonitoredBackend:
 
     def __init__(self) -> None:
         self.in_outage = False  # True from a failure to the next successful check
-        self.is_prepared = False  # True after the first success of `prepare`
+        self.is_started = False  # True after the first success of `start`
         self.check_task: asyncio.Task[None] | None = None  # the latest check
         self.retry_timer: asyncio.TimerHandle | None = None  # starts the next one
 
@@ -835,9 +836,13 @@ class MonitoredBackend:
         """Raise an exception if the backend cannot be used."""
         raise NotImplementedError
 
-    async def prepare(self) -> None:
-        """Run before the first check, and before each check in an outage."""
+    async def start(self) -> None:
+        """Run once, before the first check."""
         raise NotImplementedError
+
+    async def recover(self) -> None:
+        """Run before each check in an outage."""
+        await self.start()
 
     def start_check(self) -> asyncio.Task[None]:
         """Return the check that is running, or start one."""
@@ -848,9 +853,11 @@ class MonitoredBackend:
 
     async def run_check(self) -> None:
         try:
-            if not self.is_prepared or self.in_outage:
-                await self.prepare()
-                self.is_prepared = True
+            if not self.is_started:
+                await self.start()
+                self.is_started = True
+            elif self.in_outage:
+                await self.recover()
             await self.check()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
             self.handle_failure(error)
@@ -972,9 +979,9 @@ class Database(MonitoredBackend):
     def session(self, writes: bool) -> AsyncSession:
         """Return a new session.
 
-        Raises ServiceUnavailableException until `prepare` has succeeded once.
+        Raises ServiceUnavailableException until `start` has succeeded.
         """
-        if not self.is_prepared:
+        if not self.is_started:
             raise ServiceUnavailableException("the database is not reachable")
         return AsyncSession(
             self.write_engine if writes else self.read_engine,
@@ -986,35 +993,37 @@ class Database(MonitoredBackend):
             close_resets_only=False,
         )
 
-    async def create_missing_tables(self) -> None:
-        """Any number of workers and hosts may call this at once: a lock orders them."""
+    async def table_names(self) -> set[str]:
         async with self.check_engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
-        missing = Base.metadata.tables.keys() - names
-        # At the start, create what is missing. At the end of an outage, a migration may
-        # be running: create tables only if the database is empty, because it is new.
-        may_be_migrating = self.is_prepared and bool(names)
-        if may_be_migrating or not missing:
-            return
+        return set(names)
+
+    async def create_missing_tables(self) -> None:
+        """Any number of workers and hosts may call this at once: a lock orders them."""
         async with self.write_engine.begin() as connection:
             if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
                 lock = sa.func.pg_advisory_xact_lock(7411)  # an arbitrary number
                 await connection.execute(sa.select(lock))
             await connection.run_sync(Base.metadata.create_all)
 
-    async def prepare(self) -> None:
+    async def start(self) -> None:
+        # Open a connection, which takes long, before the first request needs it.
+        async with self.read_engine.connect():
+            pass
+        names = await self.table_names()
+        if Base.metadata.tables.keys() - names:
+            await self.create_missing_tables()
+
+    async def recover(self) -> None:
+        # After a failover, old connections lead to the former primary. Replace them: on
+        # PostgreSQL, all requests use this pool. (dispose() would let new ones be
+        # opened while old ones are in use: together, maybe too many.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
-        if self.is_prepared:
-            # After a failover, old connections lead to the former primary. Replace
-            # them: on PostgreSQL, all requests use this pool. (dispose() would let new
-            # ones be opened while old ones are in use: together, maybe too many.)
-            pool.is_outdated = True
-        else:
-            # Open a connection, which takes long, before the first request needs it.
-            async with self.read_engine.connect():
-                pass
-        await self.create_missing_tables()
+        pool.is_outdated = True
+        # An empty database is a new one. In another one, a migration may be running.
+        if not await self.table_names():
+            await self.create_missing_tables()
 
     async def check(self) -> None:
         # Select all columns of all tables: this fails if one is missing. FOR UPDATE
@@ -1513,7 +1522,7 @@ SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 ROWS_IN_BUCKET = 16  # see SlidingWindowRateLimiter
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
-REDIS_CONNECT_SECONDS = 1  # for `prepare`, which opens all connections at once
+REDIS_CONNECT_SECONDS = 1  # for `start`, which opens all connections at once
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `check`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
 # ARGV[3] is random, because each member of a set must be different.
@@ -1671,7 +1680,7 @@ class RedisRateLimiter(MonitoredBackend):
         # behind requests.
         await self.run_script("check", limit=1, seconds=1)
 
-    async def prepare(self) -> None:
+    async def start(self) -> None:
         """Open all connections, before a burst of requests has to wait for that.
 
         redis-py opens a connection for each command that runs at the same time. So run

@@ -858,13 +858,14 @@ async def test_id_of_a_deleted_user_is_not_given_again(database: main.Database) 
 # --- Database -------------------------------------------------------------------------
 
 
-class DatabaseOfTest(main.Database):
+class DatabaseOfTest(main.MonitoredBackend):
     """A database whose server is there or away, as the test says."""
 
+    name = "the database"
     is_away = True
     checks = 0
 
-    async def prepare(self) -> None: ...
+    async def start(self) -> None: ...
 
     async def check(self) -> None:
         self.checks += 1
@@ -873,7 +874,7 @@ class DatabaseOfTest(main.Database):
 
 
 async def test_outage_is_checked_every_second_until_it_ends() -> None:
-    database = DatabaseOfTest(make_settings())
+    database = DatabaseOfTest()
     assert database.start_check() is database.start_check()
     counts = []
     for seconds, database.is_away in ((0, True), (0.5, True), (0.5, False), (1, True)):
@@ -885,7 +886,7 @@ async def test_outage_is_checked_every_second_until_it_ends() -> None:
 
 async def test_outage_logs_start_and_end_once(caplog: CapLog) -> None:
     caplog.set_level("INFO")
-    database = DatabaseOfTest(make_settings())
+    database = DatabaseOfTest()
     for database.is_away in (False, True, True, False, False, True):
         database.start_check()
         await let_others_run()
@@ -895,7 +896,7 @@ async def test_outage_logs_start_and_end_once(caplog: CapLog) -> None:
     up = ("INFO", "the database is ready again")
     assert [(r.levelname, r.message) for r in caplog.records] == [down, up, down]
     assert vars(caplog.records[0])["reason"] == "no route to it"
-    await database.close()
+    await database.stop_checks()
 
 
 @asynccontextmanager
@@ -2645,9 +2646,8 @@ async def test_body_declared_too_large_is_not_read(odd: Client) -> None:
         yield b""
         pytest.fail("it was read")
 
-    headers = {"Content-Length": "2001"}
-    response = await odd.post("/read", content=unread(), headers=headers)
-    assert response.status_code == 413
+    size = {"Content-Length": "2001"}
+    assert (await odd.post("/read", content=unread(), headers=size)).status_code == 413
 
 
 async def test_timeout_cancels_the_route() -> None:
