@@ -42,7 +42,7 @@ bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
 for address in bind:  # gunicorn's own message would not name the variable
     match = re.fullmatch(r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd://[0-9]+", address)
     if not match or int(match[1] or 0) > 65535:
-        raise SystemExit(f"bad settings: BIND: {address!r}: no host:port or unix:/path")
+        raise SystemExit(f"bad settings: BIND: {address!r}: no host:port, unix: or fd:")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 errorlog = None  # no handler of gunicorn's own: main.setup_logging will set one
 preload_app = True  # invalid settings stop the start; workers share rate limits

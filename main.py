@@ -289,13 +289,11 @@ LIBRARY_LEVELS = {
     # a request is cancelled while it returns its connection, which is harmless.
     f"{__name__}.FairPool": "CRITICAL",
 }
-
-
-# Servers have handlers of their own here. setup_logging replaces them.
+# The loggers of the servers. setup_logging gives its handler to each of them.
 SERVER_LOGGERS = (
     "gunicorn.error",
-    "uvicorn.error",  # UvicornWorker copies the handlers of gunicorn.error to it
-    "uvicorn",  # has a handler if uvicorn runs without gunicorn
+    "uvicorn.error",  # UvicornWorker later copies the handlers of gunicorn.error to it
+    "uvicorn",  # has a handler of its own if uvicorn runs without gunicorn
 )
 
 
@@ -675,15 +673,14 @@ class FairPool(AsyncAdaptedQueuePool):
         # A slot for each connection: size() is the argument pool_size, and timeout() is
         # pool_timeout. (Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
-        self.is_outdated = False  # True: replace all connections before their next use
-        # SQLAlchemy has a record for each connection.
+        # A timer for each connection. (A record is SQLAlchemy's place for one.)
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # "connect" starts the timer for SQLAlchemy's own first statements on a new
         # connection. "checkout" starts it again for those of the request, and "checkin"
-        # stops it. (If the first ones fail, nothing stops it. But then, the record has
-        # no connection, and abort_connection does nothing.)
+        # stops it. (If the first ones fail, nothing may stop it. But then, the record
+        # has no connection, and abort_connection does nothing.)
         event.listen(self, "connect", lambda _, record: self.start_timer(record))
-        event.listen(self, "checkout", lambda _, record, _2: self.check_out(record))
+        event.listen(self, "checkout", lambda _, record, _2: self.start_timer(record))
         event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
 
     def _do_get(self) -> ConnectionPoolEntry:
@@ -706,14 +703,6 @@ class FairPool(AsyncAdaptedQueuePool):
                 await self.slots.acquire()
         except TimeoutError:
             raise sa_exc.TimeoutError("no connection was free in time") from None
-
-    def check_out(self, record: ConnectionPoolEntry) -> None:
-        if self.is_outdated:
-            self.is_outdated = False
-            # SQLAlchemy catches this, replaces each connection that was opened before
-            # now, at its next use, and goes on with a new one.
-            raise sa_exc.InvalidatePoolError
-        self.start_timer(record)
 
     def start_timer(self, record: ConnectionPoolEntry) -> None:
         self.stop_timer(record)  # the event "connect" may have started one
@@ -739,6 +728,15 @@ class FairPool(AsyncAdaptedQueuePool):
             # The pool must not give this connection to the next request. (soft: at the
             # next checkout, the record opens a new one.)
             record.invalidate(soft=True)
+
+    def invalidate_all(self) -> None:
+        """Replace each connection of now before its next use.
+
+        dispose() would let new connections be opened while the old ones are in use:
+        together, they could be too many.
+        """
+        # This is private, too: SQLAlchemy replaces connections older than this time.
+        self._invalidate_time = time.time()
 
 
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
@@ -1015,12 +1013,12 @@ class Database(MonitoredBackend):
             await self.create_missing_tables()
 
     async def recover(self) -> None:
-        # After a failover, old connections lead to the former primary. Replace them: on
-        # PostgreSQL, all requests use this pool. (dispose() would let new ones be
-        # opened while old ones are in use: together, maybe too many.)
+        # After a failover, old connections lead to the former primary. So replace those
+        # of this pool, which all requests use on PostgreSQL. (If a check fails on the
+        # connection of check_engine, SQLAlchemy replaces it.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
-        pool.is_outdated = True
+        pool.invalidate_all()
         # An empty database is a new one. In another one, a migration may be running.
         if not await self.table_names():
             await self.create_missing_tables()
@@ -2023,8 +2021,8 @@ class LimitsAndErrorsMiddleware:
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
         task = asyncio.current_task()
-        # `cancelling` counts cancellations from outside: here uvicorn's, at a shutdown.
-        # (asyncio.timeout takes its own back.) There is only one, so we can still send.
+        # `cancelling` counts cancellations from outside: uvicorn's, at a shutdown. This
+        # is the only one, so we can send. (asyncio.timeout takes its own back.)
         is_cancelled = task is not None and task.cancelling() > 0
         if is_cancelled and isinstance(error, asyncio.CancelledError):
             stopping = ServiceUnavailableException("the server is shutting down")
