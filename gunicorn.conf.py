@@ -135,7 +135,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # the last response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # a new list, or uvicorn would add trailers to the request's
+        self.headers = []  # for trailers: uvicorn would append them to the request's
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else the new parser calls this again
@@ -154,7 +154,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_stopping = True
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        self.loop.call_later(0.5, super().shutdown)  # clients may have sent requests
+        self.loop.call_later(0.5, super().shutdown)  # for requests on their way
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]

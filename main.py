@@ -677,8 +677,8 @@ class FairPool(AsyncAdaptedQueuePool):
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # "connect" starts the timer for SQLAlchemy's own first statements on a new
         # connection. "checkout" starts it again for those of the request, and "checkin"
-        # stops it. (If the first ones fail, nothing may stop it. But then, the record
-        # has no connection, and abort_connection does nothing.)
+        # stops it. (If the first ones fail, the timer can go on. But at its end, the
+        # record has no connection, and abort_connection does nothing.)
         event.listen(self, "connect", lambda _, record: self.start_timer(record))
         event.listen(self, "checkout", lambda _, record, _2: self.start_timer(record))
         event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
@@ -1291,11 +1291,11 @@ AFTER = sa.bindparam("after", type_=BigInt)
 # the first of them in the index items_of_owner: then the last page costs what the first
 # does.
 LIST_ITEMS_QUERIES = {
-    # With PostgreSQL's query, SQLite would read all items of the owner.
+    # With a row comparison, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # With SQLite's query, PostgreSQL may read the primary key's index, with the items
-    # of all owners. (owner_id, id) > (7, 20) finds the items of owner 7 from id 21 on,
-    # and those of owner 8 and all later ones, which owner_id <= 7 leaves out.
+    # Without one, PostgreSQL may read the primary key's index, with the items of all
+    # owners. The row comparison alone would also find items of later owners: (8, 1) is
+    # greater than (7, 20). The second condition excludes them.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1536,8 +1536,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- There is room for one more when the oldest time (index 0) leaves the window. If the
--- limit was lowered, there can be more times than `limit`: then some more must leave.
+-- The reset is when the oldest time (index 0) leaves the window. If the limit was
+-- lowered, `count` can be greater: then, `count - limit` more times must leave.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
@@ -1811,11 +1811,10 @@ def warn_of_untrusted_proxy() -> None:
     )
 
 
-def is_peer_trusted(address: str, port: int, forwarded_for: str) -> bool:
-    """Guess whether uvicorn trusts the peer. Only a warning depends on it.
+def is_client_of_header(address: str, port: int, forwarded_for: str) -> bool:
+    """Guess whether uvicorn has taken address and port from X-Forwarded-For.
 
-    If uvicorn does, it replaces the peer's address and port by those of a client in
-    X-Forwarded-For (by port 0, if none is given). So look for them in this header.
+    If the header names no port, uvicorn sets 0.
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
@@ -1871,7 +1870,8 @@ class RequestLoggingMiddleware:
         if headers.get(b"x-forwarded-for"):
             # There can be several such headers; `headers` has only the last one.
             forwarded_for = ",".join(Headers(scope=scope).getlist("x-forwarded-for"))
-            if not is_peer_trusted(address, port, forwarded_for):
+            # uvicorn takes the client from this header if it trusts the peer.
+            if not is_client_of_header(address, port, forwarded_for):
                 warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
@@ -1983,6 +1983,18 @@ class RateLimitMiddleware:
         await self.app(scope, receive, send_with_rate_limit)
 
 
+def is_cancelled_by_server(error: BaseException) -> bool:
+    """Return True if uvicorn has cancelled this task, which it does at a shutdown.
+
+    Return False if a route itself has raised CancelledError, for example by awaiting a
+    task that was cancelled; or if the error comes from asyncio.timeout, which cancels
+    this task, too, but takes that back.
+    """
+    task = asyncio.current_task()
+    is_cancelled = task is not None and task.cancelling() > 0
+    return is_cancelled and isinstance(error, asyncio.CancelledError)
+
+
 class LimitsAndErrorsMiddleware:
     """Limit the body and the time of a request, and answer what goes wrong.
 
@@ -2020,17 +2032,13 @@ class LimitsAndErrorsMiddleware:
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
-        task = asyncio.current_task()
-        # `cancelling` counts cancellations from outside: uvicorn's, at a shutdown. This
-        # is the only one, so we can send. (asyncio.timeout takes its own back.)
-        is_cancelled = task is not None and task.cancelling() > 0
-        if is_cancelled and isinstance(error, asyncio.CancelledError):
+        if is_cancelled_by_server(error):
+            # The server cancels a task only once, so this response can still be sent.
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         if is_late:
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
             return await app_exception_handler(request, late)
-        # This can also be a CancelledError that the route itself has raised.
         return await unhandled_exception_handler(request, error)
 
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
@@ -2375,8 +2383,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
 
 
 def register_exception_handlers(app: FastAPI) -> None:
-    # Not app.add_exception_handler, whose type wants handlers of any Exception. The
-    # decorator has no such type.
+    # The decorator, because mypy does not accept these handlers in
+    # app.add_exception_handler: its type wants handlers of any Exception.
     app.exception_handler(AppException)(app_exception_handler)
     app.exception_handler(HTTPException)(http_exception_handler)
     app.exception_handler(RequestValidationError)(validation_exception_handler)
@@ -2416,9 +2424,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # include_router (since FastAPI 0.137) would make a health check a fifth slower.
-        # A route that is passed here ignores dependency_overrides. These routes have no
-        # dependencies.
+        # Passed here, because include_router (since FastAPI 0.137) would make a health
+        # check a fifth slower. Routes that are passed here ignore dependency_overrides,
+        # but these have no dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
