@@ -237,7 +237,8 @@ class Settings(BaseSettings):
 
 def describe_invalid_value(error: ErrorDetails) -> str:
     """Return text such as "DEBUG: …", without the value, which may be secret."""
-    # `loc` is empty for refuse_unsafe_values, whose messages begin with the name.
+    # `loc` has the name. For refuse_unsafe_values, it is empty: its messages begin with
+    # the name.
     names = [str(part) for part in error["loc"]]
     message = error["msg"].removeprefix("Value error, ")  # pydantic adds it
     return ": ".join([*names, message])
@@ -536,8 +537,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     # Leave out mounted applications: a Mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # An application that you have mounted at /api can have answered for /api/v1/users.
-    # Its Mount has then added /api to root_path. So use ours.
+    # If an application that you have mounted at /api has raised this 405, its Mount has
+    # added /api to root_path. Our routes match only without it.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -1325,8 +1326,8 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
 async def update_password_hash(db: AsyncSession, user: User, new_hash: str) -> bool:
     """Return False if the password has been changed since `user` was read.
 
-    So one of two simultaneous password changes fails. The condition is not on
-    token_version: a simultaneous logout, which changes it, must not make this fail.
+    The condition on the old hash makes one of two simultaneous changes fail. There is
+    none on token_version: a simultaneous logout must not make a change fail.
     """
     condition = (User.id == user.id) & (User.password_hash == user.password_hash)
     query = sa.update(User).where(condition).values(password_hash=new_hash)
@@ -2024,8 +2025,8 @@ class LimitsAndErrorsMiddleware:
                 await self.app(scope, self.limit_body(scope, receive), send)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - answered
             response = await self.answer_error(Request(scope), error, timer.expired())
-        # If status_code is set, a response has started, and a second one cannot be
-        # sent. uvicorn closes the connection, because the first one is not complete.
+        # If status_code is set (by RequestLoggingMiddleware), a response has started. It
+        # is not complete, so uvicorn closes the connection.
         if response and "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
@@ -2115,7 +2116,7 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
 def rate_limit_dependency(limit_name: str) -> Callable[[Request], Awaitable[None]]:
     """Return a dependency that applies a limit, in addition to RateLimitMiddleware.
 
-    Write `Depends(rate_limit_dependency("login"))`: it is no dependency itself.
+    Write `Depends(rate_limit_dependency("login"))`, with the name of a limit.
     """
 
     async def apply_limit(request: Request) -> None:
