@@ -2025,7 +2025,7 @@ class LimitsAndErrorsMiddleware:
                 await self.app(scope, self.limit_body(scope, receive), send)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - answered
             response = await self.answer_error(Request(scope), error, timer.expired())
-        # If status_code is set (by RequestLoggingMiddleware), a response has started. It
+        # If status_code is set (by RequestLoggingMiddleware), a response has started, and
         # is not complete, so uvicorn closes the connection.
         if response and "status_code" not in scope["state"]:
             await response(scope, receive, send)
