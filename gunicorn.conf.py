@@ -17,7 +17,7 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 import main
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
-HEADER_SECONDS = 10  # until the first byte, and from there to the end of the headers
+HEADER_SECONDS = 10  # for the first byte, and from there to the end of the headers
 
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:

@@ -731,7 +731,7 @@ class FairPool(AsyncAdaptedQueuePool):
             record.invalidate(soft=True)
 
     def invalidate_all(self) -> None:
-        """Replace each connection of now before its next use.
+        """Replace each connection that is open now before its next use.
 
         dispose() would let new connections be opened while the old ones are in use:
         together, they could be too many.
@@ -836,11 +836,11 @@ class MonitoredBackend:
         raise NotImplementedError
 
     async def start(self) -> None:
-        """Run once, before the first check."""
+        """Run before each check, until it has succeeded once."""
         raise NotImplementedError
 
     async def recover(self) -> None:
-        """Run before each check in an outage."""
+        """Run before each check in an outage, if `start` has succeeded before."""
         await self.start()
 
     def start_check(self) -> asyncio.Task[None]:
@@ -872,7 +872,7 @@ class MonitoredBackend:
             logger.warning("%s is not ready", self.name, extra=extra)
         self.in_outage = True
         if self.retry_timer is not None:
-            self.retry_timer.cancel()  # several requests can fail at once
+            self.retry_timer.cancel()  # another failure may have started it
         loop = asyncio.get_running_loop()
         self.retry_timer = loop.call_later(CHECK_INTERVAL_SECONDS, self.start_check)
 
@@ -971,7 +971,7 @@ class Database(MonitoredBackend):
             "keepalives_idle": "60",  # NAT routers drop what is idle for minutes
             "target_session_attrs": "read-write",  # never connect to a replica
             **url_options,
-            # Later settings override earlier ones.
+            # If there are two -c for one setting, the last one counts.
             "options": f"{defaults} {url_options.get('options', '')}".rstrip(),
         }
 
@@ -1020,7 +1020,8 @@ class Database(MonitoredBackend):
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
-        # An empty database is a new one. In another one, a migration may be running.
+        # If there is no table, the database is a new one. Otherwise, do not create
+        # what is missing: a migration may be running.
         if not await self.table_names():
             await self.create_missing_tables()
 
@@ -1244,8 +1245,8 @@ def signing_key(settings: Settings) -> dict[str, str]:
     (python-jose also takes a text. But if the text happens to be JSON, python-jose
     parses it as such a key.)
     """
-    # os.environ has surrogates in place of bytes that are not UTF-8. surrogateescape
-    # turns them back into these bytes.
+    # The key may have any bytes. os.environ has surrogates in place of those that are
+    # not UTF-8. surrogateescape turns them back.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1288,9 +1289,9 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # sa.tuple_, which is used below, does not infer the types of its parameters.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# Both queries find the same rows. They differ so that each database goes straight to
-# the first of them in the index items_of_owner: then the last page costs what the first
-# does.
+# Both queries mean: owner_id = :owner AND id > :after. They differ so that each
+# database goes straight to that place in the index items_of_owner: then the last page
+# costs what the first does.
 LIST_ITEMS_QUERIES = {
     # With a row comparison, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
@@ -2025,8 +2026,8 @@ class LimitsAndErrorsMiddleware:
                 await self.app(scope, self.limit_body(scope, receive), send)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - answered
             response = await self.answer_error(Request(scope), error, timer.expired())
-        # If status_code is set (by RequestLoggingMiddleware), a response has started, and
-        # is not complete, so uvicorn closes the connection.
+        # If status_code is set (by RequestLoggingMiddleware), a response has started. A
+        # second one cannot be sent: uvicorn closes the connection.
         if response and "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
@@ -2138,8 +2139,8 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
-    # LimitsAndErrorsMiddleware can answer these on every route. (So a 503 has the body
-    # of the check, or is an ErrorResponse.)
+    # LimitsAndErrorsMiddleware can answer these on every route. So a 503 is either the
+    # check's own, or an ErrorResponse.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
     generate_unique_id_function=attrgetter("name"),
