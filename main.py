@@ -1816,7 +1816,7 @@ def warn_of_untrusted_proxy() -> None:
 def is_client_of_header(address: str, port: int, forwarded_for: str) -> bool:
     """Guess whether uvicorn has taken address and port from X-Forwarded-For.
 
-    If the header names no port, uvicorn sets 0.
+    If the header names no port, uvicorn sets 0. Only a warning depends on the guess.
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
