@@ -17,7 +17,7 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 import main
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
-HEADER_SECONDS = 10  # for the first byte, and from there to the end of the headers
+HEADER_SECONDS = 10  # from the connect, or from the first byte of a later request
 
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
@@ -90,15 +90,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(431 if self.header_bytes > MAX_HEADER_BYTES else 400)
-        if self.header_bytes > MAX_HEADER_BYTES:
+            self.refuse(400)  # (HttpParserUpgrade: the method CONNECT, see `parse`)
+        if self.header_bytes > MAX_HEADER_BYTES:  # (0 if they are complete)
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
         After headers with `Upgrade`, the parser stops, and uvicorn would drop the body.
-        So a new parser gets the headers without it, then the body. CONNECT is refused.
+        So a new parser gets the headers without it, then the body. CONNECT stops both.
         """
         while data:
             try:
@@ -118,17 +118,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
-        self.header_timer.cancel()
-        self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
+        if self.header_timer.cancelled():  # else it runs since connection_made
+            self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
-        # Until here, header_bytes can include a part of the body.
-        lines = [b"%s: %s\r\n" % line for line in self.headers]
-        self.header_bytes = len(self.url) + sum(map(len, lines))
-        if self.header_bytes > MAX_HEADER_BYTES:
-            raise httptools.HttpParserError  # data_received answers 431
+        # Not header_bytes: it counts the part of the body that came with the headers.
+        size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
+        if size > MAX_HEADER_BYTES:
+            self.refuse(431)
+            raise httptools.HttpParserError  # stops parsing; refuse(400) does nothing
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
