@@ -39,7 +39,7 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 wsgi_app = "main:app"
 default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
 bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
-for address in bind:  # gunicorn's own message would not name the variable
+for address in bind:  # host:port (group 1 is the port), unix:/path or fd://3
     match = re.fullmatch(r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd://[0-9]+", address)
     if not match or int(match[1] or 0) > 65535:
         raise SystemExit(f"bad settings: BIND: {address!r}: no host:port, unix: or fd:")
@@ -91,7 +91,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(400)  # (HttpParserUpgrade: the method CONNECT, see `parse`)
-        if self.header_bytes > MAX_HEADER_BYTES:  # (0 if they are complete)
+        if self.header_bytes > MAX_HEADER_BYTES:  # on_headers_complete has not set 0
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
@@ -112,13 +112,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
         self.parser = parser = httptools.HttpRequestParser(self)
-        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as in uvicorn
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
         parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
-        if self.header_timer.cancelled():  # else it runs since connection_made
+        if self.header_timer.cancelled():  # else it already runs for this request
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -128,14 +128,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops parsing; refuse(400) does nothing
+            raise httptools.HttpParserError  # stops parsing; a second refuse is ignored
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # the last response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # for trailers: uvicorn would append them to the request's
+        self.headers = []  # a list for trailers: uvicorn appends them to self.headers
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else the new parser calls this again
@@ -164,11 +164,11 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn shuts down at SIGTERM, and then raises it again for this handler:
-        signal.signal(signal.SIGTERM, self.handle_quit)  # gunicorn's; exits with 0
+        # After its shutdown, uvicorn raises SIGTERM again. This handler exits with 0:
+        signal.signal(signal.SIGTERM, self.handle_quit)  # gunicorn's
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, which Ctrl+C causes
+    def handle_exit(self, *_: object) -> None:  # on SIGQUIT, sent at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -120,7 +120,8 @@ def parse_database_url(value: str) -> sa.URL:
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
-    # libpq checks the values of options when it connects. Check the usual one now.
+    # libpq checks the values of options only when it connects. Check the one now that
+    # is set most often.
     if url.query.get("sslmode", "prefer") not in SSL_MODES:
         raise ValueError(f"has an sslmode that is not one of {', '.join(SSL_MODES)}")
     if url.get_backend_name() == "sqlite":
@@ -135,8 +136,9 @@ def parse_database_url(value: str) -> sa.URL:
 
 def check_redis_url(value: str) -> str:
     """Raise ValueError if redis-py refuses the URL, or would misread it."""
-    # redis-py ignores a database that is no number. If a password has a /, ? or #, the
-    # part before it would count as the host, which gets into messages, and the log.
+    # If a password has a /, ? or # that is not encoded, the part before it would count
+    # as the host, which gets into messages, and so into the log. The rest would count
+    # as database or options. So the database must be a number; no # or @ may follow.
     tcp = "rediss?://[^/?#]*(/[0-9]*/?)?"  # redis://:pass@host:6379/0
     unix = "unix://([^/?#@]*@)?/[^?#@]*"  # unix://:pass@/path
     if not re.fullmatch(f"({tcp}|{unix})([?][^#@]*)?", value):
@@ -292,9 +294,9 @@ LIBRARY_LEVELS = {
 }
 # The loggers of the servers. setup_logging gives its handler to each of them.
 SERVER_LOGGERS = (
-    "gunicorn.error",
-    "uvicorn.error",  # UvicornWorker later copies the handlers of gunicorn.error to it
-    "uvicorn",  # has a handler of its own if uvicorn runs without gunicorn
+    "gunicorn.error",  # UvicornWorker copies its handlers to uvicorn.error
+    "uvicorn.error",  # for uvicorn without gunicorn
+    "uvicorn",  # the same: there, it has a handler of its own
 )
 
 
@@ -537,8 +539,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     # Leave out mounted applications: a Mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # If an application that you have mounted at /api has raised this 405, its Mount has
-    # added /api to root_path. Our routes match only without it.
+    # The 405 of a mounted StaticFiles is an HTTPException, so it comes here, too. Its
+    # Mount has added a prefix to root_path. Our routes match only without it.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -674,12 +676,14 @@ class FairPool(AsyncAdaptedQueuePool):
         # A slot for each connection: size() is the argument pool_size, and timeout() is
         # pool_timeout. (Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
-        # A timer for each connection. (A record is SQLAlchemy's place for one.)
+        # A timer for each connection. A ConnectionPoolEntry, or record, is SQLAlchemy's
+        # holder of one: if it is lost, the record opens a new one.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # "connect" starts the timer for SQLAlchemy's own first statements on a new
         # connection. "checkout" starts it again for those of the request, and "checkin"
-        # stops it. (If the first ones fail, the timer can go on. But at its end, the
-        # record has no connection, and abort_connection does nothing.)
+        # stops it. (If SQLAlchemy's own statements fail, there is no "checkin", and the
+        # timer can go on. But at its end, the record has no connection any more, and
+        # abort_connection does nothing.)
         event.listen(self, "connect", lambda _, record: self.start_timer(record))
         event.listen(self, "checkout", lambda _, record, _2: self.start_timer(record))
         event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
@@ -743,10 +747,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    In psycopg 3.3 and SQLAlchemy 2.1, local variables of functions in the exception's
-    traceback hold the exception (a reference cycle) and the connection. So its socket
-    would stay open until the garbage collector runs, maybe for minutes. clear_frames
-    deletes these variables.
+    In psycopg 3.3 and SQLAlchemy 2.1, local variables of the functions in the traceback
+    refer to the connection, and to the exception itself, which is a reference cycle.
+    Only the garbage collector would free it, maybe minutes later, and the socket would
+    stay open until then. clear_frames deletes these variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -934,7 +938,8 @@ class Database(MonitoredBackend):
             }
             # Otherwise, SQLAlchemy looks for the type hstore: three round trips.
             options["use_native_hstore"] = False
-            # No BEGIN and COMMIT. (__init__ turns transactions on for write_engine.)
+            # No BEGIN and COMMIT. (__init__ turns transactions on for write_engine. On
+            # SQLite, prepare_sqlite_connection does the same.)
             options["isolation_level"] = "AUTOCOMMIT"
         engine = create_async_engine(
             url,
@@ -1015,8 +1020,8 @@ class Database(MonitoredBackend):
 
     async def recover(self) -> None:
         # After a failover, old connections lead to the former primary. So replace those
-        # of this pool, which all requests use on PostgreSQL. (If a check fails on the
-        # connection of check_engine, SQLAlchemy replaces it.)
+        # of this pool, which write_engine shares on PostgreSQL. (If a check fails on
+        # check_engine's connection, SQLAlchemy replaces it.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1218,8 +1223,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # `run_sync(…, limiter=…)` would pause before it joins the queue. Until then, all
-    # requests of a burst would find the queue empty.
+    # Not `run_sync(…, limiter=…)`: it lets other tasks run before it joins the queue.
+    # So all requests of a burst would pass this check.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1538,8 +1543,9 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The reset is when the oldest time (index 0) leaves the window. If the limit was
--- lowered, `count` can be greater: then, `count - limit` more times must leave.
+-- The reset is when the oldest time, which has the index 0, leaves the window. But if
+-- the limit was lowered, `count` can be greater: then, more times must leave, and the
+-- last one of these has the index `count - limit`.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
@@ -1813,7 +1819,7 @@ def warn_of_untrusted_proxy() -> None:
     )
 
 
-def is_client_of_header(address: str, port: int, forwarded_for: str) -> bool:
+def is_client_from_header(address: str, port: int, forwarded_for: str) -> bool:
     """Guess whether uvicorn has taken address and port from X-Forwarded-For.
 
     If the header names no port, uvicorn sets 0. Only a warning depends on the guess.
@@ -1873,7 +1879,7 @@ class RequestLoggingMiddleware:
             # There can be several such headers; `headers` has only the last one.
             forwarded_for = ",".join(Headers(scope=scope).getlist("x-forwarded-for"))
             # uvicorn takes the client from this header if it trusts the peer.
-            if not is_client_of_header(address, port, forwarded_for):
+            if not is_client_from_header(address, port, forwarded_for):
                 warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
@@ -1988,9 +1994,9 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    Return False if a route itself has raised CancelledError, for example by awaiting a
-    task that was cancelled; or if the error comes from asyncio.timeout, which cancels
-    this task, too, but takes that back.
+    Return False in two other cases. A route has raised CancelledError itself, for
+    example because it awaited a task that was cancelled. Or asyncio.timeout has
+    cancelled this task: it calls uncancel() afterwards, so cancelling() is 0 again.
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2027,7 +2033,8 @@ class LimitsAndErrorsMiddleware:
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - answered
             response = await self.answer_error(Request(scope), error, timer.expired())
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
-        # second one cannot be sent: uvicorn closes the connection.
+        # second one cannot be sent. Then only the log line tells of the error, and
+        # uvicorn closes the connection.
         if response and "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
@@ -2426,9 +2433,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Passed here, because include_router (since FastAPI 0.137) would make a health
-        # check a fifth slower. Routes that are passed here ignore dependency_overrides,
-        # but these have no dependencies.
+        # Not include_router, which (since FastAPI 0.137) keeps a router within the
+        # router: a health check would be a fifth slower. Routes that are passed here
+        # ignore dependency_overrides, but these have no dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
