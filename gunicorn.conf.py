@@ -44,7 +44,7 @@ for address in bind:  # host:port (group 1 is the port), unix:/path or fd://3
     if not match or int(match[1] or 0) > 65535:
         raise SystemExit(f"bad settings: BIND: {address!r}: no host:port, unix: or fd:")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
-errorlog = None  # no handler of gunicorn's own: main.setup_logging will set one
+errorlog = None  # gunicorn adds no handler of its own: main.setup_logging adds ours
 preload_app = True  # invalid settings stop the start; workers share rate limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 max_requests_jitter = max_requests // 10  # or all workers would be replaced at once
@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heart
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # gunicorn "main:create_app()" sets none
+    if not logging.getLogger().handlers:  # as with gunicorn "main:create_app()"
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -69,7 +69,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), with limits on headers, and without `Upgrade`."""
 
     is_in_body = False  # True between the end of the headers and the end of the body
-    header_bytes = 0  # received of a request's headers; 0 when they are complete
+    header_bytes = 0  # received since a request began; 0 again after its headers
     is_stopping = False  # True when the worker ends
 
     def connection_made(self, transport: Any) -> None:
@@ -91,7 +91,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(400)  # (HttpParserUpgrade: the method CONNECT, see `parse`)
-        if self.header_bytes > MAX_HEADER_BYTES:  # on_headers_complete has not set 0
+        if self.header_bytes > MAX_HEADER_BYTES:  # incomplete; else it is 0
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
@@ -124,7 +124,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
-        # Not header_bytes: it counts the part of the body that came with the headers.
+        # Not header_bytes: it may include the beginning of the body, from this segment.
         size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
@@ -132,10 +132,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # the last response may have started it
+        self._unset_keepalive_if_required()  # again: a response may have ended
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # a list for trailers: uvicorn appends them to self.headers
+        self.headers = []  # a new list for trailers; the request keeps the old one
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else the new parser calls this again
@@ -164,11 +164,11 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # After its shutdown, uvicorn raises SIGTERM again. This handler exits with 0:
-        signal.signal(signal.SIGTERM, self.handle_quit)  # gunicorn's
+        # After its shutdown, uvicorn restores this handler, and raises SIGTERM again:
+        signal.signal(signal.SIGTERM, self.handle_quit)  # gunicorn's; exits with 0
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # on SIGQUIT, sent at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn sends it at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

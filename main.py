@@ -136,9 +136,9 @@ def parse_database_url(value: str) -> sa.URL:
 
 def check_redis_url(value: str) -> str:
     """Raise ValueError if redis-py refuses the URL, or would misread it."""
-    # If a password has a /, ? or # that is not encoded, the part before it would count
-    # as the host, which gets into messages, and so into the log. The rest would count
-    # as database or options. So the database must be a number; no # or @ may follow.
+    # In redis://:pass#word@host, the # is not encoded, so "pass" would count as host or
+    # port, which get into messages, and so into the log. / and ? have the same effect.
+    # So allow only digits as the database, and no # or @ after it.
     tcp = "rediss?://[^/?#]*(/[0-9]*/?)?"  # redis://:pass@host:6379/0
     unix = "unix://([^/?#@]*@)?/[^?#@]*"  # unix://:pass@/path
     if not re.fullmatch(f"({tcp}|{unix})([?][^#@]*)?", value):
@@ -288,15 +288,15 @@ LIBRARY_LEVELS = {
     # These repeat what the request's own line says.
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
-    # SQLAlchemy names a pool's logger after module and class. This one logs an ERROR if
-    # a request is cancelled while it returns its connection, which is harmless.
+    # SQLAlchemy's logger for the class FairPool, below. It logs an ERROR if a request
+    # is cancelled while it returns its connection, which is harmless.
     f"{__name__}.FairPool": "CRITICAL",
 }
 # The loggers of the servers. setup_logging gives its handler to each of them.
 SERVER_LOGGERS = (
     "gunicorn.error",  # UvicornWorker copies its handlers to uvicorn.error
     "uvicorn.error",  # for uvicorn without gunicorn
-    "uvicorn",  # the same: there, it has a handler of its own
+    "uvicorn",  # its parent, to which uvicorn without gunicorn gives a handler
 )
 
 
@@ -539,8 +539,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     # Leave out mounted applications: a Mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # The 405 of a mounted StaticFiles is an HTTPException, so it comes here, too. Its
-    # Mount has added a prefix to root_path. Our routes match only without it.
+    # The 405 of a StaticFiles that you have mounted comes here, too. In its scope,
+    # root_path ends with the Mount's path. Our routes match only with ROOT_PATH alone.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -667,8 +667,9 @@ class FairPool(AsyncAdaptedQueuePool):
 
     SQLAlchemy calls `_do_get` to take a connection out of the pool, and, if this has
     not raised an exception, `_do_return_conn` to give it back. Both are private, but
-    all pools of SQLAlchemy override them (as of 2.1.9). They are not async:
-    SQLAlchemy's `await_(coroutine)` takes the place of `await` in them.
+    all pools of SQLAlchemy override them (as of 2.1.9). They are not async, but
+    SQLAlchemy calls them in a greenlet. There, its `await_(coroutine)` waits for a
+    coroutine, as `await` does in an async function.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -676,14 +677,13 @@ class FairPool(AsyncAdaptedQueuePool):
         # A slot for each connection: size() is the argument pool_size, and timeout() is
         # pool_timeout. (Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
-        # A timer for each connection. A ConnectionPoolEntry, or record, is SQLAlchemy's
-        # holder of one: if it is lost, the record opens a new one.
+        # A timer for each connection. A ConnectionPoolEntry, or record, holds one. If
+        # it is lost, the record opens a new one.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # "connect" starts the timer for SQLAlchemy's own first statements on a new
-        # connection. "checkout" starts it again for those of the request, and "checkin"
-        # stops it. (If SQLAlchemy's own statements fail, there is no "checkin", and the
-        # timer can go on. But at its end, the record has no connection any more, and
-        # abort_connection does nothing.)
+        # "connect" starts the timer, because SQLAlchemy's own first statements on a new
+        # connection can hang, too. "checkout" starts it again, for the request.
+        # "checkin" stops it. (If the first statements fail, there is no "checkin". But
+        # the timer then finds a record without a connection, and does nothing.)
         event.listen(self, "connect", lambda _, record: self.start_timer(record))
         event.listen(self, "checkout", lambda _, record, _2: self.start_timer(record))
         event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
@@ -740,17 +740,18 @@ class FairPool(AsyncAdaptedQueuePool):
         dispose() would let new connections be opened while the old ones are in use:
         together, they could be too many.
         """
-        # This is private, too: SQLAlchemy replaces connections older than this time.
+        # This is private, too. At each checkout, SQLAlchemy replaces a connection that
+        # was opened before this time.
         self._invalidate_time = time.time()
 
 
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    In psycopg 3.3 and SQLAlchemy 2.1, local variables of the functions in the traceback
-    refer to the connection, and to the exception itself, which is a reference cycle.
-    Only the garbage collector would free it, maybe minutes later, and the socket would
-    stay open until then. clear_frames deletes these variables.
+    An exception's traceback keeps the local variables of the functions in it. In
+    psycopg 3.3 and SQLAlchemy 2.1, some of these hold the connection, and one the
+    exception: a reference cycle, which keeps the socket open until the garbage
+    collector runs, maybe for minutes. clear_frames deletes the variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -783,6 +784,7 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
+    # `connection` is SQLAlchemy's adapter of one of aiosqlite: its methods are sync.
     # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
     # other has switched the file, and the mode is stored in the file.
     with suppress(sqlite3.OperationalError):
@@ -938,8 +940,8 @@ class Database(MonitoredBackend):
             }
             # Otherwise, SQLAlchemy looks for the type hstore: three round trips.
             options["use_native_hstore"] = False
-            # No BEGIN and COMMIT. (__init__ turns transactions on for write_engine. On
-            # SQLite, prepare_sqlite_connection does the same.)
+            # No BEGIN and COMMIT. (In __init__, write_engine overrides this. On SQLite,
+            # prepare_sqlite_connection does so.)
             options["isolation_level"] = "AUTOCOMMIT"
         engine = create_async_engine(
             url,
@@ -1020,8 +1022,9 @@ class Database(MonitoredBackend):
 
     async def recover(self) -> None:
         # After a failover, old connections lead to the former primary. So replace those
-        # of this pool, which write_engine shares on PostgreSQL. (If a check fails on
-        # check_engine's connection, SQLAlchemy replaces it.)
+        # of this pool, which on PostgreSQL is also write_engine's. (check_engine has
+        # one connection: if a check fails on it, SQLAlchemy replaces it. SQLite has no
+        # failover.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1223,8 +1226,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # Not `run_sync(…, limiter=…)`: it lets other tasks run before it joins the queue.
-    # So all requests of a burst would pass this check.
+    # Not `run_sync(…, limiter=…)`: it lets other tasks run before it counts as waiting.
+    # So all requests of a burst would find an empty queue here.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1250,8 +1253,8 @@ def signing_key(settings: Settings) -> dict[str, str]:
     (python-jose also takes a text. But if the text happens to be JSON, python-jose
     parses it as such a key.)
     """
-    # The key may have any bytes. os.environ has surrogates in place of those that are
-    # not UTF-8. surrogateescape turns them back.
+    # The key may have any bytes. If some are not UTF-8, os.environ has surrogates in
+    # their place. surrogateescape turns these back into the bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1302,7 +1305,8 @@ LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # Without one, PostgreSQL may read the primary key's index, with the items of all
     # owners. The row comparison alone would also find items of later owners: (8, 1) is
-    # greater than (7, 20). The second condition excludes them.
+    # greater than (7, 20). The second condition excludes them. (It is not ==: with
+    # that, PostgreSQL may again read the primary key's index.)
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1332,8 +1336,8 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
 async def update_password_hash(db: AsyncSession, user: User, new_hash: str) -> bool:
     """Return False if the password has been changed since `user` was read.
 
-    The condition on the old hash makes one of two simultaneous changes fail. There is
-    none on token_version: a simultaneous logout must not make a change fail.
+    The condition on the old hash makes one of two simultaneous changes fail. It does
+    not compare token_version: a simultaneous logout must not make a change fail.
     """
     condition = (User.id == user.id) & (User.password_hash == user.password_hash)
     query = sa.update(User).where(condition).values(password_hash=new_hash)
@@ -1544,8 +1548,8 @@ if allowed then
     count = count + 1
 end
 -- The reset is when the oldest time, which has the index 0, leaves the window. But if
--- the limit was lowered, `count` can be greater: then, more times must leave, and the
--- last one of these has the index `count - limit`.
+-- the limit was lowered, more must leave: if there are 10 times, and the limit is now
+-- 7, those with the indexes 0 to 3.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
@@ -1580,10 +1584,10 @@ def client_key(address: str) -> str:
 def open_lock_file() -> IO[bytes]:
     """Return the file that a worker locks while it uses the shared memory.
 
-    All workers inherit the same open file. fcntl.lockf works between them, because its
-    locks belong to processes (those of fcntl.flock belong to open files). If a worker
-    is killed, the kernel releases its lock. (A lock of the module multiprocessing would
-    stay locked for ever.)
+    All workers inherit the same open file. A lock of fcntl.flock would belong to the
+    open file, so all workers would hold it together. A lock of fcntl.lockf belongs to
+    one process. If a worker is killed, the kernel releases its lock. (A lock of the
+    module multiprocessing would stay locked for ever.)
     """
     return tempfile.TemporaryFile()
 
@@ -1822,7 +1826,9 @@ def warn_of_untrusted_proxy() -> None:
 def is_client_from_header(address: str, port: int, forwarded_for: str) -> bool:
     """Guess whether uvicorn has taken address and port from X-Forwarded-For.
 
-    If the header names no port, uvicorn sets 0. Only a warning depends on the guess.
+    It does so if it trusts the peer, but does not say so. If the address is also in the
+    header, it probably did. (If the header names no port, uvicorn sets the port to 0.)
+    Only a warning depends on the guess.
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
@@ -1840,7 +1846,7 @@ class RequestLoggingMiddleware:
         started = time.perf_counter()
         # With ROOT_PATH=/shop, the proxy turns /shop/health into /health. In ASGI, the
         # path includes root_path, so put the prefix back. (FastAPI's argument root_path
-        # would not change the path.)
+        # would set root_path only.)
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -1994,9 +2000,9 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    Return False in two other cases. A route has raised CancelledError itself, for
-    example because it awaited a task that was cancelled. Or asyncio.timeout has
-    cancelled this task: it calls uncancel() afterwards, so cancelling() is 0 again.
+    CancelledError has two other causes, and with both, cancelling() is 0. A route can
+    raise it, for example because it awaits a task that was cancelled. And
+    asyncio.timeout cancels this task, but then calls uncancel().
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2033,8 +2039,8 @@ class LimitsAndErrorsMiddleware:
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - answered
             response = await self.answer_error(Request(scope), error, timer.expired())
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
-        # second one cannot be sent. Then only the log line tells of the error, and
-        # uvicorn closes the connection.
+        # second one cannot be sent: only the log line tells of the error. uvicorn sees
+        # that the first one is incomplete, and closes the connection.
         if response and "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
@@ -2221,8 +2227,8 @@ LoginFormBody = Annotated[LoginForm, Form()]
 LOGIN_LIMIT = [Depends(rate_limit_dependency("login"))]
 
 users_router = APIRouter(prefix="/users", tags=["users"])
-# `form_limits` is FastAPI's: it answers 400 to a form that has more than 20 fields (by
-# default, it allows 1,000), or a file.
+# `form_limits` is an argument of FastAPI's: a form that has more than 20 fields (1,000
+# by default), or a file, gets 400.
 auth_router = APIRouter(
     prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
 )
@@ -2380,8 +2386,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
         allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
         expose_headers=EXPOSED_HEADERS,
     )
-    # CORS comes before what can refuse a request: a page's script could not read a 429
-    # that has no CORS headers.
+    # CORS is outside RateLimitMiddleware, so that a 429 has CORS headers, too. Without
+    # them, a page's script could not read it.
     return [
         Middleware(RequestLoggingMiddleware, settings.ROOT_PATH),
         Middleware(SecurityHeadersMiddleware),
@@ -2433,9 +2439,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router, which (since FastAPI 0.137) keeps a router within the
-        # router: a health check would be a fifth slower. Routes that are passed here
-        # ignore dependency_overrides, but these have no dependencies.
+        # Not include_router: since FastAPI 0.137, it nests one router in another, which
+        # makes a health check a fifth slower. Routes that are passed here ignore
+        # dependency_overrides, but these have no dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
@@ -2453,7 +2459,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 # so `app` is built at its first use. For a name that a module does not have, Python
 # calls the module's __getattr__ (PEP 562). This one builds the application, and stores
 # it as `main.app`, so it is called once.
-# (mypy reads the declaration only.)
+# mypy reads only the declaration: if it saw __getattr__, it would accept any name.
 if TYPE_CHECKING:
     app: FastAPI
 else:
