@@ -156,7 +156,7 @@ def parse_origin(value: str) -> str:
     """Return the origin as browsers send it: in lower case, without :80 or :443."""
     if value == "*":
         return value
-    # AnyUrl drops the scheme's own port, and appends "/".
+    # AnyUrl drops the scheme's default port, such as 443, and appends "/".
     origin = str(pydantic.AnyUrl(value)).removesuffix("/").lower()
     # scheme://host without path, query, fragment, user or wildcard.
     if not re.fullmatch(r"[^:]+://[^/?#@*]+", origin):
@@ -250,7 +250,7 @@ def describe_invalid_value(error: ErrorDetails) -> str:
 def get_settings() -> Settings:
     """Read the settings. A bad value ends the process with a line that names it."""
     # secrets_dir is passed here, not set in model_config, because tests call Settings()
-    # themselves, and must not read this folder. A missing one would cause a warning.
+    # themselves, and must not read this folder. For a missing one, it would warn.
     folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
     try:
         # Without pydantic's plugin, mypy does not know this argument.
@@ -367,8 +367,8 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # A logger with a level of its own ignores the root logger's. So without this,
-    # LOG_LEVEL=ERROR would still show warnings of the loggers in LIBRARY_LEVELS.
+    # A record is compared with the level of its own logger, not with the root's. So
+    # without this, LOG_LEVEL=ERROR would still show the warnings of LIBRARY_LEVELS.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
@@ -665,11 +665,14 @@ class FairPool(AsyncAdaptedQueuePool):
     requests to a silent server would hold all connections. `pool_timeout` limits both
     times.
 
-    SQLAlchemy calls `_do_get` to take a connection out of the pool, and, if this has
-    not raised an exception, `_do_return_conn` to give it back. Both are private, but
-    all pools of SQLAlchemy override them (as of 2.1.9). They are not async, but
-    SQLAlchemy calls them in a greenlet. There, its `await_(coroutine)` waits for a
-    coroutine, as `await` does in an async function.
+    A pool has two methods that SQLAlchemy calls. They are private, but all pools of
+    SQLAlchemy override them (as of 2.1.9):
+
+        _do_get          takes a connection out of the pool
+        _do_return_conn  gives it back; not called if _do_get has raised an exception
+
+    They are not async, but run in a greenlet of SQLAlchemy's, where its function
+    `await_(coroutine)` does what `await coroutine` does in an async function.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -680,10 +683,10 @@ class FairPool(AsyncAdaptedQueuePool):
         # A timer for each connection. A ConnectionPoolEntry, or record, holds one. If
         # it is lost, the record opens a new one.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # "connect" starts the timer, because SQLAlchemy's own first statements on a new
-        # connection can hang, too. "checkout" starts it again, for the request.
-        # "checkin" stops it. (If the first statements fail, there is no "checkin". But
-        # the timer then finds a record without a connection, and does nothing.)
+        # connect: start the timer. SQLAlchemy's own first statements can hang, too.
+        # checkout: start it again, for the statements of the request.
+        # checkin: stop it. (If the first statements fail, there is no checkin. Then the
+        # timer goes on, but at its end, the record has no connection.)
         event.listen(self, "connect", lambda _, record: self.start_timer(record))
         event.listen(self, "checkout", lambda _, record, _2: self.start_timer(record))
         event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
@@ -784,7 +787,7 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
-    # `connection` is SQLAlchemy's adapter of one of aiosqlite: its methods are sync.
+    # `connection` is SQLAlchemy's sync wrapper of a connection of aiosqlite.
     # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
     # other has switched the file, and the mode is stored in the file.
     with suppress(sqlite3.OperationalError):
@@ -826,7 +829,11 @@ class MonitoredBackend:
     """A server that can be unreachable: base class of Database and RedisRateLimiter.
 
     After a failure, it is checked every second until it is available again. In normal
-    operation, nothing runs in the background.
+    operation, nothing runs in the background. A check consists of these methods:
+
+        until the first success  start, check
+        in an outage             recover, check
+        otherwise                check
     """
 
     name: str
@@ -842,11 +849,11 @@ class MonitoredBackend:
         raise NotImplementedError
 
     async def start(self) -> None:
-        """Run before each check, until it has succeeded once."""
+        """Prepare the first use."""
         raise NotImplementedError
 
     async def recover(self) -> None:
-        """Run before each check in an outage, if `start` has succeeded before."""
+        """Prepare the use after an outage."""
         await self.start()
 
     def start_check(self) -> asyncio.Task[None]:
@@ -941,7 +948,7 @@ class Database(MonitoredBackend):
             # Otherwise, SQLAlchemy looks for the type hstore: three round trips.
             options["use_native_hstore"] = False
             # No BEGIN and COMMIT. (In __init__, write_engine overrides this. On SQLite,
-            # prepare_sqlite_connection does so.)
+            # prepare_sqlite_connection turns autocommit on.)
             options["isolation_level"] = "AUTOCOMMIT"
         engine = create_async_engine(
             url,
@@ -995,7 +1002,7 @@ class Database(MonitoredBackend):
             # Objects are read after the commit, so they must not expire.
             expire_on_commit=False,
             # A closed session cannot be used again. Otherwise, a StreamingResponse that
-            # does so would keep a connection for ever.
+            # does so would take a connection that nobody gives back.
             close_resets_only=False,
         )
 
@@ -1220,14 +1227,14 @@ DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 # Two hashes at a time, to bound the memory. They run in threads, beside other Python
 # code, because argon2 releases the GIL.
 HASHING_LIMITER = CapacityLimiter(2)
-MAX_WAITING_HASHES = 100  # the last one waits for 100 / 2 * 30 ms, or longer
+MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or longer
 
 
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
     # Not `run_sync(…, limiter=…)`: it lets other tasks run before it counts as waiting.
-    # So all requests of a burst would find an empty queue here.
+    # So all requests of a burst would pass this check. `async with` waits at once.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1303,10 +1310,9 @@ AFTER = sa.bindparam("after", type_=BigInt)
 LIST_ITEMS_QUERIES = {
     # With a row comparison, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # Without one, PostgreSQL may read the primary key's index, with the items of all
-    # owners. The row comparison alone would also find items of later owners: (8, 1) is
-    # greater than (7, 20). The second condition excludes them. (It is not ==: with
-    # that, PostgreSQL may again read the primary key's index.)
+    # The row comparison makes PostgreSQL start at that place. The second condition
+    # makes it stop before the next owner. (With == in place of <=, or without the row
+    # comparison, it may read the primary key's index, with the items of all owners.)
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1547,9 +1553,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The reset is when the oldest time, which has the index 0, leaves the window. But if
--- the limit was lowered, more must leave: if there are 10 times, and the limit is now
--- 7, those with the indexes 0 to 3.
+-- The reset is when the oldest time, with the index 0, leaves the window. If the limit
+-- was lowered, more times must leave: it is when fewer than `limit` are left.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
@@ -1584,10 +1589,10 @@ def client_key(address: str) -> str:
 def open_lock_file() -> IO[bytes]:
     """Return the file that a worker locks while it uses the shared memory.
 
-    All workers inherit the same open file. A lock of fcntl.flock would belong to the
-    open file, so all workers would hold it together. A lock of fcntl.lockf belongs to
-    one process. If a worker is killed, the kernel releases its lock. (A lock of the
-    module multiprocessing would stay locked for ever.)
+    All workers inherit the same open file. A lock of fcntl.lockf belongs to a process:
+    if a worker is killed, the kernel releases its lock. (A lock of fcntl.flock belongs
+    to the open file, so all workers would hold it together. A lock of multiprocessing
+    would stay locked for ever.)
     """
     return tempfile.TemporaryFile()
 
@@ -1702,8 +1707,13 @@ class RedisRateLimiter(MonitoredBackend):
         commands = [
             self.client.script_load(REDIS_SCRIPT) for _ in range(REDIS_CONNECTIONS)
         ]
-        async with asyncio.timeout(REDIS_CONNECT_SECONDS):
-            await asyncio.gather(*commands)
+        try:
+            async with asyncio.timeout(REDIS_CONNECT_SECONDS):
+                await asyncio.gather(*commands)
+        except Exception:
+            # Redis may have too many clients. Then, do not keep some of its last slots.
+            await self.client.connection_pool.disconnect()
+            raise
 
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
@@ -1798,7 +1808,8 @@ SECURITY_HEADERS = {
 HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
 LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
 RESPONSE_HEADERS = ("Location", "Retry-After", "X-Request-ID", "X-Response-Time")
-# What scripts of the origins in CORS_ORIGINS may read: all that the service adds.
+# Browsers hide headers from scripts of other origins. Those in CORS_ORIGINS may read
+# all headers that the service adds.
 EXPOSED_HEADERS = (*SECURITY_HEADERS, *HTTPS_HEADERS, *LIMIT_HEADERS, *RESPONSE_HEADERS)
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
 # Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline.
@@ -1826,9 +1837,9 @@ def warn_of_untrusted_proxy() -> None:
 def is_client_from_header(address: str, port: int, forwarded_for: str) -> bool:
     """Guess whether uvicorn has taken address and port from X-Forwarded-For.
 
-    It does so if it trusts the peer, but does not say so. If the address is also in the
-    header, it probably did. (If the header names no port, uvicorn sets the port to 0.)
-    Only a warning depends on the guess.
+    uvicorn does so if it trusts the peer, but leaves no mark. So look for address and
+    port in the header. (If it names no port, uvicorn sets the port to 0.) Only a
+    warning depends on the guess.
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
@@ -1844,9 +1855,9 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # With ROOT_PATH=/shop, the proxy turns /shop/health into /health. In ASGI, the
-        # path includes root_path, so put the prefix back. (FastAPI's argument root_path
-        # would set root_path only.)
+        # With ROOT_PATH=/shop, the proxy turns /shop/health into /health. ASGI wants
+        # the prefix in root_path, and also in path. (FastAPI's argument root_path would
+        # only set the first.)
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -2152,8 +2163,8 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
-    # LimitsAndErrorsMiddleware can answer these on every route. So a 503 is either the
-    # check's own, or an ErrorResponse.
+    # LimitsAndErrorsMiddleware can answer these on every route. So below, a 503 is
+    # documented as either the check's own, or an ErrorResponse.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
     generate_unique_id_function=attrgetter("name"),

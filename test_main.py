@@ -597,8 +597,7 @@ HOSTILE_VALUES = {
 @pytest.mark.parametrize("formatter", [main.JsonFormatter, main.TextFormatter])
 def test_log_line_stays_one_line(formatter: Any, field: str, value: Any) -> None:
     line = formatter().format(make_record(**{field: value}))
-    assert line.isascii()
-    assert line.isprintable()
+    assert line.isascii() and line.isprintable()
     if formatter is main.JsonFormatter:
         json.loads(line, parse_constant=pytest.fail)
 
@@ -1356,10 +1355,8 @@ async def test_write_sessions_of_workers_lose_no_update(database_url: str) -> No
             user.token_version += 1
             await db.commit()
 
-    async with (
-        connected(DATABASE_URL=database_url) as one,
-        connected(DATABASE_URL=database_url) as other,
-    ):
+    url = {"DATABASE_URL": database_url}
+    async with connected(**url) as one, connected(**url) as other:
         await add_user(one)
         await asyncio.gather(*(count_up(database) for database in [one, other] * 5))
         async with one.session(writes=False) as db:
@@ -1503,6 +1500,7 @@ HARMLESS_FORMS = {
     "20 fields": b"username=ada&password=wrong" + b"&more=" * 18,
     "60,000 ampersands": b"&" * 60_000 + b"username=ada&password=wrong",
 }
+READ_HEADERS = "X-Request-ID Origin Accept Cookie X-Forwarded-For traceparent"
 
 
 @cases("content", HARMLESS_FORMS)
@@ -1511,10 +1509,7 @@ async def test_odd_form_is_an_ordinary_login(content: bytes, guest: Client) -> N
     assert error_of(response)["message"] == "Wrong username or password."
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["X-Request-ID", "Origin", "Accept", "Cookie", "X-Forwarded-For", "traceparent"],
-)
+@pytest.mark.parametrize("name", READ_HEADERS.split())
 async def test_header_of_hostile_bytes_is_ignored(name: str, ada: Client) -> None:
     headers = [(name.encode(), b"\xff, \x00\n")]
     assert (await ada.get("/items", headers=headers)).status_code == 200
@@ -2221,11 +2216,8 @@ def patience(monkeypatch: Patch) -> Patch:
 
 @pytest.mark.usefixtures("patience")
 async def test_rate_limit_is_shared_through_redis(redis_url: str) -> None:
-    project = next(UNIQUE_PROJECT_NAMES)
-    async with (
-        redis_limiter(redis_url, project, limit=30) as one,
-        redis_limiter(redis_url, project, limit=30) as other,
-    ):
+    options = (redis_url, next(UNIQUE_PROJECT_NAMES), 30)
+    async with redis_limiter(*options) as one, redis_limiter(*options) as other:
         tries = [limiter.hit("api", ADDRESS) for limiter in (one, other) * 50]
         results = await asyncio.gather(*tries)
     remaining = [result.remaining for result in results if result.allowed]
@@ -2379,6 +2371,14 @@ async def test_rate_limit_goes_on_in_redis_successor(own_redis: OwnRedis) -> Non
             await eventually(lambda: not limiter.redis.in_outage, "its successor")
             assert await admitted(limiter, 4) == 3
             assert successor.client.keys(f"*:{ADDRESS}")
+
+
+async def test_redis_without_room_for_all_connections(own_redis: OwnRedis) -> None:
+    own_redis.client.config_set("maxclients", 5)
+    async with redis_limiter(own_redis.url) as limiter:
+        await limiter.redis.start_check()
+        assert limiter.redis.in_outage
+        await eventually(lambda: len(own_redis.client.client_list()) == 1, "free slots")
 
 
 # --- Middleware -----------------------------------------------------------------------
