@@ -515,8 +515,8 @@ def error_response(request: Request, exc: AppException) -> Response:
         "details": exc.details,
         "request_id": request.state.request_id,
     }
-    # Unlike JSONResponse, json.dumps can write invalid Unicode (a lone surrogate, as
-    # \ud800). `details` repeats the name of an unknown field, which can be any text.
+    # Not JSONResponse: it fails if a text is invalid Unicode. json.dumps writes a lone
+    # surrogate as \ud800. (`details` repeats the name of an unknown field.)
     content = json.dumps(body, separators=(",", ":"))
     response = Response(content, status_code, exc.headers, "application/json")
     for name, value in DEFAULT_HEADERS.get(status_code, {}).items():
@@ -727,7 +727,7 @@ class FairPool(AsyncAdaptedQueuePool):
 
         A silent server would not answer a request to cancel it. So shut down the
         socket: this wakes psycopg, which then raises OperationalError. (SQLite has no
-        server, and a timeout of its own for its lock.)
+        server. The wait for its lock has a timeout in create_engine.)
         """
         del self.timers[record]
         connection = record.driver_connection
@@ -738,7 +738,7 @@ class FairPool(AsyncAdaptedQueuePool):
             record.invalidate(soft=True)
 
     def invalidate_all(self) -> None:
-        """Replace each connection that is open now before its next use.
+        """Mark all open connections: each is replaced before its next use.
 
         dispose() would let new connections be opened while the old ones are in use:
         together, they could be too many.
@@ -2409,8 +2409,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
 
 
 def register_exception_handlers(app: FastAPI) -> None:
-    # The decorator, because mypy does not accept these handlers in
-    # app.add_exception_handler: its type wants handlers of any Exception.
+    # Not app.add_exception_handler: by its type, a handler must accept any Exception.
+    # So mypy refuses these.
     app.exception_handler(AppException)(app_exception_handler)
     app.exception_handler(HTTPException)(http_exception_handler)
     app.exception_handler(RequestValidationError)(validation_exception_handler)
@@ -2450,9 +2450,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router: since FastAPI 0.137, it nests one router in another, which
-        # makes a health check a fifth slower. Routes that are passed here ignore
-        # dependency_overrides, but these have no dependencies.
+        # The health routes are passed here, because include_router (since FastAPI
+        # 0.137) nests one router in another, which makes a health check a fifth slower.
+        # Such routes ignore dependency_overrides, but these have no dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
