@@ -136,9 +136,9 @@ def parse_database_url(value: str) -> sa.URL:
 
 def check_redis_url(value: str) -> str:
     """Raise ValueError if redis-py refuses the URL, or would misread it."""
-    # In redis://:pass#word@host, the # is not encoded, so "pass" would count as host or
-    # port, which get into messages, and so into the log. / and ? have the same effect.
-    # So allow only digits as the database, and no # or @ after it.
+    # A #, / or ? in the password that is not encoded ends the host early: part of the
+    # password would count as the host, which gets into messages, and so into the log.
+    # So allow only a number as the path, and no # or @ after it.
     tcp = "rediss?://[^/?#]*(/[0-9]*/?)?"  # redis://:pass@host:6379/0
     unix = "unix://([^/?#@]*@)?/[^?#@]*"  # unix://:pass@/path
     if not re.fullmatch(f"({tcp}|{unix})([?][^#@]*)?", value):
@@ -164,8 +164,8 @@ def parse_origin(value: str) -> str:
     return origin
 
 
-# pydantic-settings decodes the text of a list or a tuple as JSON. sa.URL is a kind of
-# tuple, hence NoDecode.
+# sa.URL is a kind of tuple. Without NoDecode, pydantic-settings would decode its text
+# as JSON, as it does for a list or a tuple.
 DatabaseUrl = Annotated[sa.URL, NoDecode, pydantic.BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
@@ -296,7 +296,7 @@ LIBRARY_LEVELS = {
 SERVER_LOGGERS = (
     "gunicorn.error",  # UvicornWorker copies its handlers to uvicorn.error
     "uvicorn.error",  # for uvicorn without gunicorn
-    "uvicorn",  # its parent, to which uvicorn without gunicorn gives a handler
+    "uvicorn",  # its parent; without gunicorn, uvicorn gives it a handler of its own
 )
 
 
@@ -539,8 +539,8 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     # Leave out mounted applications: a Mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # The 405 of a StaticFiles that you have mounted comes here, too. In its scope,
-    # root_path ends with the Mount's path. Our routes match only with ROOT_PATH alone.
+    # The 405 of a StaticFiles that you have mounted comes here, too, with the Mount's
+    # path added to root_path. Remove it, so that our routes can match.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -680,8 +680,8 @@ class FairPool(AsyncAdaptedQueuePool):
         # A slot for each connection: size() is the argument pool_size, and timeout() is
         # pool_timeout. (Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
-        # A timer for each connection. A ConnectionPoolEntry, or record, holds one. If
-        # it is lost, the record opens a new one.
+        # A timer for each connection. A ConnectionPoolEntry, or record, is a place in
+        # the pool. If its connection is lost, it opens a new one.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # connect: start the timer. SQLAlchemy's own first statements can hang, too.
         # checkout: start it again, for the statements of the request.
@@ -733,8 +733,8 @@ class FairPool(AsyncAdaptedQueuePool):
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
-            # The pool must not give this connection to the next request. (soft: at the
-            # next checkout, the record opens a new one.)
+            # The pool must not give this connection to the next request. (soft: only
+            # mark it. At the next checkout, the record opens a new one.)
             record.invalidate(soft=True)
 
     def invalidate_all(self) -> None:
@@ -752,8 +752,8 @@ async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
     An exception's traceback keeps the local variables of the functions in it. In
-    psycopg 3.3 and SQLAlchemy 2.1, some of these hold the connection, and one the
-    exception: a reference cycle, which keeps the socket open until the garbage
+    psycopg 3.3 and SQLAlchemy 2.1, some of them refer to the connection, and one to the
+    exception. This is a reference cycle: the socket would stay open until the garbage
     collector runs, maybe for minutes. clear_frames deletes the variables.
     """
     try:
@@ -926,7 +926,7 @@ class Database(MonitoredBackend):
             self.write_engine = self.create_engine(1)
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
-            # It shares read_engine's pool, with transactions in place of autocommit.
+            # A copy of read_engine, with the same pool, but with transactions.
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
@@ -947,8 +947,8 @@ class Database(MonitoredBackend):
             }
             # Otherwise, SQLAlchemy looks for the type hstore: three round trips.
             options["use_native_hstore"] = False
-            # No BEGIN and COMMIT. (In __init__, write_engine overrides this. On SQLite,
-            # prepare_sqlite_connection turns autocommit on.)
+            # No BEGIN and COMMIT. (__init__ overrides this for write_engine. On SQLite,
+            # prepare_sqlite_connection sets it.)
             options["isolation_level"] = "AUTOCOMMIT"
         engine = create_async_engine(
             url,
@@ -1029,9 +1029,8 @@ class Database(MonitoredBackend):
 
     async def recover(self) -> None:
         # After a failover, old connections lead to the former primary. So replace those
-        # of this pool, which on PostgreSQL is also write_engine's. (check_engine has
-        # one connection: if a check fails on it, SQLAlchemy replaces it. SQLite has no
-        # failover.)
+        # of this pool, which on PostgreSQL is also write_engine's. (check_engine needs
+        # no help: if a check fails on its one connection, SQLAlchemy replaces it.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1110,11 +1109,11 @@ NewUsername = Annotated[
 ]
 # NIST SP 800-63B-4: at least 15 characters without a second factor, and no other rules.
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), NormalizedValidator]
-# A login has fewer rules than a registration: a name such as "?!", which nobody can
-# have, gets 401, as any wrong one does. The length is arbitrary.
+# A login accepts nearly any text, so that a name such as "?!", which nobody can have,
+# gets 401, as any wrong name does. The length is arbitrary.
 LoginText = Annotated[str, Field(min_length=1, max_length=1024)]
 LoginName = Annotated[LoginText, Field(pattern=NO_NUL), LowercaseValidator]
-LoginPassword = Annotated[LoginText, NormalizedValidator]
+LoginPassword = Annotated[LoginText, NormalizedValidator]  # can have NUL: it is hashed
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
 Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
 # Without a format, openapi-generator gives an id only 32 bits in Go, Java and others.
@@ -1233,8 +1232,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # Not `run_sync(…, limiter=…)`: it lets other tasks run before it counts as waiting.
-    # So all requests of a burst would pass this check. `async with` waits at once.
+    # Not `run_sync(…, limiter=…)`: it lets other tasks run before it joins the queue.
+    # So a whole burst would pass this check. `async with` joins it at once.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1301,7 +1300,7 @@ FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 # `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects. The order is
 # that of the index.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-# sa.tuple_, which is used below, does not infer the types of its parameters.
+# With types, because sa.tuple_ (below) does not infer those of its parameters.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
 # Both queries mean: owner_id = :owner AND id > :after. They differ so that each
@@ -1310,8 +1309,8 @@ AFTER = sa.bindparam("after", type_=BigInt)
 LIST_ITEMS_QUERIES = {
     # With a row comparison, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # The row comparison makes PostgreSQL start at that place. The second condition
-    # makes it stop before the next owner. (With == in place of <=, or without the row
+    # The row comparison is where PostgreSQL starts in the index, and the second
+    # condition is where it stops. (With == in place of <=, or without the row
     # comparison, it may read the primary key's index, with the items of all owners.)
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
@@ -1554,7 +1553,7 @@ if allowed then
     count = count + 1
 end
 -- The reset is when the oldest time, with the index 0, leaves the window. If the limit
--- was lowered, more times must leave: it is when fewer than `limit` are left.
+-- was lowered, it is when `count - limit + 1` times have left.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
@@ -1618,7 +1617,7 @@ class SlidingWindowRateLimiter:
                 ("client_hash", ctypes.c_int64),
                 ("last_seen_ns", ctypes.c_int64),
                 ("times", ctypes.c_int64 * limit),  # a ring buffer
-                ("oldest", ctypes.c_int64),  # the index of its first time
+                ("oldest", ctypes.c_int64),  # the index of the oldest time
                 ("count", ctypes.c_int64),  # how many times it holds
             )
 
@@ -1699,7 +1698,7 @@ class RedisRateLimiter(MonitoredBackend):
         """Open all connections, before a burst of requests has to wait for that.
 
         redis-py opens a connection for each command that runs at the same time. So run
-        REDIS_CONNECTIONS commands. Any would do, but the script is needed anyway.
+        REDIS_CONNECTIONS commands: SCRIPT LOAD, because the script is needed anyway.
         """
         # Close idle connections, which may be dead. If one in use is dead, its command
         # fails, and closes it.
@@ -1730,7 +1729,7 @@ class RedisRateLimiter(MonitoredBackend):
 
     async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
         keys = [f"{self.key_prefix}:{key}"]
-        # (Any: redis-py's types allow only texts in it.)
+        # (Any: by redis-py's types, these must be texts.)
         arguments: Any = [limit, seconds * 1_000_000, secrets.token_hex(8)]
         async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
             allowed, *numbers = await self.script(keys, arguments)
@@ -1835,11 +1834,10 @@ def warn_of_untrusted_proxy() -> None:
 
 
 def is_client_from_header(address: str, port: int, forwarded_for: str) -> bool:
-    """Guess whether uvicorn has taken address and port from X-Forwarded-For.
+    """Guess, for a warning, whether uvicorn has taken them from X-Forwarded-For.
 
     uvicorn does so if it trusts the peer, but leaves no mark. So look for address and
-    port in the header. (If it names no port, uvicorn sets the port to 0.) Only a
-    warning depends on the guess.
+    port in the header. (If it names no port, uvicorn sets the port to 0.)
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
@@ -2378,8 +2376,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Open the database, but start without it if it does not answer in a second."""
     database = Database(app.state.settings)
     app.state.database = database
-    backends = (database, app.state.rate_limiter.redis)  # None without REDIS_URL
-    checks = {backend.start_check() for backend in backends if backend}
+    redis = app.state.rate_limiter.redis  # None without REDIS_URL
+    checks = {backend.start_check() for backend in (database, redis) if backend}
     await asyncio.wait(checks, timeout=LIFESPAN_TIMEOUT_SECONDS)
     try:
         yield
@@ -2446,7 +2444,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         # The base URL of the requests that /docs sends.
         servers=[{"url": settings.ROOT_PATH or "/"}],
         redirect_slashes=False,  # its redirects would be made from the Host header
-        # For api_router. (The routes of health_router, below, have this already.)
+        # For api_router. (health_router has its own.)
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
