@@ -39,7 +39,7 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 wsgi_app = "main:app"
 default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
 bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
-for address in bind:  # host:port (group 1 is the port), unix:/path or fd://3
+for address in bind:  # gunicorn would not name BIND. (Group 1 of the match: the port)
     match = re.fullmatch(r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd://[0-9]+", address)
     if not match or int(match[1] or 0) > 65535:
         raise SystemExit(f"bad settings: BIND: {address!r}: no host:port, unix: or fd:")

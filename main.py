@@ -138,7 +138,8 @@ def check_redis_url(value: str) -> str:
     """Raise ValueError if redis-py refuses the URL, or would misread it."""
     # A #, / or ? in the password that is not encoded ends the host early: part of the
     # password would count as the host, which gets into messages, and so into the log.
-    # So allow only a number as the path, and no # or @ after it.
+    # So allow no # or @ later, and as the path only a number, the database. (redis-py
+    # ignores a path that is none.)
     tcp = "rediss?://[^/?#]*(/[0-9]*/?)?"  # redis://:pass@host:6379/0
     unix = "unix://([^/?#@]*@)?/[^?#@]*"  # unix://:pass@/path
     if not re.fullmatch(f"({tcp}|{unix})([?][^#@]*)?", value):
@@ -367,8 +368,8 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # A record is compared with the level of its own logger, not with the root's. So
-    # without this, LOG_LEVEL=ERROR would still show the warnings of LIBRARY_LEVELS.
+    # A logger with a level of its own ignores the root logger's. So without this,
+    # LOG_LEVEL=ERROR would still show warnings of the loggers in LIBRARY_LEVELS.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
@@ -831,9 +832,9 @@ class MonitoredBackend:
     After a failure, it is checked every second until it is available again. In normal
     operation, nothing runs in the background. A check consists of these methods:
 
-        until the first success  start, check
-        in an outage             recover, check
-        otherwise                check
+        until `start` succeeds  start, check
+        in an outage            recover, check
+        otherwise               check
     """
 
     name: str
@@ -1708,7 +1709,11 @@ class RedisRateLimiter(MonitoredBackend):
         ]
         try:
             async with asyncio.timeout(REDIS_CONNECT_SECONDS):
-                await asyncio.gather(*commands)
+                # Wait for all: `disconnect` would miss one that is still connecting.
+                results = await asyncio.gather(*commands, return_exceptions=True)
+            for result in results:
+                if isinstance(result, Exception):
+                    raise result
         except Exception:
             # Redis may have too many clients. Then, do not keep some of its last slots.
             await self.client.connection_pool.disconnect()
@@ -2009,9 +2014,9 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    CancelledError has two other causes, and with both, cancelling() is 0. A route can
-    raise it, for example because it awaits a task that was cancelled. And
-    asyncio.timeout cancels this task, but then calls uncancel().
+    In two other cases, cancelling() is 0. A route can raise CancelledError, for example
+    because it awaits a task that was cancelled. And asyncio.timeout cancels this task,
+    but then calls uncancel(), and raises TimeoutError.
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2048,8 +2053,8 @@ class LimitsAndErrorsMiddleware:
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - answered
             response = await self.answer_error(Request(scope), error, timer.expired())
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
-        # second one cannot be sent: only the log line tells of the error. uvicorn sees
-        # that the first one is incomplete, and closes the connection.
+        # second one cannot be sent: only the log line tells of the error. If the first
+        # one is incomplete, uvicorn closes the connection.
         if response and "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
@@ -2395,8 +2400,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
         allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
         expose_headers=EXPOSED_HEADERS,
     )
-    # CORS is outside RateLimitMiddleware, so that a 429 has CORS headers, too. Without
-    # them, a page's script could not read it.
+    # CORS is outside all that can refuse a request: without CORS headers, a page's
+    # script could not read a 429, for example.
     return [
         Middleware(RequestLoggingMiddleware, settings.ROOT_PATH),
         Middleware(SecurityHeadersMiddleware),

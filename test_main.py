@@ -2375,7 +2375,7 @@ async def test_rate_limit_goes_on_in_redis_successor(own_redis: OwnRedis) -> Non
 
 async def test_redis_without_room_for_all_connections(own_redis: OwnRedis) -> None:
     own_redis.client.config_set("maxclients", 5)
-    async with redis_limiter(own_redis.url) as limiter:
+    async with redis_limiter(f"redis://localhost:{own_redis.port}") as limiter:
         await limiter.redis.start_check()
         assert limiter.redis.in_outage
         await eventually(lambda: len(own_redis.client.client_list()) == 1, "free slots")
