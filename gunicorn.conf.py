@@ -45,14 +45,14 @@ for address in bind:  # gunicorn would not name BIND. (Group 1 of the match: the
         raise SystemExit(f"bad settings: BIND: {address!r}: no host:port, unix: or fd:")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 errorlog = None  # gunicorn adds no handler of its own: main.setup_logging adds ours
-preload_app = True  # before the fork: bad settings stop it, workers share limits
+preload_app = True  # bad settings end gunicorn; workers share the rate limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 max_requests_jitter = max_requests // 10  # or all workers would be replaced at once
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
 timeout = graceful_timeout + 30  # a worker sends no heartbeats during a shutdown
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
-control_socket_disable = True  # for gunicorn's tool gunicornc; needs a writable home
+control_socket_disable = True  # it serves only gunicornc, and needs a writable home
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heartbeats
 
 
@@ -91,7 +91,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.refuse(400)  # (HttpParserUpgrade: the method CONNECT, see `parse`)
-        if self.header_bytes > MAX_HEADER_BYTES:  # only while they are incomplete
+        if self.header_bytes > MAX_HEADER_BYTES:  # complete ones have reset it
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
@@ -118,7 +118,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
-        if self.header_timer.cancelled():  # by the headers before; else it runs
+        if self.header_timer.cancelled():  # by the last request's; else it runs
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -164,11 +164,11 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # When uvicorn has shut down, it restores this handler, and raises SIGTERM:
-        signal.signal(signal.SIGTERM, self.handle_quit)  # gunicorn's; exits with 0
+        # After its shutdown, uvicorn raises SIGTERM for the handler that it has found:
+        signal.signal(signal.SIGTERM, self.handle_quit)  # gunicorn's, exits with 0
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # UvicornWorker's, at SIGQUIT (Ctrl+C)
+    def handle_exit(self, *_: object) -> None:  # SIGQUIT: by gunicorn, at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -138,8 +138,8 @@ def check_redis_url(value: str) -> str:
     """Raise ValueError if redis-py refuses the URL, or would misread it."""
     # A #, / or ? in the password that is not encoded ends the host early: part of the
     # password would count as the host, which gets into messages, and so into the log.
-    # So allow no # or @ later, and as the path only a number, the database. (redis-py
-    # ignores a path that is none.)
+    # So after the host, allow no # and no @, and only a number as the path, which is
+    # the database. (redis-py ignores any other path.)
     tcp = "rediss?://[^/?#]*(/[0-9]*/?)?"  # redis://:pass@host:6379/0
     unix = "unix://([^/?#@]*@)?/[^?#@]*"  # unix://:pass@/path
     if not re.fullmatch(f"({tcp}|{unix})([?][^#@]*)?", value):
@@ -195,7 +195,8 @@ class Settings(BaseSettings):
     # The prefix that a reverse proxy strips from the path.
     ROOT_PATH: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
     # The random default is for development only: see refuse_unsafe_values. All workers
-    # have the same, because gunicorn imports this module before it forks.
+    # have the same, because gunicorn imports this module before it forks. (No
+    # max_length: the key may have bytes that are not UTF-8. See ValidText.)
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
@@ -251,7 +252,8 @@ def describe_invalid_value(error: ErrorDetails) -> str:
 def get_settings() -> Settings:
     """Read the settings. A bad value ends the process with a line that names it."""
     # secrets_dir is passed here, not set in model_config, because tests call Settings()
-    # themselves, and must not read this folder. For a missing one, it would warn.
+    # themselves, and must not read this folder. (If it is missing, None prevents a
+    # warning of pydantic-settings.)
     folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
     try:
         # Without pydantic's plugin, mypy does not know this argument.
@@ -293,12 +295,10 @@ LIBRARY_LEVELS = {
     # is cancelled while it returns its connection, which is harmless.
     f"{__name__}.FairPool": "CRITICAL",
 }
-# The loggers of the servers. setup_logging gives its handler to each of them.
-SERVER_LOGGERS = (
-    "gunicorn.error",  # UvicornWorker copies its handlers to uvicorn.error
-    "uvicorn.error",  # for uvicorn without gunicorn
-    "uvicorn",  # its parent; without gunicorn, uvicorn gives it a handler of its own
-)
+# The loggers of the servers. setup_logging gives its handler to all three. With
+# gunicorn, UvicornWorker copies the handlers of the first to the second. Without it,
+# uvicorn has given a handler of its own to the third.
+SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
 def shorten_traceback(text: str) -> str:
@@ -381,8 +381,8 @@ def setup_logging(settings: Settings) -> None:
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # then it has the root logger's level
         server_logger.propagate = False  # or the root's handler would write it, too
-    # uvicorn writes an access log if this logger has a handler, its own or a parent's.
-    # RequestLoggingMiddleware writes ours.
+    # uvicorn writes its access log only if this logger has a handler, or a parent has
+    # one. Remove both: RequestLoggingMiddleware writes ours.
     access_logger = logging.getLogger("uvicorn.access")
     access_logger.handlers = []
     access_logger.propagate = False
@@ -448,7 +448,7 @@ class UnauthorizedException(AppException):
 
 
 class WrongCredentialsException(AppException):
-    # Raised for an unknown username, too, so that nobody learns which ones exist.
+    # Raised for an unknown username, too: a login must not tell which ones exist.
     status_code = 401
     message = "Wrong username or password."
 
@@ -516,8 +516,9 @@ def error_response(request: Request, exc: AppException) -> Response:
         "details": exc.details,
         "request_id": request.state.request_id,
     }
-    # Not JSONResponse: it fails if a text is invalid Unicode. json.dumps writes a lone
-    # surrogate as \ud800. (`details` repeats the name of an unknown field.)
+    # Not JSONResponse: it fails if a text is invalid Unicode. `details` repeats the
+    # name of an unknown field, which can have a lone surrogate. json.dumps writes it as
+    # \ud800.
     content = json.dumps(body, separators=(",", ":"))
     response = Response(content, status_code, exc.headers, "application/json")
     for name, value in DEFAULT_HEADERS.get(status_code, {}).items():
@@ -540,8 +541,9 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     # Leave out mounted applications: a Mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # The 405 of a StaticFiles that you have mounted comes here, too, with the Mount's
-    # path added to root_path. Remove it, so that our routes can match.
+    # If you have mounted StaticFiles at /api, it also gets the requests under /api/v1
+    # that our routes do not allow. Its 405 comes here with /api added to root_path.
+    # Remove that, so that our routes can match.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -686,8 +688,8 @@ class FairPool(AsyncAdaptedQueuePool):
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # connect: start the timer. SQLAlchemy's own first statements can hang, too.
         # checkout: start it again, for the statements of the request.
-        # checkin: stop it. (If the first statements fail, there is no checkin. Then the
-        # timer goes on, but at its end, the record has no connection.)
+        # checkin: stop it. (If the first statements fail, there is no checkin, and the
+        # timer goes on. But at its end, abort_connection finds no connection.)
         event.listen(self, "connect", lambda _, record: self.start_timer(record))
         event.listen(self, "checkout", lambda _, record, _2: self.start_timer(record))
         event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
@@ -927,7 +929,8 @@ class Database(MonitoredBackend):
             self.write_engine = self.create_engine(1)
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
-            # A copy of read_engine, with the same pool, but with transactions.
+            # A copy of read_engine, with the same pool. This level turns transactions
+            # on again, which create_engine has turned off.
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
@@ -948,8 +951,7 @@ class Database(MonitoredBackend):
             }
             # Otherwise, SQLAlchemy looks for the type hstore: three round trips.
             options["use_native_hstore"] = False
-            # No BEGIN and COMMIT. (__init__ overrides this for write_engine. On SQLite,
-            # prepare_sqlite_connection sets it.)
+            # No BEGIN and COMMIT. (On SQLite, prepare_sqlite_connection does this.)
             options["isolation_level"] = "AUTOCOMMIT"
         engine = create_async_engine(
             url,
@@ -1310,9 +1312,10 @@ AFTER = sa.bindparam("after", type_=BigInt)
 LIST_ITEMS_QUERIES = {
     # With a row comparison, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # The row comparison is where PostgreSQL starts in the index, and the second
-    # condition is where it stops. (With == in place of <=, or without the row
-    # comparison, it may read the primary key's index, with the items of all owners.)
+    # The row comparison alone would also find items of later owners. PostgreSQL starts
+    # in the index at the first condition, and stops at the second. (With == in place of
+    # <=, or without the row comparison, it may read the primary key's index, with the
+    # items of all owners.)
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1554,7 +1557,7 @@ if allowed then
     count = count + 1
 end
 -- The reset is when the oldest time, with the index 0, leaves the window. If the limit
--- was lowered, it is when `count - limit + 1` times have left.
+-- was lowered, `count - limit` more times must leave.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
@@ -1709,13 +1712,14 @@ class RedisRateLimiter(MonitoredBackend):
         ]
         try:
             async with asyncio.timeout(REDIS_CONNECT_SECONDS):
-                # Wait for all: `disconnect` would miss one that is still connecting.
+                # Wait for all: `disconnect` misses those that are still connecting.
                 results = await asyncio.gather(*commands, return_exceptions=True)
             for result in results:
                 if isinstance(result, Exception):
                     raise result
         except Exception:
-            # Redis may have too many clients. Then, do not keep some of its last slots.
+            # Redis may have no room for all. Then close those that it has accepted, so
+            # that other clients can connect.
             await self.client.connection_pool.disconnect()
             raise
 
@@ -1839,7 +1843,7 @@ def warn_of_untrusted_proxy() -> None:
 
 
 def is_client_from_header(address: str, port: int, forwarded_for: str) -> bool:
-    """Guess, for a warning, whether uvicorn has taken them from X-Forwarded-For.
+    """Guess, for a warning, whether uvicorn took the client from X-Forwarded-For.
 
     uvicorn does so if it trusts the peer, but leaves no mark. So look for address and
     port in the header. (If it names no port, uvicorn sets the port to 0.)
@@ -1903,7 +1907,7 @@ class RequestLoggingMiddleware:
                 warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
-        # There is no status if a middleware has failed: Starlette then answers 500.
+        # No response has started if a middleware failed: Starlette then answers 500.
         status_code = state.get("status_code", 500)
         exception = state.get("exception")
         fields = {
@@ -2014,9 +2018,8 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    In two other cases, cancelling() is 0. A route can raise CancelledError, for example
-    because it awaits a task that was cancelled. And asyncio.timeout cancels this task,
-    but then calls uncancel(), and raises TimeoutError.
+    A route can raise CancelledError, too, for example because it awaits a task that was
+    cancelled. Then, cancelling() is 0.
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2039,7 +2042,7 @@ class LimitsAndErrorsMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         # Drop a Content-Type that is too long, because it is slow to parse. Without it,
-        # FastAPI does not parse a body as JSON, and answers 422.
+        # FastAPI does not parse a body as JSON, and answers 422. (404 comes first.)
         scope["headers"] = [
             (name, value)
             for name, value in scope["headers"]
@@ -2439,6 +2442,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """Build the application. Logging is left to the caller."""
     settings = settings or get_settings()
     if "SECRET_KEY" not in settings.model_fields_set:
+        # Here, not in Settings, because only now, logging has been set up.
         logger.warning("SECRET_KEY is not set: tokens will not outlive a restart")
     rate_limiter = RateLimiter(settings)
     app = FastAPI(
