@@ -136,10 +136,10 @@ def parse_database_url(value: str) -> sa.URL:
 
 def check_redis_url(value: str) -> str:
     """Raise ValueError if redis-py refuses the URL, or would misread it."""
-    # A #, / or ? in the password that is not encoded ends the host early: part of the
-    # password would count as the host, which gets into messages, and so into the log.
-    # So after the host, allow no # and no @, and only a number as the path, which is
-    # the database. (redis-py ignores any other path.)
+    # redis-py takes all up to the first #, / or ? as host and port. If a password has
+    # one of these that is not encoded, part of it would get into messages, and so into
+    # the log. So refuse a # or @ after the host, and a path that is not a number. (The
+    # number is the database. redis-py ignores any other path.)
     tcp = "rediss?://[^/?#]*(/[0-9]*/?)?"  # redis://:pass@host:6379/0
     unix = "unix://([^/?#@]*@)?/[^?#@]*"  # unix://:pass@/path
     if not re.fullmatch(f"({tcp}|{unix})([?][^#@]*)?", value):
@@ -170,7 +170,7 @@ def parse_origin(value: str) -> str:
 DatabaseUrl = Annotated[sa.URL, NoDecode, pydantic.BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
-# pydantic checks that a str is valid Unicode only if it has a max_length or a pattern.
+# pydantic checks that a str is valid Unicode only if its length or pattern is given.
 # (A lone surrogate is invalid. It comes from "\ud800" in JSON, or from a variable that
 # is not UTF-8.) The length is arbitrary.
 ValidText = Annotated[str, Field(max_length=1000)]
@@ -195,8 +195,7 @@ class Settings(BaseSettings):
     # The prefix that a reverse proxy strips from the path.
     ROOT_PATH: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
     # The random default is for development only: see refuse_unsafe_values. All workers
-    # have the same, because gunicorn imports this module before it forks. (No
-    # max_length: the key may have bytes that are not UTF-8. See ValidText.)
+    # have the same, because gunicorn imports this module before it forks.
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
@@ -241,8 +240,8 @@ class Settings(BaseSettings):
 
 def describe_invalid_value(error: ErrorDetails) -> str:
     """Return text such as "DEBUG: …", without the value, which may be secret."""
-    # `loc` has the name. For refuse_unsafe_values, it is empty: its messages begin with
-    # the name.
+    # `loc` has the name. An error of refuse_unsafe_values has an empty `loc`: its
+    # message begins with the name.
     names = [str(part) for part in error["loc"]]
     message = error["msg"].removeprefix("Value error, ")  # pydantic adds it
     return ": ".join([*names, message])
@@ -295,9 +294,9 @@ LIBRARY_LEVELS = {
     # is cancelled while it returns its connection, which is harmless.
     f"{__name__}.FairPool": "CRITICAL",
 }
-# The loggers of the servers. setup_logging gives its handler to all three. With
-# gunicorn, UvicornWorker copies the handlers of the first to the second. Without it,
-# uvicorn has given a handler of its own to the third.
+# The loggers of the servers. UvicornWorker copies the handlers of gunicorn.error to
+# uvicorn.error. Without gunicorn, nobody does, and uvicorn has given a handler of its
+# own to the logger "uvicorn". So setup_logging sets all three.
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
@@ -382,7 +381,7 @@ def setup_logging(settings: Settings) -> None:
         server_logger.setLevel("NOTSET")  # then it has the root logger's level
         server_logger.propagate = False  # or the root's handler would write it, too
     # uvicorn writes its access log only if this logger has a handler, or a parent has
-    # one. Remove both: RequestLoggingMiddleware writes ours.
+    # one. So cut it off from both: RequestLoggingMiddleware writes ours.
     access_logger = logging.getLogger("uvicorn.access")
     access_logger.handlers = []
     access_logger.propagate = False
@@ -541,9 +540,9 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     # Leave out mounted applications: a Mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # If you have mounted StaticFiles at /api, it also gets the requests under /api/v1
-    # that our routes do not allow. Its 405 comes here with /api added to root_path.
-    # Remove that, so that our routes can match.
+    # Example: you have mounted StaticFiles at /api. PUT /api/v1/items matches none of
+    # our routes fully, so the mount gets it. Its 405 comes here with /api added to
+    # root_path. Reset that, or none of our routes would match.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -689,7 +688,7 @@ class FairPool(AsyncAdaptedQueuePool):
         # connect: start the timer. SQLAlchemy's own first statements can hang, too.
         # checkout: start it again, for the statements of the request.
         # checkin: stop it. (If the first statements fail, there is no checkin, and the
-        # timer goes on. But at its end, abort_connection finds no connection.)
+        # timer is not stopped. At its end, abort_connection finds no connection.)
         event.listen(self, "connect", lambda _, record: self.start_timer(record))
         event.listen(self, "checkout", lambda _, record, _2: self.start_timer(record))
         event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
@@ -1004,8 +1003,8 @@ class Database(MonitoredBackend):
             sync_session_class=Session if writes else ReadOnlySession,
             # Objects are read after the commit, so they must not expire.
             expire_on_commit=False,
-            # A closed session cannot be used again. Otherwise, a StreamingResponse that
-            # does so would take a connection that nobody gives back.
+            # Using a closed session is an error. By default, it opens again: in a
+            # StreamingResponse, it would take a connection that nobody gives back.
             close_resets_only=False,
         )
 
@@ -1032,8 +1031,9 @@ class Database(MonitoredBackend):
 
     async def recover(self) -> None:
         # After a failover, old connections lead to the former primary. So replace those
-        # of this pool, which on PostgreSQL is also write_engine's. (check_engine needs
-        # no help: if a check fails on its one connection, SQLAlchemy replaces it.)
+        # of read_engine's pool, which write_engine shares. (check_engine needs no help:
+        # if a check fails on its one connection, SQLAlchemy replaces it. On SQLite,
+        # write_engine has a pool of its own, but there is no failover.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1085,7 +1085,7 @@ async def database_exception_handler(
 
 # --- Schemas --------------------------------------------------------------------------
 # The bodies of requests and responses. Each text of a request has a pattern or a
-# max_length: only then, pydantic refuses invalid Unicode (see ValidText).
+# bounded length: only then, pydantic refuses invalid Unicode (see ValidText).
 
 MAX_ID = 2**63 - 1
 NO_NUL = r"^[^\x00]*$"  # for texts that reach the database: PostgreSQL refuses NUL
@@ -1235,8 +1235,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # Not `run_sync(…, limiter=…)`: it lets other tasks run before it joins the queue.
-    # So a whole burst would pass this check. `async with` joins it at once.
+    # Not `run_sync(…, limiter=…)`: it yields to other tasks before it joins the queue.
+    # So a whole burst would pass this check. `async with` joins at once.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1312,10 +1312,10 @@ AFTER = sa.bindparam("after", type_=BigInt)
 LIST_ITEMS_QUERIES = {
     # With a row comparison, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # The row comparison alone would also find items of later owners. PostgreSQL starts
-    # in the index at the first condition, and stops at the second. (With == in place of
-    # <=, or without the row comparison, it may read the primary key's index, with the
-    # items of all owners.)
+    # The row comparison is the place where PostgreSQL starts in the index. It also
+    # includes later owners, so the second condition is where PostgreSQL stops. (With
+    # == in place of <=, or without the row comparison, it may read the primary key's
+    # index, with the items of all owners.)
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1390,7 +1390,8 @@ async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
 
 # --- Services -------------------------------------------------------------------------
 # Business logic. A service that changes data calls commit() as its last step. A session
-# takes a connection at its first statement, and returns it at commit() or rollback().
+# takes a connection at its first statement, and returns it at commit(), at rollback(),
+# or when the dependency closes it.
 # No service holds one while a password is hashed, which takes 30 ms.
 
 Page = dict[str, Any]  # from which a UserPage or an ItemPage is made
@@ -1557,7 +1558,7 @@ if allowed then
     count = count + 1
 end
 -- The reset is when the oldest time, with the index 0, leaves the window. If the limit
--- was lowered, `count - limit` more times must leave.
+-- was lowered, more must leave: up to the one with the index `count - limit`.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
@@ -1699,29 +1700,32 @@ class RedisRateLimiter(MonitoredBackend):
         await self.run_script("check", limit=1, seconds=1)
 
     async def start(self) -> None:
-        """Open all connections, before a burst of requests has to wait for that.
-
-        redis-py opens a connection for each command that runs at the same time. So run
-        REDIS_CONNECTIONS commands: SCRIPT LOAD, because the script is needed anyway.
-        """
+        """Open all connections, before a burst of requests has to wait for that."""
+        pool = self.client.connection_pool
         # Close idle connections, which may be dead. If one in use is dead, its command
         # fails, and closes it.
-        await self.client.connection_pool.disconnect(inuse_connections=False)
-        commands = [
-            self.client.script_load(REDIS_SCRIPT) for _ in range(REDIS_CONNECTIONS)
-        ]
+        await pool.disconnect(inuse_connections=False)
         try:
-            async with asyncio.timeout(REDIS_CONNECT_SECONDS):
-                # Wait for all: `disconnect` misses those that are still connecting.
-                results = await asyncio.gather(*commands, return_exceptions=True)
-            for result in results:
-                if isinstance(result, Exception):
-                    raise result
+            await self.open_connections()
         except Exception:
             # Redis may have no room for all. Then close those that it has accepted, so
             # that other clients can connect.
-            await self.client.connection_pool.disconnect()
+            async with asyncio.timeout(REDIS_CONNECT_SECONDS):
+                await pool.disconnect()
             raise
+
+    async def open_connections(self) -> None:
+        # redis-py opens a connection for each command that runs at the same time. So
+        # run REDIS_CONNECTIONS times SCRIPT LOAD: the script is needed anyway.
+        commands = [
+            self.client.script_load(REDIS_SCRIPT) for _ in range(REDIS_CONNECTIONS)
+        ]
+        async with asyncio.timeout(REDIS_CONNECT_SECONDS):
+            # Wait for all: `disconnect` misses those that are still connecting.
+            results = await asyncio.gather(*commands, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
 
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
@@ -1846,7 +1850,8 @@ def is_client_from_header(address: str, port: int, forwarded_for: str) -> bool:
     """Guess, for a warning, whether uvicorn took the client from X-Forwarded-For.
 
     uvicorn does so if it trusts the peer, but leaves no mark. So look for address and
-    port in the header. (If it names no port, uvicorn sets the port to 0.)
+    port in the header. (If it names no port, uvicorn sets the port to 0. Without the
+    port, an untrusted proxy whose own address is in the header would look trusted.)
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
@@ -2042,7 +2047,7 @@ class LimitsAndErrorsMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         # Drop a Content-Type that is too long, because it is slow to parse. Without it,
-        # FastAPI does not parse a body as JSON, and answers 422. (404 comes first.)
+        # FastAPI does not parse a body as JSON: a route that reads one answers 422.
         scope["headers"] = [
             (name, value)
             for name, value in scope["headers"]
@@ -2415,8 +2420,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
 
 
 def register_exception_handlers(app: FastAPI) -> None:
-    # Not app.add_exception_handler: by its type, a handler must accept any Exception.
-    # So mypy refuses these.
+    # Not app.add_exception_handler: its type demands a handler for any Exception, so
+    # mypy refuses these.
     app.exception_handler(AppException)(app_exception_handler)
     app.exception_handler(HTTPException)(http_exception_handler)
     app.exception_handler(RequestValidationError)(validation_exception_handler)
@@ -2442,7 +2447,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """Build the application. Logging is left to the caller."""
     settings = settings or get_settings()
     if "SECRET_KEY" not in settings.model_fields_set:
-        # Here, not in Settings, because only now, logging has been set up.
+        # Here, not in Settings: those are read before logging is set up.
         logger.warning("SECRET_KEY is not set: tokens will not outlive a restart")
     rate_limiter = RateLimiter(settings)
     app = FastAPI(
