@@ -294,9 +294,9 @@ LIBRARY_LEVELS = {
     # is cancelled while it returns its connection, which is harmless.
     f"{__name__}.FairPool": "CRITICAL",
 }
-# The loggers of the servers. UvicornWorker copies the handlers of gunicorn.error to
-# uvicorn.error. Without gunicorn, nobody does, and uvicorn has given a handler of its
-# own to the logger "uvicorn". So setup_logging sets all three.
+# The loggers of the servers. With gunicorn, UvicornWorker copies the handlers of
+# gunicorn.error to uvicorn.error. Without it, the logger "uvicorn" has a handler of its
+# own. setup_logging replaces the handlers of all three.
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
@@ -753,10 +753,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    An exception's traceback keeps the local variables of the functions in it. In
-    psycopg 3.3 and SQLAlchemy 2.1, some of them refer to the connection, and one to the
-    exception. This is a reference cycle: the socket would stay open until the garbage
-    collector runs, maybe for minutes. clear_frames deletes the variables.
+    A failed connect leaves a reference cycle: exception, traceback, local variables,
+    exception. In psycopg 3.3 and SQLAlchemy 2.1, these variables also hold the
+    connection. So its socket would stay open until the garbage collector runs, maybe
+    for minutes. clear_frames deletes the variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -833,9 +833,9 @@ class MonitoredBackend:
     After a failure, it is checked every second until it is available again. In normal
     operation, nothing runs in the background. A check consists of these methods:
 
-        until `start` succeeds  start, check
-        in an outage            recover, check
-        otherwise               check
+        until `start` succeeds  start, ping
+        in an outage            recover, ping
+        otherwise               ping
     """
 
     name: str
@@ -846,7 +846,7 @@ class MonitoredBackend:
         self.check_task: asyncio.Task[None] | None = None  # the latest check
         self.retry_timer: asyncio.TimerHandle | None = None  # starts the next one
 
-    async def check(self) -> None:
+    async def ping(self) -> None:
         """Raise an exception if the backend cannot be used."""
         raise NotImplementedError
 
@@ -872,7 +872,7 @@ class MonitoredBackend:
                 self.is_started = True
             elif self.in_outage:
                 await self.recover()
-            await self.check()
+            await self.ping()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
             self.handle_failure(error)
             return
@@ -960,7 +960,7 @@ class Database(MonitoredBackend):
             max_overflow=0,  # all connections stay open
             pool_timeout=seconds,
             hide_parameters=True,  # or every error would log them
-            # Database.check selects from all tables without a join: do not warn of it.
+            # Database.ping selects from all tables without a join: do not warn of it.
             enable_from_linting=False,
         )
         event.listen(engine.sync_engine, "handle_error", cut_message)
@@ -1042,7 +1042,7 @@ class Database(MonitoredBackend):
         if not await self.table_names():
             await self.create_missing_tables()
 
-    async def check(self) -> None:
+    async def ping(self) -> None:
         # Select all columns of all tables: this fails if one is missing. FOR UPDATE
         # (which SQLAlchemy omits on SQLite) fails on a read-only server. With LIMIT 0,
         # no row is read or locked.
@@ -1262,8 +1262,9 @@ def signing_key(settings: Settings) -> dict[str, str]:
     (python-jose also takes a text. But if the text happens to be JSON, python-jose
     parses it as such a key.)
     """
-    # The key may have any bytes. If some are not UTF-8, os.environ has surrogates in
-    # their place. surrogateescape turns these back into the bytes.
+    # The key may have any bytes: unlike a str, a SecretStr is not checked for valid
+    # Unicode. In place of those that are not UTF-8, os.environ has surrogates, which
+    # surrogateescape turns back into the bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1288,7 +1289,7 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
         user_id = int(claims["sub"])
         # The database would raise for an id beyond 64 bits: a 500 in place of a 401.
         if not 0 < user_id <= MAX_ID:
-            raise ValueError
+            raise ValueError  # caught below
         return user_id, claims["version"]
     except Exception:  # noqa: BLE001 - such as RecursionError for deeply nested JSON
         raise UnauthorizedException from None
@@ -1542,7 +1543,7 @@ ROWS_IN_BUCKET = 16  # see SlidingWindowRateLimiter
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `start`, which opens all connections at once
-REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `check`
+REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
 # ARGV[3] is random, because each member of a set must be different.
 REDIS_SCRIPT = """
@@ -1593,10 +1594,10 @@ def client_key(address: str) -> str:
 def open_lock_file() -> IO[bytes]:
     """Return the file that a worker locks while it uses the shared memory.
 
-    All workers inherit the same open file. A lock of fcntl.lockf belongs to a process:
-    if a worker is killed, the kernel releases its lock. (A lock of fcntl.flock belongs
-    to the open file, so all workers would hold it together. A lock of multiprocessing
-    would stay locked for ever.)
+    All workers inherit the same open file. The lock is one of fcntl.lockf, because the
+    kernel releases it if the worker is killed. Not one of fcntl.flock: all workers
+    would hold it together, because it belongs to the open file. Not one of the module
+    multiprocessing: if its worker is killed, it stays locked for ever.
     """
     return tempfile.TemporaryFile()
 
@@ -1693,11 +1694,11 @@ class RedisRateLimiter(MonitoredBackend):
         self.key_prefix = f"{project_name}:rate-limit"
         self.slots = asyncio.Semaphore(REDIS_CONNECTIONS - 1)
 
-    async def check(self) -> None:
-        # Ignore the result: if Redis is slow, or read-only (ZREMRANGEBYSCORE writes),
-        # this raises an exception. A check takes no slot, because it must not wait
-        # behind requests.
-        await self.run_script("check", limit=1, seconds=1)
+    async def ping(self) -> None:
+        # Only the exception matters, not the result: this raises one if Redis is slow,
+        # or read-only (ZREMRANGEBYSCORE writes). A ping takes no slot, because it must
+        # not wait behind requests.
+        await self.run_script("ping", limit=1, seconds=1)
 
     async def start(self) -> None:
         """Open all connections, before a burst of requests has to wait for that."""
@@ -1849,9 +1850,9 @@ def warn_of_untrusted_proxy() -> None:
 def is_client_from_header(address: str, port: int, forwarded_for: str) -> bool:
     """Guess, for a warning, whether uvicorn took the client from X-Forwarded-For.
 
-    uvicorn does so if it trusts the peer, but leaves no mark. So look for address and
-    port in the header. (If it names no port, uvicorn sets the port to 0. Without the
-    port, an untrusted proxy whose own address is in the header would look trusted.)
+    uvicorn does so if it trusts the peer, but leaves no mark. If it did, the address is
+    in the header, and the port is in it, too, or is 0. (The address alone is not
+    enough: that of an untrusted proxy can also be in the header.)
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
@@ -1923,8 +1924,8 @@ class RequestLoggingMiddleware:
         }
         optional = ("client", "user_id", "trace_id", "reason")
         fields |= {name: state[name] for name in optional if name in state}
-        # A response that fails after its headers keeps its status, such as 200. Then,
-        # only `reason`, which LimitsAndErrorsMiddleware sets, shows the failure.
+        # A response that fails after its headers were sent keeps its status, such as
+        # 200. Then, only `reason` (of LimitsAndErrorsMiddleware) shows the failure.
         is_warning = status_code >= 500 or "reason" in state
         level = logging.WARNING if is_warning else logging.INFO
         if exception:
@@ -2081,8 +2082,8 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        It raises when a route reads the body, so 404 and 405 come first. While FastAPI
-        reads a body, it turns all exceptions but an HTTPException into a 400.
+        It raises when a route reads the body, so 404 and 405 come first. It is not an
+        AppException: while FastAPI reads a body, it turns any other into a 400.
         """
         received_bytes = 0
 
@@ -2174,8 +2175,8 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
-    # LimitsAndErrorsMiddleware can answer these on every route. So below, a 503 is
-    # documented as either the check's own, or an ErrorResponse.
+    # LimitsAndErrorsMiddleware can answer these on every route. So a 503 of a check is
+    # documented below with two bodies: its own, and ErrorResponse.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
     generate_unique_id_function=attrgetter("name"),
@@ -2236,8 +2237,8 @@ async def health_check(request: Request, response: Response) -> HealthStatus:
 # --- API routes -----------------------------------------------------------------------
 # HTTP and nothing else: a route has a few lines. Callers read its docstring in /docs.
 # A route returns the response model, not a row, so that mypy can check it.
-# Routes with a body document 413 (body too large) and 400 (body not decodable). If a
-# route has a `user` that it does not use, it is for logged-in users.
+# Routes with a body document 413 (body too large) and 400 (body not decodable). A
+# `user: CurrentUser` that a route does not use still requires a valid token.
 
 IdPath = Annotated[Int64, Path(ge=1, le=MAX_ID)]
 After = Annotated[
@@ -2447,7 +2448,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """Build the application. Logging is left to the caller."""
     settings = settings or get_settings()
     if "SECRET_KEY" not in settings.model_fields_set:
-        # Here, not in Settings: those are read before logging is set up.
+        # Not in Settings, because logging is not set up when they are read.
         logger.warning("SECRET_KEY is not set: tokens will not outlive a restart")
     rate_limiter = RateLimiter(settings)
     app = FastAPI(

@@ -866,7 +866,7 @@ class DatabaseOfTest(main.MonitoredBackend):
 
     async def start(self) -> None: ...
 
-    async def check(self) -> None:
+    async def ping(self) -> None:
         self.checks += 1
         if self.is_away:
             raise OSError("no route to it")
