@@ -2082,8 +2082,8 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        It raises when a route reads the body, so 404 and 405 come first. It is not an
-        AppException: while FastAPI reads a body, it turns any other into a 400.
+        It raises when a route reads the body, so 404 and 405 come first. FastAPI turns
+        all exceptions but HTTPException into a 400 while it reads a body.
         """
         received_bytes = 0
 
