@@ -136,10 +136,9 @@ def parse_database_url(value: str) -> sa.URL:
 
 def check_redis_url(value: str) -> str:
     """Raise ValueError if redis-py refuses the URL, or would misread it."""
-    # redis-py takes all up to the first #, / or ? as host and port. If a password has
-    # one of these that is not encoded, part of it would get into messages, and so into
-    # the log. So refuse a # or @ after the host, and a path that is not a number. (The
-    # number is the database. redis-py ignores any other path.)
+    # redis-py takes all up to the first #, / or ? as host and port, which get into the
+    # log. A password may have one that is not encoded: so refuse a # or @ after the
+    # host, and a path that is no database number: redis-py would ignore it.
     tcp = "rediss?://[^/?#]*(/[0-9]*/?)?"  # redis://:pass@host:6379/0
     unix = "unix://([^/?#@]*@)?/[^?#@]*"  # unix://:pass@/path
     if not re.fullmatch(f"({tcp}|{unix})([?][^#@]*)?", value):
@@ -250,9 +249,8 @@ def describe_invalid_value(error: ErrorDetails) -> str:
 @lru_cache
 def get_settings() -> Settings:
     """Read the settings. A bad value ends the process with a line that names it."""
-    # secrets_dir is passed here, not set in model_config, because tests call Settings()
-    # themselves, and must not read this folder. (If it is missing, None prevents a
-    # warning of pydantic-settings.)
+    # Not set in model_config, because tests call Settings() themselves, and must not
+    # read this folder. (pydantic-settings would warn of a missing one, hence None.)
     folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
     try:
         # Without pydantic's plugin, mypy does not know this argument.
@@ -515,9 +513,8 @@ def error_response(request: Request, exc: AppException) -> Response:
         "details": exc.details,
         "request_id": request.state.request_id,
     }
-    # Not JSONResponse: it fails if a text is invalid Unicode. `details` repeats the
-    # name of an unknown field, which can have a lone surrogate. json.dumps writes it as
-    # \ud800.
+    # Not JSONResponse, which fails if a text is invalid Unicode. The name of an unknown
+    # field, in `details`, can have a lone surrogate. json.dumps writes it as \ud800.
     content = json.dumps(body, separators=(",", ":"))
     response = Response(content, status_code, exc.headers, "application/json")
     for name, value in DEFAULT_HEADERS.get(status_code, {}).items():
@@ -789,7 +786,7 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
-    # `connection` is SQLAlchemy's sync wrapper of a connection of aiosqlite.
+    """`connection` is SQLAlchemy's sync wrapper of a connection of aiosqlite."""
     # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
     # other has switched the file, and the mode is stored in the file.
     with suppress(sqlite3.OperationalError):
@@ -1392,8 +1389,8 @@ async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
 # --- Services -------------------------------------------------------------------------
 # Business logic. A service that changes data calls commit() as its last step. A session
 # takes a connection at its first statement, and returns it at commit(), at rollback(),
-# or when the dependency closes it.
-# No service holds one while a password is hashed, which takes 30 ms.
+# or when the dependency closes it. No service holds one while a password is hashed,
+# which takes 30 ms.
 
 Page = dict[str, Any]  # from which a UserPage or an ItemPage is made
 
