@@ -58,7 +58,7 @@ from functools import cache, lru_cache, partial
 from operator import attrgetter
 from traceback import clear_frames
 from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import psycopg
 import pydantic
@@ -114,8 +114,8 @@ def parse_database_url(value: str) -> sa.URL:
             make_conninfo(**options)
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
-    # In "user:pass@word@host", "word@host" would count as the host, which drivers write
-    # into their messages, and so into the log.
+    # If a password has an @ that is not encoded, as in user:pass@word@host, its end
+    # counts as part of the host, which drivers write into messages that are logged.
     if "@" in (url.host or ""):
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
@@ -136,19 +136,21 @@ def parse_database_url(value: str) -> sa.URL:
 
 def check_redis_url(value: str) -> str:
     """Raise ValueError if redis-py refuses the URL, or would misread it."""
-    # redis-py takes all up to the first #, / or ? as host and port, which get into the
-    # log. A password may have one that is not encoded: so refuse a # or @ after the
-    # host, and a path that is no database number: redis-py would ignore it.
-    tcp = "rediss?://[^/?#]*(/[0-9]*/?)?"  # redis://:pass@host:6379/0
-    unix = "unix://([^/?#@]*@)?/[^?#@]*"  # unix://:pass@/path
-    if not re.fullmatch(f"({tcp}|{unix})([?][^#@]*)?", value):
-        raise ValueError("should be like redis://:pass@host:6379/0, with /?#@ encoded")
     try:
+        url = urlsplit(value)
         pool: Any = Redis.from_url(value).connection_pool  # its methods have no types
         pool.get_encoder().encode("")  # checks the option "encoding"
         pool.make_connection()  # checks the other options; it does not connect
     except Exception:  # noqa: BLE001 - ValueError, TypeError, LookupError, RedisError
         raise ValueError("not a Redis URL with valid options") from None
+    # If a password has a /, ? or # that is not encoded, the host ends there, before the
+    # @. redis-py would log the beginning of the password as the host.
+    is_host_cut = "@" in url.path + url.query or "#" in value
+    # redis-py ignores the host of a unix:// URL, and a path that is no database number.
+    address = value.partition("//")[2].partition("?")[0].rpartition("@")[2]
+    pattern = "/.+" if url.scheme == "unix" else r"[^/\s]+(/[0-9]*/?)?"
+    if is_host_cut or not re.fullmatch(pattern, address):
+        raise ValueError("should be like redis://:pass@host:6379/0, with /?#@ encoded")
     return value
 
 
@@ -198,6 +200,7 @@ class Settings(BaseSettings):
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
+    # (Parsed here, because mypy demands a default of the field's type.)
     DATABASE_URL: DatabaseUrl = parse_database_url("sqlite:///./app.db")
     DATABASE_POOL_SIZE: int = Field(default=5, ge=1)
     DATABASE_MAX_OVERFLOW: int = Field(default=10, ge=0)
@@ -249,8 +252,8 @@ def describe_invalid_value(error: ErrorDetails) -> str:
 @lru_cache
 def get_settings() -> Settings:
     """Read the settings. A bad value ends the process with a line that names it."""
-    # Not set in model_config, because tests call Settings() themselves, and must not
-    # read this folder. (pydantic-settings would warn of a missing one, hence None.)
+    # The folder is not set in model_config, because tests call Settings() themselves,
+    # and must not read it. (None, because pydantic-settings warns of a missing folder.)
     folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
     try:
         # Without pydantic's plugin, mypy does not know this argument.
@@ -288,13 +291,12 @@ LIBRARY_LEVELS = {
     # These repeat what the request's own line says.
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
-    # SQLAlchemy's logger for the class FairPool, below. It logs an ERROR if a request
-    # is cancelled while it returns its connection, which is harmless.
+    # SQLAlchemy names the logger of a pool after its class and module. This one logs an
+    # ERROR if a request is cancelled while it returns its connection: that is harmless.
     f"{__name__}.FairPool": "CRITICAL",
 }
-# The loggers of the servers. With gunicorn, UvicornWorker copies the handlers of
-# gunicorn.error to uvicorn.error. Without it, the logger "uvicorn" has a handler of its
-# own. setup_logging replaces the handlers of all three.
+# The loggers of the servers have handlers of their own, which setup_logging replaces by
+# ours: under gunicorn, gunicorn.error and uvicorn.error; under uvicorn alone, uvicorn.
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
@@ -307,7 +309,8 @@ def shorten_traceback(text: str) -> str:
         # First leave out the frames of libraries: SQLAlchemy's alone exceed the limit,
         # and would push out those of your code.
         text = LIBRARY_FRAME.sub("", text)[-MAX_TRACEBACK_BYTES:]
-    # JSON can be longer than the text: it writes "é" as \u00e9. So measure it, too.
+    # The JSON is ASCII, so its length is its number of bytes. It can be longer than the
+    # text, because it writes "é" as \u00e9. So cut until it fits.
     while len(json.dumps(text)) > MAX_TRACEBACK_BYTES:
         text = text[50:]
     return text
@@ -531,15 +534,13 @@ async def app_exception_handler(request: Request, exc: AppException) -> Response
 def allowed_methods(request: Request) -> str:
     """Try each method on each route: return those that match.
 
-    The framework's own 405 names the methods of one route only. The result is empty if
-    the path belongs to an application that you have mounted.
+    (The framework's own 405 names the methods of one route only.) Applications that you
+    have mounted are left out, because a Mount matches every method.
     """
     allowed = []
-    # Leave out mounted applications: a Mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # Example: you have mounted StaticFiles at /api. PUT /api/v1/items matches none of
-    # our routes fully, so the mount gets it. Its 405 comes here with /api added to
-    # root_path. Reset that, or none of our routes would match.
+    # A mounted application's 405 comes here with the path of the mount in root_path.
+    # Our routes match only with the original one.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -562,7 +563,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     response = await app_exception_handler(request, error)
     if exc.status_code == 405:
         allowed = allowed_methods(request)
-        if allowed:  # else keep the header that the mounted application has set
+        if allowed:  # else the path belongs to a mounted application: keep its header
             response.headers["Allow"] = allowed
     return response
 
@@ -682,13 +683,10 @@ class FairPool(AsyncAdaptedQueuePool):
         # A timer for each connection. A ConnectionPoolEntry, or record, is a place in
         # the pool. If its connection is lost, it opens a new one.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # connect: start the timer. SQLAlchemy's own first statements can hang, too.
-        # checkout: start it again, for the statements of the request.
-        # checkin: stop it. (If the first statements fail, there is no checkin, and the
-        # timer is not stopped. At its end, abort_connection finds no connection.)
-        event.listen(self, "connect", lambda _, record: self.start_timer(record))
-        event.listen(self, "checkout", lambda _, record, _2: self.start_timer(record))
-        event.listen(self, "checkin", lambda _, record: self.stop_timer(record))
+        # SQLAlchemy sends these events, with a record as the second argument.
+        event.listen(self, "connect", self.on_connect)
+        event.listen(self, "checkout", self.on_checkout)
+        event.listen(self, "checkin", self.on_checkin)
 
     def _do_get(self) -> ConnectionPoolEntry:
         await_(self.wait_for_slot())
@@ -711,8 +709,20 @@ class FairPool(AsyncAdaptedQueuePool):
         except TimeoutError:
             raise sa_exc.TimeoutError("no connection was free in time") from None
 
+    def on_connect(self, _: object, record: ConnectionPoolEntry) -> None:
+        """A connection was opened. SQLAlchemy's own first statements can hang, too."""
+        self.start_timer(record)
+
+    def on_checkout(self, _: object, record: ConnectionPoolEntry, _2: object) -> None:
+        """A request gets the connection: start the timer anew."""
+        self.start_timer(record)
+
+    def on_checkin(self, _: object, record: ConnectionPoolEntry) -> None:
+        """The request has given it back."""
+        self.stop_timer(record)
+
     def start_timer(self, record: ConnectionPoolEntry) -> None:
-        self.stop_timer(record)  # the event "connect" may have started one
+        self.stop_timer(record)
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self.timeout(), self.abort_connection, record)
         self.timers[record] = timer
@@ -729,6 +739,7 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in create_engine.)
         """
         del self.timers[record]
+        # None if SQLAlchemy's first statements have failed: then no checkin follows.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -742,18 +753,19 @@ class FairPool(AsyncAdaptedQueuePool):
         dispose() would let new connections be opened while the old ones are in use:
         together, they could be too many.
         """
-        # This is private, too. At each checkout, SQLAlchemy replaces a connection that
-        # was opened before this time.
+        # `_invalidate_time` is private in SQLAlchemy (2.1.9). At each checkout, it
+        # replaces a connection that was opened before this time.
         self._invalidate_time = time.time()
 
 
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    A failed connect leaves a reference cycle: exception, traceback, local variables,
-    exception. In psycopg 3.3 and SQLAlchemy 2.1, these variables also hold the
-    connection. So its socket would stay open until the garbage collector runs, maybe
-    for minutes. clear_frames deletes the variables.
+    After a failed connect, the exception refers to its traceback, the traceback to the
+    local variables of each frame, and one of these to the exception: a cycle. In
+    psycopg 3.3 and SQLAlchemy 2.1, the variables also hold the connection. So its
+    socket would stay open until the garbage collector runs, maybe for minutes.
+    clear_frames deletes the variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -764,7 +776,7 @@ async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
 
 def cut_message(context: sa.engine.ExceptionContext) -> None:
     """Keep a message's first line: PostgreSQL's second one can quote a whole row."""
-    # Both exceptions have their message in args[0].
+    # SQLAlchemy copies the driver's message, and a traceback shows both exceptions.
     for error in (context.original_exception, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
@@ -1022,20 +1034,20 @@ class Database(MonitoredBackend):
         # Open a connection, which takes long, before the first request needs it.
         async with self.read_engine.connect():
             pass
+        # This version may have new tables. (Migrations run before it starts.)
         names = await self.table_names()
         if Base.metadata.tables.keys() - names:
             await self.create_missing_tables()
 
     async def recover(self) -> None:
-        # After a failover, old connections lead to the former primary. So replace those
-        # of read_engine's pool, which write_engine shares. (check_engine needs no help:
-        # if a check fails on its one connection, SQLAlchemy replaces it. On SQLite,
-        # write_engine has a pool of its own, but there is no failover.)
+        # After a failover, old connections lead to the former primary. Replace those of
+        # read_engine, which are also write_engine's. (check_engine has one connection.
+        # SQLAlchemy replaces it if a check fails. SQLite has no failover.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
-        # If there is no table, the database is a new one. Otherwise, do not create
-        # what is missing: a migration may be running.
+        # Without any table, the database is a new one. If only some are missing, do not
+        # create them: unlike at the start, a migration may be running.
         if not await self.table_names():
             await self.create_missing_tables()
 
@@ -1232,8 +1244,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # Not `run_sync(…, limiter=…)`: it yields to other tasks before it joins the queue.
-    # So a whole burst would pass this check. `async with` joins at once.
+    # `async with` joins the queue at once. `run_sync(…, limiter=…)` would first let
+    # other tasks run: all requests of a burst would still find a short queue here.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1259,9 +1271,8 @@ def signing_key(settings: Settings) -> dict[str, str]:
     (python-jose also takes a text. But if the text happens to be JSON, python-jose
     parses it as such a key.)
     """
-    # The key may have any bytes: unlike a str, a SecretStr is not checked for valid
-    # Unicode. In place of those that are not UTF-8, os.environ has surrogates, which
-    # surrogateescape turns back into the bytes.
+    # The variable may have bytes that are not UTF-8. os.environ has a surrogate for
+    # each of them, which surrogateescape turns back into the byte.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1304,16 +1315,16 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # With types, because sa.tuple_ (below) does not infer those of its parameters.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# Both queries mean: owner_id = :owner AND id > :after. They differ so that each
-# database goes straight to that place in the index items_of_owner: then the last page
-# costs what the first does.
+# Both queries find the same items. Each goes straight to the first one in the index
+# items_of_owner, so that the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
-    # With a row comparison, SQLite would read all items of the owner.
+    # owner_id = :owner AND id > :after
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # The row comparison is the place where PostgreSQL starts in the index. It also
-    # includes later owners, so the second condition is where PostgreSQL stops. (With
-    # == in place of <=, or without the row comparison, it may read the primary key's
-    # index, with the items of all owners.)
+    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
+    # PostgreSQL starts in the index where the first condition begins to hold, and stops
+    # where the second ends. With SQLite's query, or with = in place of <=, it may use
+    # the primary key's index, with the items of all owners. (With this query, SQLite
+    # would read all items of the owner.)
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1414,8 +1425,8 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # Nobody has the name now (its user was deleted), so try once more. A second
-        # IntegrityError is a bug. (After rollback(), `user` can be added again.)
+        # The user who had the name was deleted before this SELECT. So the name is free:
+        # try once more. A second IntegrityError is a bug.
         await add_row(db, user)
     await db.commit()
     return user
@@ -1555,8 +1566,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The reset is when the oldest time, with the index 0, leaves the window. If the limit
--- was lowered, more must leave: up to the one with the index `count - limit`.
+-- The reset is when the oldest time leaves the window: the one with the index 0. But if
+-- the limit was lowered from 10 to 3, eight of ten must leave, up to the index 10 - 3.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
@@ -1591,10 +1602,10 @@ def client_key(address: str) -> str:
 def open_lock_file() -> IO[bytes]:
     """Return the file that a worker locks while it uses the shared memory.
 
-    All workers inherit the same open file. The lock is one of fcntl.lockf, because the
-    kernel releases it if the worker is killed. Not one of fcntl.flock: all workers
-    would hold it together, because it belongs to the open file. Not one of the module
-    multiprocessing: if its worker is killed, it stays locked for ever.
+    It is locked by fcntl.lockf, because the kernel releases this lock if the worker is
+    killed. (A lock of fcntl.flock belongs to the open file, which all workers inherit,
+    so they would hold it together. A lock of the module multiprocessing stays locked
+    for ever if its worker is killed.)
     """
     return tempfile.TemporaryFile()
 
@@ -1713,8 +1724,8 @@ class RedisRateLimiter(MonitoredBackend):
             raise
 
     async def open_connections(self) -> None:
-        # redis-py opens a connection for each command that runs at the same time. So
-        # run REDIS_CONNECTIONS times SCRIPT LOAD: the script is needed anyway.
+        # redis-py cannot fill its pool, but it opens a connection for each command that
+        # runs at the same time. SCRIPT LOAD is as good as any, and needed anyway.
         commands = [
             self.client.script_load(REDIS_SCRIPT) for _ in range(REDIS_CONNECTIONS)
         ]
@@ -1847,9 +1858,13 @@ def warn_of_untrusted_proxy() -> None:
 def is_client_from_header(address: str, port: int, forwarded_for: str) -> bool:
     """Guess, for a warning, whether uvicorn took the client from X-Forwarded-For.
 
-    uvicorn does so if it trusts the peer, but leaves no mark. If it did, the address is
-    in the header, and the port is in it, too, or is 0. (The address alone is not
-    enough: that of an untrusted proxy can also be in the header.)
+    If it did, address and port are those in the header; the port is 0 if the header has
+    none. Otherwise, they are those of the connection, as in the last example.
+
+        "203.0.113.9", 0, "203.0.113.9"        True
+        "203.0.113.9", 80, "203.0.113.9:80"    True
+        "10.0.0.2", 51234, "203.0.113.9"       False
+        "10.0.0.2", 51234, "1.2.3.4,10.0.0.2"  False
     """
     return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
 
@@ -2044,8 +2059,8 @@ class LimitsAndErrorsMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        # Drop a Content-Type that is too long, because it is slow to parse. Without it,
-        # FastAPI does not parse a body as JSON: a route that reads one answers 422.
+        # Drop a Content-Type that is too long, because it is slow to parse. A route
+        # that expects JSON then answers 422, as it does without this header.
         scope["headers"] = [
             (name, value)
             for name, value in scope["headers"]
@@ -2079,8 +2094,8 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        It raises when a route reads the body, so 404 and 405 come first. FastAPI turns
-        all exceptions but HTTPException into a 400 while it reads a body.
+        It raises when a route reads the body, so 404 and 405 come first. (While FastAPI
+        reads a body, it turns any exception but an HTTPException into a 400.)
         """
         received_bytes = 0
 
@@ -2460,9 +2475,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # The health routes are passed here, because include_router (since FastAPI
-        # 0.137) nests one router in another, which makes a health check a fifth slower.
-        # Such routes ignore dependency_overrides, but these have no dependencies.
+        # Not added by include_router, which makes a health check a fifth slower: since
+        # FastAPI 0.137, it nests routers. If you give these routes a dependency, a test
+        # cannot override it.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
@@ -2476,13 +2491,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# gunicorn and uvicorn ask for `main:app`. Importing this module must not read settings,
-# so `app` is built at its first use. For a name that a module does not have, Python
-# calls the module's __getattr__ (PEP 562). This one builds the application, and stores
-# it as `main.app`, so it is called once.
-# mypy reads only the declaration: if it saw __getattr__, it would accept any name.
+# This stands for `app = create_app()`, but runs at the first use of `main.app`, so that
+# importing this module reads no settings. Python calls a module's __getattr__ for a
+# name that the module does not have (PEP 562). The first call stores `app`.
 if TYPE_CHECKING:
-    app: FastAPI
+    app: FastAPI  # all that mypy sees: with __getattr__, it would accept any name
 else:
 
     def __getattr__(name: str) -> FastAPI:

@@ -474,7 +474,7 @@ REFUSED_SETTINGS = {
         *("https://:hunter2@h", "redis://:hunter2@h:99999", "redis://h/hunter2"),
         *("redis://:hunter2@h?timeout=1", "redis://:hunter2@h?socket_timeout=one"),
         *("redis://u:1#hunter2@h", "redis://u:1/hunter2@h", "redis://h?encoding=x"),
-        "unix://:h/hunter2@/s",
+        *("unix://:h/hunter2@/s", "unix://hunter2/s", "redis://hunter2 /0", "redis:1"),
     ],
     "LOG_LEVEL": ["info", "HUNTER2"],
 }
