@@ -39,9 +39,9 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 wsgi_app = "main:app"
 default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
 bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
-for address in bind:  # gunicorn's own message does not name BIND. match[1]: the port
+for address in bind:  # checked here, because gunicorn's message would not name BIND
     match = re.fullmatch(r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd://[0-9]+", address)
-    if not match or int(match[1] or 0) > 65535:
+    if not match or int(match[1] or 0) > 65535:  # match[1] is the port
         raise SystemExit(f"bad settings: BIND: {address!r}: no host:port, unix: or fd:")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 errorlog = None  # gunicorn adds no handler of its own: main.setup_logging adds ours
@@ -52,7 +52,7 @@ graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
 timeout = graceful_timeout + 30  # a worker sends no heartbeats during a shutdown
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
-control_socket_disable = True  # it serves only gunicornc, and needs a writable home
+control_socket_disable = True  # for the command gunicornc; it needs a writable home
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heartbeats
 
 
@@ -74,9 +74,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # For FORWARDED_ALLOW_IPS: a unix socket is local, ::ffff:10.0.0.1 is 10.0.0.1.
-        host, port = self.client or ("127.0.0.1", 0)
-        self.client = (host.removeprefix("::ffff:"), port)
+        host, port = self.client or ("127.0.0.1", 0)  # None: a unix socket, so local
+        self.client = (host.removeprefix("::ffff:"), port)  # an IPv4 client over IPv6
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
@@ -90,7 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # (HttpParserUpgrade: the method CONNECT, see `parse`)
+            self.refuse(400)  # HttpParserUpgrade: CONNECT stops the new parser, too
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -98,7 +97,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
         With `Upgrade`, the parser stops after the headers, and uvicorn drops the body.
-        So a new parser gets the headers without it, then the body. CONNECT stops both.
+        So a new parser gets the headers without it, then the body.
         """
         while data:
             try:
@@ -112,13 +111,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
         self.parser = parser = httptools.HttpRequestParser(self)
-        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
         parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
-        if self.header_timer.cancelled():  # when the last headers ended; else it runs
+        if self.header_timer.cancelled():  # by the request before, not at the first one
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -132,10 +131,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # again: the response before may have ended
+        self._unset_keepalive_if_required()  # a response may have started it again
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # a new list keeps trailers out of the request's headers
+        self.headers = []  # or uvicorn would append trailers to the request's headers
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else the new parser calls this again
@@ -164,11 +163,12 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn replaces this handler until its shutdown, then raises SIGTERM again:
-        signal.signal(signal.SIGTERM, self.handle_quit)  # gunicorn's, exits with 0
+        # While uvicorn runs, it has its own handler. After its shutdown, it restores
+        # this one, and raises SIGTERM again: gunicorn's handle_quit exits with 0.
+        signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # SIGQUIT: by gunicorn, at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, which Ctrl+C leads to
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:
