@@ -42,7 +42,7 @@ bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
 for address in bind:  # checked here, because gunicorn's message would not name BIND
     match = re.fullmatch(r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd://[0-9]+", address)
     if not match or int(match[1] or 0) > 65535:  # match[1] is the port
-        raise SystemExit(f"bad settings: BIND: {address!r}: no host:port, unix: or fd:")
+        raise SystemExit(f"bad settings: BIND: {address!r}: no host:port or unix:/path")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 errorlog = None  # gunicorn adds no handler of its own: main.setup_logging adds ours
 preload_app = True  # bad settings end gunicorn; workers share the rate limits
@@ -52,12 +52,12 @@ graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
 timeout = graceful_timeout + 30  # a worker sends no heartbeats during a shutdown
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
-control_socket_disable = True  # for the command gunicornc; it needs a writable home
+control_socket_disable = True  # gunicornc's socket would need a writable home
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heartbeats
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # as with gunicorn "main:create_app()"
+    if not logging.getLogger().handlers:  # as with "main:create_app()"
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -89,7 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: CONNECT stops the new parser, too
+            self.refuse(400)  # HttpParserUpgrade: only for CONNECT, see `parse`
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -97,7 +97,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
         With `Upgrade`, the parser stops after the headers, and uvicorn drops the body.
-        So a new parser gets the headers without it, then the body.
+        A new parser gets the headers without it, and the body. CONNECT stops it, too.
         """
         while data:
             try:
@@ -117,7 +117,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
-        if self.header_timer.cancelled():  # by the request before, not at the first one
+        if self.header_timer.cancelled():  # by an earlier request of this connection
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -131,7 +131,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # a response may have started it again
+        self._unset_keepalive_if_required()  # a response has maybe started it again
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
         self.headers = []  # or uvicorn would append trailers to the request's headers
@@ -163,8 +163,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # While uvicorn runs, it has its own handler. After its shutdown, it restores
-        # this one, and raises SIGTERM again: gunicorn's handle_quit exits with 0.
+        # Install gunicorn's handler, which exits with 0. uvicorn replaces it while it
+        # runs. After its shutdown, uvicorn restores it, and raises SIGTERM again.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 

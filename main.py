@@ -96,7 +96,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 DRIVERS = {
     "sqlite": "sqlite+aiosqlite",
     "postgresql": "postgresql+psycopg",
-    "postgres": "postgresql+psycopg",  # some platforms write it so
+    "postgres": "postgresql+psycopg",  # an older name that some platforms still use
 }
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
@@ -114,8 +114,8 @@ def parse_database_url(value: str) -> sa.URL:
             make_conninfo(**options)
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
-    # If a password has an @ that is not encoded, as in user:pass@word@host, its end
-    # counts as part of the host, which drivers write into messages that are logged.
+    # If a password has an @ that is not encoded, as in user:pass@word@host, the end of
+    # the password counts as part of the host, which drivers write into the log.
     if "@" in (url.host or ""):
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
@@ -147,6 +147,7 @@ def check_redis_url(value: str) -> str:
     # @. redis-py would log the beginning of the password as the host.
     is_host_cut = "@" in url.path + url.query or "#" in value
     # redis-py ignores the host of a unix:// URL, and a path that is no database number.
+    # What is between the @ and the ? is host:6379/0, or the path of a unix socket.
     address = value.partition("//")[2].partition("?")[0].rpartition("@")[2]
     pattern = "/.+" if url.scheme == "unix" else r"[^/\s]+(/[0-9]*/?)?"
     if is_host_cut or not re.fullmatch(pattern, address):
@@ -252,8 +253,8 @@ def describe_invalid_value(error: ErrorDetails) -> str:
 @lru_cache
 def get_settings() -> Settings:
     """Read the settings. A bad value ends the process with a line that names it."""
-    # The folder is not set in model_config, because tests call Settings() themselves,
-    # and must not read it. (None, because pydantic-settings warns of a missing folder.)
+    # Passed here, and not set in model_config: tests call Settings(), which must not
+    # read this folder. None if it is missing: pydantic-settings would warn.
     folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
     try:
         # Without pydantic's plugin, mypy does not know this argument.
@@ -381,8 +382,8 @@ def setup_logging(settings: Settings) -> None:
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # then it has the root logger's level
         server_logger.propagate = False  # or the root's handler would write it, too
-    # uvicorn writes its access log only if this logger has a handler, or a parent has
-    # one. So cut it off from both: RequestLoggingMiddleware writes ours.
+    # uvicorn writes its access log only if this logger or a parent has a handler. So
+    # take away its handlers and its parents: RequestLoggingMiddleware writes ours.
     access_logger = logging.getLogger("uvicorn.access")
     access_logger.handlers = []
     access_logger.propagate = False
@@ -539,8 +540,8 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # A mounted application's 405 comes here with the path of the mount in root_path.
-    # Our routes match only with the original one.
+    # If a mounted application (such as StaticFiles) has raised the 405, its Mount has
+    # appended its path to root_path. Reset it, or none of our routes would match.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -671,8 +672,9 @@ class FairPool(AsyncAdaptedQueuePool):
         _do_get          takes a connection out of the pool
         _do_return_conn  gives it back; not called if _do_get has raised an exception
 
-    They are not async, but run in a greenlet of SQLAlchemy's, where its function
-    `await_(coroutine)` does what `await coroutine` does in an async function.
+    They are not async, but SQLAlchemy runs them in a greenlet. There, its function
+    `await_(coroutine)` waits as `await coroutine` does in an async function, without
+    blocking the event loop.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -710,7 +712,7 @@ class FairPool(AsyncAdaptedQueuePool):
             raise sa_exc.TimeoutError("no connection was free in time") from None
 
     def on_connect(self, _: object, record: ConnectionPoolEntry) -> None:
-        """A connection was opened. SQLAlchemy's own first statements can hang, too."""
+        """A connection was opened. SQLAlchemy's first statements on it can hang."""
         self.start_timer(record)
 
     def on_checkout(self, _: object, record: ConnectionPoolEntry, _2: object) -> None:
@@ -739,7 +741,8 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in create_engine.)
         """
         del self.timers[record]
-        # None if SQLAlchemy's first statements have failed: then no checkin follows.
+        # None if the first statements after on_connect have failed. Then there was no
+        # checkin, which would have stopped this timer.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -761,11 +764,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    After a failed connect, the exception refers to its traceback, the traceback to the
-    local variables of each frame, and one of these to the exception: a cycle. In
-    psycopg 3.3 and SQLAlchemy 2.1, the variables also hold the connection. So its
-    socket would stay open until the garbage collector runs, maybe for minutes.
-    clear_frames deletes the variables.
+    A failed connect leaves a reference cycle: the exception refers to its traceback,
+    the traceback to local variables, and one of these to the exception. In psycopg 3.3
+    and SQLAlchemy 2.1, others hold the connection. So its socket would stay open until
+    the garbage collector runs, maybe for minutes. clear_frames deletes the variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -896,7 +898,7 @@ class MonitoredBackend:
             logger.warning("%s is not ready", self.name, extra=extra)
         self.in_outage = True
         if self.retry_timer is not None:
-            self.retry_timer.cancel()  # another failure may have started it
+            self.retry_timer.cancel()  # of an earlier failure: one timer is enough
         loop = asyncio.get_running_loop()
         self.retry_timer = loop.call_later(CHECK_INTERVAL_SECONDS, self.start_check)
 
@@ -1114,7 +1116,8 @@ def to_utc(moment: datetime) -> datetime:
 
 UtcTime = Annotated[datetime, AfterValidator(to_utc)]
 LowercaseValidator = AfterValidator(str.lower)
-# Keyboards differ in how they compose an accent (NIST SP 800-63B-4 § 3.1.1.2).
+# Keyboards send an "é" as one character or as two; NFC makes them equal (NIST SP
+# 800-63B-4 § 3.1.1.2).
 NormalizedValidator = AfterValidator(partial(unicodedata.normalize, "NFC"))
 NewUsername = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$"), LowercaseValidator
@@ -1232,8 +1235,8 @@ class HealthStatus(BaseModel):
 
 ARGON2ID = Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1)
 PASSWORD_HASHER = PasswordHash([ARGON2ID])
-# Verified if the username does not exist, so that the time of a login does not tell
-# which usernames exist. Its salt and its hash are zeros in base64.
+# A login verifies this hash if the username does not exist, so that its time does not
+# tell which usernames exist. Its salt and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 # Two hashes at a time, to bound the memory. They run in threads, beside other Python
 # code, because argon2 releases the GIL.
@@ -1244,8 +1247,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # `async with` joins the queue at once. `run_sync(…, limiter=…)` would first let
-    # other tasks run: all requests of a burst would still find a short queue here.
+    # `async with` joins the queue at once. `run_sync(…, limiter=…)` first lets others
+    # run: a whole burst would pass this check before the first one joins the queue.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1271,8 +1274,9 @@ def signing_key(settings: Settings) -> dict[str, str]:
     (python-jose also takes a text. But if the text happens to be JSON, python-jose
     parses it as such a key.)
     """
-    # The variable may have bytes that are not UTF-8. os.environ has a surrogate for
-    # each of them, which surrogateescape turns back into the byte.
+    # The variable may have bytes that are not UTF-8, because a SecretStr is not checked
+    # as a str is. os.environ has a surrogate for each of them, which surrogateescape
+    # turns back into the byte.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1322,9 +1326,9 @@ LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
     # PostgreSQL starts in the index where the first condition begins to hold, and stops
-    # where the second ends. With SQLite's query, or with = in place of <=, it may use
-    # the primary key's index, with the items of all owners. (With this query, SQLite
-    # would read all items of the owner.)
+    # where the second ends. The rows between have owner_id = :owner AND id > :after.
+    # (With SQLite's query, or with = in place of <=, PostgreSQL may read the items of
+    # all owners. With this query, SQLite would read all items of the owner.)
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1566,8 +1570,9 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The reset is when the oldest time leaves the window: the one with the index 0. But if
--- the limit was lowered from 10 to 3, eight of ten must leave, up to the index 10 - 3.
+-- The next request is allowed when the oldest time, with the index 0, has left the
+-- window. But if the limit was lowered from 10 to 3, there can be 10 times: then the 8
+-- oldest must leave, and the last of these has the index 7 = count - limit.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
@@ -1823,7 +1828,7 @@ SECURITY_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Embedder-Policy": "require-corp",
     "X-XSS-Protection": "0",  # off: the filter of old browsers could be exploited
-    "Cache-Control": "no-store",
+    "Cache-Control": "no-store",  # a response can have personal data
 }
 # RFC 6797 § 7.2: over https only. Not for subdomains: they may be somebody else's.
 HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
@@ -1856,10 +1861,10 @@ def warn_of_untrusted_proxy() -> None:
 
 
 def is_client_from_header(address: str, port: int, forwarded_for: str) -> bool:
-    """Guess, for a warning, whether uvicorn took the client from X-Forwarded-For.
+    """Guess whether uvicorn took the client from X-Forwarded-For: only for a warning.
 
     If it did, address and port are those in the header; the port is 0 if the header has
-    none. Otherwise, they are those of the connection, as in the last example.
+    none. Otherwise, they are those of the connection, as in the last two examples.
 
         "203.0.113.9", 0, "203.0.113.9"        True
         "203.0.113.9", 80, "203.0.113.9:80"    True
@@ -2037,7 +2042,8 @@ def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
     A route can raise CancelledError, too, for example because it awaits a task that was
-    cancelled. Then, cancelling() is 0.
+    cancelled. Then, cancelling() is 0. (It is also 0 after asyncio.timeout, which takes
+    its own cancellation back.)
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2475,9 +2481,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not added by include_router, which makes a health check a fifth slower: since
-        # FastAPI 0.137, it nests routers. If you give these routes a dependency, a test
-        # cannot override it.
+        # Not added by include_router: since FastAPI 0.137, each request would pass one
+        # more router, which makes a health check a fifth slower. (These routes do not
+        # see dependency_overrides, but they have no dependencies.)
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
