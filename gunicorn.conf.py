@@ -52,7 +52,7 @@ graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
 timeout = graceful_timeout + 30  # a worker sends no heartbeats during a shutdown
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
-control_socket_disable = True  # gunicornc's socket would need a writable home
+control_socket_disable = True  # for the tool gunicornc; would need a writable home
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heartbeats
 
 
@@ -89,7 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: only for CONNECT, see `parse`
+            self.refuse(400)  # HttpParserUpgrade: CONNECT stopped the second parser
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -97,7 +97,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
         With `Upgrade`, the parser stops after the headers, and uvicorn drops the body.
-        A new parser gets the headers without it, and the body. CONNECT stops it, too.
+        So a second parser gets the headers without it, then the body.
         """
         while data:
             try:
@@ -116,7 +116,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
-        self._unset_keepalive_if_required()  # private: stops the keep-alive timer
+        self._unset_keepalive_if_required()  # private: ends the keep-alive timer
         if self.header_timer.cancelled():  # by an earlier request of this connection
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -163,12 +163,12 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # Install gunicorn's handler, which exits with 0. uvicorn replaces it while it
-        # runs. After its shutdown, uvicorn restores it, and raises SIGTERM again.
+        # gunicorn's handle_quit exits with 0. While uvicorn runs, its own handler is in
+        # place. After its shutdown, it restores this one, and raises SIGTERM again.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, which Ctrl+C leads to
+    def handle_exit(self, *_: object) -> None:  # SIGQUIT; gunicorn sends it at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

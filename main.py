@@ -107,8 +107,8 @@ def parse_database_url(value: str) -> sa.URL:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
-            # Check the names of the options: make_conninfo raises an error for one that
-            # libpq does not know. It does not connect.
+            # Check the names of the options: turn the URL into psycopg's arguments.
+            # make_conninfo raises an error for one that libpq does not know.
             dialect_class = url.get_dialect()
             _, options = dialect_class().create_connect_args(url)
             make_conninfo(**options)
@@ -143,11 +143,12 @@ def check_redis_url(value: str) -> str:
         pool.make_connection()  # checks the other options; it does not connect
     except Exception:  # noqa: BLE001 - ValueError, TypeError, LookupError, RedisError
         raise ValueError("not a Redis URL with valid options") from None
-    # If a password has a /, ? or # that is not encoded, the host ends there, before the
-    # @. redis-py would log the beginning of the password as the host.
+    # Refuse what redis-py would misread. If a password has a /, ? or # that is not
+    # encoded, the host ends there, before the @: the log would show the beginning of
+    # the password as the host.
     is_host_cut = "@" in url.path + url.query or "#" in value
-    # redis-py ignores the host of a unix:// URL, and a path that is no database number.
-    # What is between the @ and the ? is host:6379/0, or the path of a unix socket.
+    # The part between @ and ? must be like host:6379/0, or be the path of a unix socket:
+    # redis-py ignores any other path, and the host of a unix:// URL.
     address = value.partition("//")[2].partition("?")[0].rpartition("@")[2]
     pattern = "/.+" if url.scheme == "unix" else r"[^/\s]+(/[0-9]*/?)?"
     if is_host_cut or not re.fullmatch(pattern, address):
@@ -253,8 +254,8 @@ def describe_invalid_value(error: ErrorDetails) -> str:
 @lru_cache
 def get_settings() -> Settings:
     """Read the settings. A bad value ends the process with a line that names it."""
-    # Passed here, and not set in model_config: tests call Settings(), which must not
-    # read this folder. None if it is missing: pydantic-settings would warn.
+    # The folder is an argument here, and not in model_config: tests call Settings(),
+    # which must not read it. (pydantic-settings warns if it is missing, so pass None.)
     folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
     try:
         # Without pydantic's plugin, mypy does not know this argument.
@@ -541,7 +542,7 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
     # If a mounted application (such as StaticFiles) has raised the 405, its Mount has
-    # appended its path to root_path. Reset it, or none of our routes would match.
+    # appended its path to root_path. Restore ours, or no route would match.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -556,10 +557,10 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     """Turn an HTTPException of the framework or of your code into a response."""
     if exc.status_code in {204, 304}:  # must not have a body
         return Response(None, exc.status_code, exc.headers)
-    error = AppException(exc.detail)  # for the log; a client gets error.message
+    error = AppException(exc.detail)  # the detail is for the log, as the reason
     error.status_code = exc.status_code
     error.headers = exc.headers
-    if exc.status_code != 500:  # a 500 tells clients nothing
+    if exc.status_code != 500:  # clients get it, too, but a 500 tells them nothing
         error.message = str(exc.detail)
     response = await app_exception_handler(request, error)
     if exc.status_code == 405:
@@ -741,8 +742,8 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in create_engine.)
         """
         del self.timers[record]
-        # None if the first statements after on_connect have failed. Then there was no
-        # checkin, which would have stopped this timer.
+        # The record has no connection (None) if the first statements after on_connect
+        # have failed: then there was no checkin, which would have stopped this timer.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -751,10 +752,10 @@ class FairPool(AsyncAdaptedQueuePool):
             record.invalidate(soft=True)
 
     def invalidate_all(self) -> None:
-        """Mark all open connections: each is replaced before its next use.
+        """Replace each open connection before its next use.
 
-        dispose() would let new connections be opened while the old ones are in use:
-        together, they could be too many.
+        dispose() would begin a new pool at once, while connections of the old one are
+        in use: together, they could be too many.
         """
         # `_invalidate_time` is private in SQLAlchemy (2.1.9). At each checkout, it
         # replaces a connection that was opened before this time.
@@ -766,8 +767,9 @@ async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
 
     A failed connect leaves a reference cycle: the exception refers to its traceback,
     the traceback to local variables, and one of these to the exception. In psycopg 3.3
-    and SQLAlchemy 2.1, others hold the connection. So its socket would stay open until
-    the garbage collector runs, maybe for minutes. clear_frames deletes the variables.
+    and SQLAlchemy 2.1, other variables hold the connection. So its socket would stay
+    open until the garbage collector runs, maybe for minutes. clear_frames deletes all
+    these variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -939,8 +941,8 @@ class Database(MonitoredBackend):
             self.write_engine = self.create_engine(1)
             event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
         else:
-            # A copy of read_engine, with the same pool. This level turns transactions
-            # on again, which create_engine has turned off.
+            # A copy of read_engine, with the same pool, but with transactions: this
+            # level replaces the AUTOCOMMIT of create_engine.
             self.write_engine = self.read_engine.execution_options(
                 isolation_level="READ COMMITTED"
             )
@@ -1043,13 +1045,13 @@ class Database(MonitoredBackend):
 
     async def recover(self) -> None:
         # After a failover, old connections lead to the former primary. Replace those of
-        # read_engine, which are also write_engine's. (check_engine has one connection.
-        # SQLAlchemy replaces it if a check fails. SQLite has no failover.)
+        # read_engine, which are also write_engine's. The one of check_engine was
+        # replaced when the check failed. (SQLite has no failover.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
         # Without any table, the database is a new one. If only some are missing, do not
-        # create them: unlike at the start, a migration may be running.
+        # create them: a migration may be running now. (At the start, it has ended.)
         if not await self.table_names():
             await self.create_missing_tables()
 
@@ -1299,7 +1301,8 @@ def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
     try:
         claims = jwt.decode(token, key, [settings.ALGORITHM], options)
         user_id = int(claims["sub"])
-        # The database would raise for an id beyond 64 bits: a 500 in place of a 401.
+        # Another program with the same key could sign any number. Beyond 64 bits, the
+        # database would raise: a 500 in place of a 401.
         if not 0 < user_id <= MAX_ID:
             raise ValueError  # caught below
         return user_id, claims["version"]
@@ -1430,7 +1433,8 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
         # The user who had the name was deleted before this SELECT. So the name is free:
-        # try once more. A second IntegrityError is a bug.
+        # try once more. (After rollback(), `user` can be added again.) A second
+        # IntegrityError is a bug.
         await add_row(db, user)
     await db.commit()
     return user
@@ -1716,8 +1720,8 @@ class RedisRateLimiter(MonitoredBackend):
     async def start(self) -> None:
         """Open all connections, before a burst of requests has to wait for that."""
         pool = self.client.connection_pool
-        # Close idle connections, which may be dead. If one in use is dead, its command
-        # fails, and closes it.
+        # Close idle connections, which may be dead. One in use needs no care: if it is
+        # dead, its command fails, and redis-py closes it.
         await pool.disconnect(inuse_connections=False)
         try:
             await self.open_connections()
@@ -2100,8 +2104,9 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        It raises when a route reads the body, so 404 and 405 come first. (While FastAPI
-        reads a body, it turns any exception but an HTTPException into a 400.)
+        It raises when a route reads the body, so 404 and 405 come first. It raises
+        HTTPException, because FastAPI turns any other exception, while it reads a body,
+        into a 400.
         """
         received_bytes = 0
 
