@@ -147,8 +147,8 @@ def check_redis_url(value: str) -> str:
     # encoded, the host ends there, before the @: the log would show the beginning of
     # the password as the host.
     is_host_cut = "@" in url.path + url.query or "#" in value
-    # The part between @ and ? must be like host:6379/0, or be the path of a unix socket:
-    # redis-py ignores any other path, and the host of a unix:// URL.
+    # Between @ and ?, there must be host:6379/0 or the like, or the path of a unix
+    # socket: redis-py ignores any other path, and the host of a unix:// URL.
     address = value.partition("//")[2].partition("?")[0].rpartition("@")[2]
     pattern = "/.+" if url.scheme == "unix" else r"[^/\s]+(/[0-9]*/?)?"
     if is_host_cut or not re.fullmatch(pattern, address):
