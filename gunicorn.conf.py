@@ -42,7 +42,7 @@ bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
 for address in bind:  # checked here, because gunicorn's message would not name BIND
     match = re.fullmatch(r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd://[0-9]+", address)
     if not match or int(match[1] or 0) > 65535:  # match[1] is the port
-        raise SystemExit(f"bad settings: BIND: {address!r}: no host:port or unix:/path")
+        raise SystemExit(f"bad settings: BIND: {address!r}: no host:port, unix: or fd:")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 errorlog = None  # gunicorn adds no handler of its own: main.setup_logging adds ours
 preload_app = True  # bad settings end gunicorn; workers share the rate limits
@@ -74,13 +74,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        host, port = self.client or ("127.0.0.1", 0)  # None: a unix socket, so local
-        self.client = (host.removeprefix("::ffff:"), port)  # an IPv4 client over IPv6
+        host, port = self.client or ("127.0.0.1", 0)  # a unix socket counts as local
+        self.client = (host.removeprefix("::ffff:"), port)  # for FORWARDED_ALLOW_IPS
+        self.app_state = {**self.app_state, "peer": self.client}  # request.state.peer
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # Do not cut off a response that is being sent. (`cycle`: the latest request)
-        if not self.cycle or self.cycle.response_complete:
+        if not self.cycle or self.cycle.response_complete:  # else a response is sent
             self.refuse(408)
 
     def data_received(self, data: bytes) -> None:  # in place of uvicorn's
@@ -131,7 +131,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # a response has maybe started it again
+        self._unset_keepalive_if_required()  # a response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
         self.headers = []  # or uvicorn would append trailers to the request's headers

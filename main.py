@@ -58,7 +58,7 @@ from functools import cache, lru_cache, partial
 from operator import attrgetter
 from traceback import clear_frames
 from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import psycopg
 import pydantic
@@ -136,23 +136,20 @@ def parse_database_url(value: str) -> sa.URL:
 
 def check_redis_url(value: str) -> str:
     """Raise ValueError if redis-py refuses the URL, or would misread it."""
+    # If a password has a /, ? or # that is not encoded, redis-py takes the text before
+    # it for host and port, which get into the log. So refuse an @ or # after the host.
+    # Refuse also what redis-py ignores: a path that is no database number, and the host
+    # of a unix socket.
+    tcp = r"rediss?://([^/?#]*@)?[^/?#@\s]*(/[0-9]*/?)?"  # redis://:pass@host:6379/0
+    unix = "unix://([^/?#]*@)?/[^?#@]*"  # unix://:pass@/path
+    if not re.fullmatch(f"({tcp}|{unix})([?][^#@]*)?", value):
+        raise ValueError("should be like redis://:pass@host:6379/0, with /?#@ encoded")
     try:
-        url = urlsplit(value)
         pool: Any = Redis.from_url(value).connection_pool  # its methods have no types
         pool.get_encoder().encode("")  # checks the option "encoding"
         pool.make_connection()  # checks the other options; it does not connect
     except Exception:  # noqa: BLE001 - ValueError, TypeError, LookupError, RedisError
         raise ValueError("not a Redis URL with valid options") from None
-    # Refuse what redis-py would misread. If a password has a /, ? or # that is not
-    # encoded, the host ends there, before the @: the log would show the beginning of
-    # the password as the host.
-    is_host_cut = "@" in url.path + url.query or "#" in value
-    # Between @ and ?, there must be host:6379/0 or the like, or the path of a unix
-    # socket: redis-py ignores any other path, and the host of a unix:// URL.
-    address = value.partition("//")[2].partition("?")[0].rpartition("@")[2]
-    pattern = "/.+" if url.scheme == "unix" else r"[^/\s]+(/[0-9]*/?)?"
-    if is_host_cut or not re.fullmatch(pattern, address):
-        raise ValueError("should be like redis://:pass@host:6379/0, with /?#@ encoded")
     return value
 
 
@@ -297,8 +294,8 @@ LIBRARY_LEVELS = {
     # ERROR if a request is cancelled while it returns its connection: that is harmless.
     f"{__name__}.FairPool": "CRITICAL",
 }
-# The loggers of the servers have handlers of their own, which setup_logging replaces by
-# ours: under gunicorn, gunicorn.error and uvicorn.error; under uvicorn alone, uvicorn.
+# Under gunicorn, UvicornWorker gives uvicorn.error the handlers of gunicorn.error.
+# Under uvicorn alone, the logger "uvicorn" has its own. setup_logging sets ours on all.
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
@@ -541,8 +538,9 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # If a mounted application (such as StaticFiles) has raised the 405, its Mount has
-    # appended its path to root_path. Restore ours, or no route would match.
+    # Example: you have mounted StaticFiles at /api. It gets PUT /api/v1/items, which no
+    # route of ours accepts, and raises a 405. By then, its Mount has appended /api to
+    # root_path. Our routes match only with the original one.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -673,9 +671,8 @@ class FairPool(AsyncAdaptedQueuePool):
         _do_get          takes a connection out of the pool
         _do_return_conn  gives it back; not called if _do_get has raised an exception
 
-    They are not async, but SQLAlchemy runs them in a greenlet. There, its function
-    `await_(coroutine)` waits as `await coroutine` does in an async function, without
-    blocking the event loop.
+    They are not async, but SQLAlchemy calls them in a greenlet, where its function
+    `await_(coroutine)` waits as `await coroutine` does in an async function.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -742,8 +739,8 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in create_engine.)
         """
         del self.timers[record]
-        # The record has no connection (None) if the first statements after on_connect
-        # have failed: then there was no checkin, which would have stopped this timer.
+        # `driver_connection` is None if the first statements after on_connect failed.
+        # Then there was no checkin, which would have stopped this timer.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -757,19 +754,18 @@ class FairPool(AsyncAdaptedQueuePool):
         dispose() would begin a new pool at once, while connections of the old one are
         in use: together, they could be too many.
         """
-        # `_invalidate_time` is private in SQLAlchemy (2.1.9). At each checkout, it
-        # replaces a connection that was opened before this time.
+        # `_invalidate_time` is private in SQLAlchemy (2.1.9). At each checkout, a
+        # connection that was opened before this time is replaced.
         self._invalidate_time = time.time()
 
 
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    A failed connect leaves a reference cycle: the exception refers to its traceback,
-    the traceback to local variables, and one of these to the exception. In psycopg 3.3
-    and SQLAlchemy 2.1, other variables hold the connection. So its socket would stay
-    open until the garbage collector runs, maybe for minutes. clear_frames deletes all
-    these variables.
+    A failed connect leaves a reference cycle of the exception, its traceback, and the
+    local variables in that, one of which is the exception. In psycopg 3.3 and
+    SQLAlchemy 2.1, the connection is another one. So its socket would stay open until
+    the garbage collector runs, maybe for minutes. clear_frames deletes the variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -781,6 +777,7 @@ async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
 def cut_message(context: sa.engine.ExceptionContext) -> None:
     """Keep a message's first line: PostgreSQL's second one can quote a whole row."""
     # SQLAlchemy copies the driver's message, and a traceback shows both exceptions.
+    # Both have it in args[0].
     for error in (context.original_exception, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\n")[0],)
@@ -1045,8 +1042,8 @@ class Database(MonitoredBackend):
 
     async def recover(self) -> None:
         # After a failover, old connections lead to the former primary. Replace those of
-        # read_engine, which are also write_engine's. The one of check_engine was
-        # replaced when the check failed. (SQLite has no failover.)
+        # read_engine; on PostgreSQL, they are also write_engine's. (The connection of
+        # check_engine was replaced when the check failed. SQLite has no failover.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1249,8 +1246,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # `async with` joins the queue at once. `run_sync(…, limiter=…)` first lets others
-    # run: a whole burst would pass this check before the first one joins the queue.
+    # After this check, `async with` joins the queue at once. `run_sync(…, limiter=…)`
+    # would let other requests run in between: a whole burst could pass the check.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1276,9 +1273,8 @@ def signing_key(settings: Settings) -> dict[str, str]:
     (python-jose also takes a text. But if the text happens to be JSON, python-jose
     parses it as such a key.)
     """
-    # The variable may have bytes that are not UTF-8, because a SecretStr is not checked
-    # as a str is. os.environ has a surrogate for each of them, which surrogateescape
-    # turns back into the byte.
+    # SECRET_KEY may have bytes that are not UTF-8: a SecretStr is not checked as a str
+    # is. Python reads such a byte as a surrogate; surrogateescape restores the byte.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1322,16 +1318,16 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # With types, because sa.tuple_ (below) does not infer those of its parameters.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# Both queries find the same items. Each goes straight to the first one in the index
-# items_of_owner, so that the last page costs what the first does.
+# Both queries find the same items. Each lets its database go straight to the first one
+# in the index items_of_owner: then the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     # owner_id = :owner AND id > :after
+    # With PostgreSQL's query, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
-    # PostgreSQL starts in the index where the first condition begins to hold, and stops
-    # where the second ends. The rows between have owner_id = :owner AND id > :after.
-    # (With SQLite's query, or with = in place of <=, PostgreSQL may read the items of
-    # all owners. With this query, SQLite would read all items of the owner.)
+    # The first condition is where PostgreSQL starts in the index, the second where it
+    # stops. With SQLite's query, or with = in place of <=, it may read the items of all
+    # owners.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1574,11 +1570,10 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The next request is allowed when the oldest time, with the index 0, has left the
--- window. But if the limit was lowered from 10 to 3, there can be 10 times: then the 8
--- oldest must leave, and the last of these has the index 7 = count - limit.
-local index = math.max(0, count - limit)
-local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
+-- The reset is when the oldest time leaves the window. But if the limit was lowered,
+-- there can be more times than `limit`: then the surplus must leave before.
+local surplus = math.max(0, count - limit)
+local member_and_time = redis.call('ZRANGE', key, surplus, surplus, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
 local reset_seconds = math.ceil((reset_time - now) / 1000000)
 -- The fields of RateLimitResult. Redis sends true as 1, and false as null.
@@ -1806,8 +1801,9 @@ class RateLimiter:
 
 # --- Middleware -----------------------------------------------------------------------
 # Pure ASGI, because BaseHTTPMiddleware is several times slower. Middleware and routes
-# share data in scope["state"], which is `request.state`: request_id, client, trace_id,
-# user_id, rate_limit, status_code, and for the log line `reason` and `exception`.
+# share data in scope["state"], which is `request.state`: peer, request_id, client,
+# trace_id, user_id, rate_limit, status_code, and for the log line `reason` and
+# `exception`.
 
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context § 3.2. The version "ff" and ids of zeros are invalid.
@@ -1864,20 +1860,6 @@ def warn_of_untrusted_proxy() -> None:
     )
 
 
-def is_client_from_header(address: str, port: int, forwarded_for: str) -> bool:
-    """Guess whether uvicorn took the client from X-Forwarded-For: only for a warning.
-
-    If it did, address and port are those in the header; the port is 0 if the header has
-    none. Otherwise, they are those of the connection, as in the last two examples.
-
-        "203.0.113.9", 0, "203.0.113.9"        True
-        "203.0.113.9", 80, "203.0.113.9:80"    True
-        "10.0.0.2", 51234, "203.0.113.9"       False
-        "10.0.0.2", 51234, "1.2.3.4,10.0.0.2"  False
-    """
-    return address in forwarded_for and (port == 0 or f":{port}" in forwarded_for)
-
-
 class RequestLoggingMiddleware:
     """Set the request's root path, id and client; measure its time; log it."""
 
@@ -1924,14 +1906,13 @@ class RequestLoggingMiddleware:
         trace = TRACEPARENT_PATTERN.fullmatch(headers.get(b"traceparent", b""))
         if trace:
             state["trace_id"] = trace[1].decode()
-        address, port = scope["client"] or ("unknown", 0)
+        address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
-        if headers.get(b"x-forwarded-for"):
-            # There can be several such headers; `headers` has only the last one.
-            forwarded_for = ",".join(Headers(scope=scope).getlist("x-forwarded-for"))
-            # uvicorn takes the client from this header if it trusts the peer.
-            if not is_client_from_header(address, port, forwarded_for):
-                warn_of_untrusted_proxy()
+        # Under gunicorn, LimitedHttpProtocol sets `peer`, the other end of the
+        # connection. If uvicorn trusts it, it replaces `client` by a new tuple.
+        is_peer = "peer" in state and scope["client"] is state["peer"]
+        if is_peer and headers.get(b"x-forwarded-for"):
+            warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
         # No response has started if a middleware failed: Starlette then answers 500.
@@ -2045,9 +2026,9 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    A route can raise CancelledError, too, for example because it awaits a task that was
-    cancelled. Then, cancelling() is 0. (It is also 0 after asyncio.timeout, which takes
-    its own cancellation back.)
+    uvicorn calls the task's cancel(), so cancelling() is 1. It is 0 if a route itself
+    raises CancelledError, for example because it awaits a task that was cancelled, and
+    after asyncio.timeout, which takes its own cancellation back.
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2105,8 +2086,8 @@ class LimitsAndErrorsMiddleware:
         """Return a `receive` that raises HTTPException for a bad body.
 
         It raises when a route reads the body, so 404 and 405 come first. It raises
-        HTTPException, because FastAPI turns any other exception, while it reads a body,
-        into a 400.
+        HTTPException, because FastAPI turns most other exceptions, while it reads a
+        body, into a 400.
         """
         received_bytes = 0
 
@@ -2486,9 +2467,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not added by include_router: since FastAPI 0.137, each request would pass one
-        # more router, which makes a health check a fifth slower. (These routes do not
-        # see dependency_overrides, but they have no dependencies.)
+        # Not by include_router: since FastAPI 0.137, each request would pass one more
+        # router, which makes a health check a fifth slower. (Routes that are passed
+        # here ignore dependency_overrides. These have no dependencies.)
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
@@ -2502,9 +2483,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# This stands for `app = create_app()`, but runs at the first use of `main.app`, so that
-# importing this module reads no settings. Python calls a module's __getattr__ for a
-# name that the module does not have (PEP 562). The first call stores `app`.
+# `main.app` is created at its first use, so that importing this module reads no
+# settings. Python calls this __getattr__ for a name that the module does not have (PEP
+# 562). After the first call, `app` is an ordinary global.
 if TYPE_CHECKING:
     app: FastAPI  # all that mypy sees: with __getattr__, it would accept any name
 else:

@@ -2558,6 +2558,7 @@ async def test_log_line_has_the_user(ada: Client, log: Log) -> None:
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT_ID = "00f067aa0ba902b7"
+PEER = ("203.0.113.9", 5)
 TRACES = {
     f"00-{TRACE_ID}-{PARENT_ID}-01": TRACE_ID,
     f"cc-{TRACE_ID}-{PARENT_ID}-01-more": TRACE_ID,  # of a later version
@@ -2575,16 +2576,14 @@ async def test_log_line_has_the_id_of_a_valid_trace(guest: Client, log: Log) -> 
     assert [line.get("trace_id") for line in log.lines()] == [*TRACES.values()]
 
 
-@pytest.mark.parametrize("end, port, n", [(9, 5, 1), (9, 0, 0), (9, 80, 0), (3, 0, 1)])
-async def test_forwarded_for_warns_once(end: int, port: int, n: int, log: Log) -> None:
+@pytest.mark.parametrize("peer, n", [(PEER, 1), ((*PEER,), 0), (None, 0)])
+async def test_forwarded_for_warns_once(peer: Any, n: int, log: Log) -> None:
     main.warn_of_untrusted_proxy.cache_clear()
     log.start(LOG_LEVEL="WARNING")
-    client = (f"203.0.113.{end}", port)  # in the header, if uvicorn trusts the peer
-    headers = [(b"x-forwarded-for", v) for v in (b"203.0.113.9:80", b"10.0.0.2")]
+    sent = {"client": PEER, "headers": [(b"x-forwarded-for", b"203.0.113.9")]}
     for _ in range(3):
-        await send_raw(built_app(), "/nowhere", client=client, headers=headers)
-    told = ["FORWARDED_ALLOW_IPS" in line["message"] for line in log.lines()]
-    assert told == [True] * n
+        await send_raw(built_app(), "/nowhere", state={"peer": peer}, **sent)
+    assert ["FORWARDED_ALLOW_IPS" in x["message"] for x in log.lines()] == [True] * n
 
 
 async def test_hsts_is_sent_over_https_only(guest: Client) -> None:
@@ -3179,6 +3178,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
     fields = {"size": size, "headers": [*request.headers], "client": scope["client"]}
+    fields["is_peer"] = scope["client"] is request.state.peer
     await JSONResponse(fields)(scope, receive, send)
 
 
@@ -3353,7 +3353,7 @@ async def test_trailer_is_no_header(connection: Connection) -> None:
 
 async def test_client_of_a_unix_socket_is_local(connection: Connection) -> None:
     await connection.send(GET)
-    assert b'"client":["127.0.0.1",0]' in connection.received
+    assert b'"client":["127.0.0.1",0],"is_peer":true' in connection.received
 
 
 async def test_stop_closes_an_idle_connection_late(connection: Connection) -> None:
