@@ -300,7 +300,7 @@ SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
 def shorten_traceback(text: str) -> str:
-    """Cut the beginning, so that its JSON has at most MAX_TRACEBACK_BYTES.
+    """Cut the beginning, so that the text has at most MAX_TRACEBACK_BYTES as JSON.
 
     The error itself is at the end.
     """
@@ -538,9 +538,9 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # Example: you have mounted StaticFiles at /api. It gets PUT /api/v1/items, which no
-    # route of ours accepts, and raises a 405. By then, its Mount has appended /api to
-    # root_path. Our routes match only with the original one.
+    # A mounted application can raise a 405, too: for example StaticFiles at /api, for
+    # PUT /api/v1/items. By then, its Mount has appended /api to root_path, so none of
+    # our routes would match. Use the original root_path.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -558,7 +558,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     error = AppException(exc.detail)  # the detail is for the log, as the reason
     error.status_code = exc.status_code
     error.headers = exc.headers
-    if exc.status_code != 500:  # clients get it, too, but a 500 tells them nothing
+    if exc.status_code != 500:  # the detail is for clients, too, except in a 500
         error.message = str(exc.detail)
     response = await app_exception_handler(request, error)
     if exc.status_code == 405:
@@ -764,8 +764,9 @@ async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
 
     A failed connect leaves a reference cycle of the exception, its traceback, and the
     local variables in that, one of which is the exception. In psycopg 3.3 and
-    SQLAlchemy 2.1, the connection is another one. So its socket would stay open until
-    the garbage collector runs, maybe for minutes. clear_frames deletes the variables.
+    SQLAlchemy 2.1, another of these variables is the connection. So its socket would
+    stay open until the garbage collector runs, maybe for minutes. clear_frames deletes
+    these variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -775,7 +776,7 @@ async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
 
 
 def cut_message(context: sa.engine.ExceptionContext) -> None:
-    """Keep a message's first line: PostgreSQL's second one can quote a whole row."""
+    """Keep a message's first line: the second of PostgreSQL's can quote a row."""
     # SQLAlchemy copies the driver's message, and a traceback shows both exceptions.
     # Both have it in args[0].
     for error in (context.original_exception, context.sqlalchemy_exception):
@@ -1247,7 +1248,7 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
     # After this check, `async with` joins the queue at once. `run_sync(…, limiter=…)`
-    # would let other requests run in between: a whole burst could pass the check.
+    # would first let other tasks run: a whole burst could pass the check.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1273,8 +1274,9 @@ def signing_key(settings: Settings) -> dict[str, str]:
     (python-jose also takes a text. But if the text happens to be JSON, python-jose
     parses it as such a key.)
     """
-    # SECRET_KEY may have bytes that are not UTF-8: a SecretStr is not checked as a str
-    # is. Python reads such a byte as a surrogate; surrogateescape restores the byte.
+    # SECRET_KEY may have bytes that are not UTF-8: pydantic does not check a SecretStr,
+    # even with min_length. Python reads such a byte as a surrogate; surrogateescape
+    # restores the byte.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1571,7 +1573,7 @@ if allowed then
     count = count + 1
 end
 -- The reset is when the oldest time leaves the window. But if the limit was lowered,
--- there can be more times than `limit`: then the surplus must leave before.
+-- there can be more times than `limit`: then `surplus` older ones must leave first.
 local surplus = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, surplus, surplus, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
@@ -1669,7 +1671,8 @@ class SlidingWindowRateLimiter:
         for row in bucket:
             if row.client_hash == client_hash:  # in 64 bits, two equal ones are rare
                 return row
-        row = min(bucket, key=attrgetter("last_seen_ns"))  # 0 in an unused row
+        # An unused row (its last_seen_ns is 0), else the one that was idle for longest.
+        row = min(bucket, key=attrgetter("last_seen_ns"))
         row.client_hash = client_hash
         row.count = 0  # `oldest` may stay: an empty ring buffer may begin anywhere
         return row
@@ -1729,7 +1732,7 @@ class RedisRateLimiter(MonitoredBackend):
 
     async def open_connections(self) -> None:
         # redis-py cannot fill its pool, but it opens a connection for each command that
-        # runs at the same time. SCRIPT LOAD is as good as any, and needed anyway.
+        # runs at the same time. Take SCRIPT LOAD, because the script is needed anyway.
         commands = [
             self.client.script_load(REDIS_SCRIPT) for _ in range(REDIS_CONNECTIONS)
         ]
@@ -1908,8 +1911,8 @@ class RequestLoggingMiddleware:
             state["trace_id"] = trace[1].decode()
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
-        # Under gunicorn, LimitedHttpProtocol sets `peer`, the other end of the
-        # connection. If uvicorn trusts it, it replaces `client` by a new tuple.
+        # Under gunicorn, LimitedHttpProtocol sets `peer`, the client of the connection.
+        # If uvicorn trusts it, it puts a new tuple, from this header, into `client`.
         is_peer = "peer" in state and scope["client"] is state["peer"]
         if is_peer and headers.get(b"x-forwarded-for"):
             warn_of_untrusted_proxy()
@@ -2467,9 +2470,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not by include_router: since FastAPI 0.137, each request would pass one more
-        # router, which makes a health check a fifth slower. (Routes that are passed
-        # here ignore dependency_overrides. These have no dependencies.)
+        # Passed here, because include_router (since FastAPI 0.137) makes a health check
+        # a fifth slower. Only for routes without dependencies: dependency_overrides has
+        # no effect on them.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
@@ -2487,7 +2490,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 # settings. Python calls this __getattr__ for a name that the module does not have (PEP
 # 562). After the first call, `app` is an ordinary global.
 if TYPE_CHECKING:
-    app: FastAPI  # all that mypy sees: with __getattr__, it would accept any name
+    app: FastAPI  # for mypy: if it saw __getattr__, it would accept any name
 else:
 
     def __getattr__(name: str) -> FastAPI:
