@@ -79,8 +79,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.app_state = {**self.app_state, "peer": self.client}  # request.state.peer
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
-    def refuse_slow(self) -> None:
-        if not self.cycle or self.cycle.response_complete:  # else it is still sent
+    def refuse_slow(self) -> None:  # but do not cut off a response that is being sent
+        if not self.cycle or self.cycle.response_complete:  # cycle: the latest request
             self.refuse(408)
 
     def data_received(self, data: bytes) -> None:  # in place of uvicorn's

@@ -683,10 +683,11 @@ class FairPool(AsyncAdaptedQueuePool):
         # A timer for each connection. A ConnectionPoolEntry, or record, is a place in
         # the pool. If its connection is lost, it opens a new one.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # SQLAlchemy sends these events, with a record as the second argument.
-        event.listen(self, "connect", self.on_connect)
-        event.listen(self, "checkout", self.on_checkout)
-        event.listen(self, "checkin", self.on_checkin)
+        # A request gets a connection at "checkout", and gives it back at "checkin". The
+        # timer starts first at "connect": SQLAlchemy's own first statements can hang.
+        event.listen(self, "connect", self.start_timer)
+        event.listen(self, "checkout", self.start_timer)
+        event.listen(self, "checkin", self.stop_timer)
 
     def _do_get(self) -> ConnectionPoolEntry:
         await_(self.wait_for_slot())
@@ -709,25 +710,13 @@ class FairPool(AsyncAdaptedQueuePool):
         except TimeoutError:
             raise sa_exc.TimeoutError("no connection was free in time") from None
 
-    def on_connect(self, _: object, record: ConnectionPoolEntry) -> None:
-        """A connection was opened. SQLAlchemy's first statements on it can hang."""
-        self.start_timer(record)
-
-    def on_checkout(self, _: object, record: ConnectionPoolEntry, _2: object) -> None:
-        """A request gets the connection: start the timer anew."""
-        self.start_timer(record)
-
-    def on_checkin(self, _: object, record: ConnectionPoolEntry) -> None:
-        """The request has given it back."""
-        self.stop_timer(record)
-
-    def start_timer(self, record: ConnectionPoolEntry) -> None:
-        self.stop_timer(record)
+    def start_timer(self, _: object, record: ConnectionPoolEntry, *_2: object) -> None:
+        self.stop_timer(None, record)  # at a checkout, "connect" may have started one
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self.timeout(), self.abort_connection, record)
         self.timers[record] = timer
 
-    def stop_timer(self, record: ConnectionPoolEntry) -> None:
+    def stop_timer(self, _: object, record: ConnectionPoolEntry) -> None:
         if record in self.timers:
             self.timers.pop(record).cancel()
 
@@ -739,7 +728,7 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in create_engine.)
         """
         del self.timers[record]
-        # `driver_connection` is None if the first statements after on_connect failed.
+        # `driver_connection` is None if the first statements after "connect" failed.
         # Then there was no checkin, which would have stopped this timer.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
@@ -800,7 +789,7 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
-    """`connection` is SQLAlchemy's sync wrapper of a connection of aiosqlite."""
+    """Set up a new connection: SQLAlchemy's sync wrapper of one of aiosqlite."""
     # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
     # other has switched the file, and the mode is stored in the file.
     with suppress(sqlite3.OperationalError):
