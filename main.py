@@ -538,12 +538,8 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # A mounted application can raise a 405, too: for example StaticFiles at /api, for
-    # PUT /api/v1/items. By then, its Mount has appended /api to root_path, so none of
-    # our routes would match. Use the original root_path.
-    root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
-        scope = {**request.scope, "method": method, "root_path": root_path}
+        scope = {**request.scope, "method": method}
         # Not route.methods: since FastAPI 0.137, app.routes also contains routers,
         # which have `matches`, but no `methods`.
         if any(route.matches(scope)[0] == Match.FULL for route in routes):
@@ -1257,15 +1253,23 @@ async def verify_password(password: str, stored_hash: str) -> tuple[bool, str | 
         )
 
 
+class TokenClaims(BaseModel):
+    """What a token says of its user. (python-jose itself checks the times.)"""
+
+    # Another program with the same key could sign any number. Beyond 64 bits, the
+    # database would raise: a 500 in place of a 401.
+    sub: Annotated[int, Field(ge=1, le=MAX_ID)]
+    version: pydantic.StrictInt
+
+
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    (python-jose also takes a text. But if the text happens to be JSON, python-jose
-    parses it as such a key.)
+    (python-jose also takes a text. But it parses a text that is JSON, such as a secret
+    in quotes, when it verifies a token, and not when it signs one.)
     """
-    # SECRET_KEY may have bytes that are not UTF-8: pydantic does not check a SecretStr,
-    # even with min_length. Python reads such a byte as a surrogate; surrogateescape
-    # restores the byte.
+    # A variable may have bytes that are not UTF-8, which Python reads as surrogates.
+    # With surrogateescape, encode() turns them into the same bytes again.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1281,18 +1285,13 @@ def create_access_token(user: User, settings: Settings) -> str:
     return jwt.encode(claims, signing_key(settings), settings.ALGORITHM)
 
 
-def decode_access_token(token: str, settings: Settings) -> tuple[int, int]:
-    """Return the user's id and the token's version. Raises UnauthorizedException."""
+def decode_access_token(token: str, settings: Settings) -> TokenClaims:
+    """Raises UnauthorizedException if anything is wrong with the token."""
     options = {"require_sub": True, "require_iat": True, "require_exp": True}
     key = signing_key(settings)
     try:
         claims = jwt.decode(token, key, [settings.ALGORITHM], options)
-        user_id = int(claims["sub"])
-        # Another program with the same key could sign any number. Beyond 64 bits, the
-        # database would raise: a 500 in place of a 401.
-        if not 0 < user_id <= MAX_ID:
-            raise ValueError  # caught below
-        return user_id, claims["version"]
+        return TokenClaims.model_validate(claims)
     except Exception:  # noqa: BLE001 - such as RecursionError for deeply nested JSON
         raise UnauthorizedException from None
 
@@ -1561,14 +1560,14 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The reset is when the oldest time leaves the window. But if the limit was lowered,
--- there can be more times than `limit`: then `surplus` older ones must leave first.
-local surplus = math.max(0, count - limit)
-local member_and_time = redis.call('ZRANGE', key, surplus, surplus, 'WITHSCORES')
+-- The reset is when the oldest time leaves the window.
+local member_and_time = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
 local reset_seconds = math.ceil((reset_time - now) / 1000000)
+-- The set has more times than `limit` if the setting was lowered just now.
+local remaining = math.max(0, limit - count)
 -- The fields of RateLimitResult. Redis sends true as 1, and false as null.
-return {allowed, limit, math.max(0, limit - count), reset_seconds}
+return {allowed, limit, remaining, reset_seconds}
 """
 
 
@@ -2137,11 +2136,11 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
     """
     if not token:  # "Authorization: Bearer" alone: as if there were no header
         raise oauth2_scheme.make_not_authenticated_error()
-    user_id, version = decode_access_token(token, request.app.state.settings)
+    claims = decode_access_token(token, request.app.state.settings)
     # A session of its own, which gives its connection back before the route's session
     # takes one. If a request held two, requests could wait for each other for ever.
     async with request.app.state.database.session(writes=False) as session:
-        user = await read_token_owner(session, user_id, version)
+        user = await read_token_owner(session, claims.sub, claims.version)
     request.state.user_id = user.id
     return user
 
