@@ -319,25 +319,25 @@ class JsonFormatter(logging.Formatter):
     """Write a record as one JSON object, with the fields of its `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = self.fields(record)
+        fields = self.collect_fields(record)
         try:  # four times as fast as json.dumps
             line = to_json(fields, ensure_ascii=True, fallback=str, inf_nan_mode="null")
             return line.decode()
         except ValueError:  # text that is not valid Unicode
             return json.dumps(fields, default=str)
 
-    def message(self, record: logging.LogRecord) -> str:
+    def format_message(self, record: logging.LogRecord) -> str:
         try:
             return record.getMessage()
         except Exception:  # noqa: BLE001 - such as logger.info("%d", "a")
             return f"{record.msg} {record.args}"
 
-    def fields(self, record: logging.LogRecord) -> dict[str, Any]:
+    def collect_fields(self, record: logging.LogRecord) -> dict[str, Any]:
         fields = {
             "timestamp": datetime.fromtimestamp(record.created, UTC),
             "level": record.levelname,
             "logger": record.name,
-            "message": self.message(record),
+            "message": self.format_message(record),
             "request_id": request_id_context.get(),
         }
         fields |= {k: v for k, v in vars(record).items() if k not in STANDARD_FIELDS}
@@ -351,7 +351,7 @@ class TextFormatter(JsonFormatter):
     """Write the same fields as text for people."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = self.fields(record)
+        fields = self.collect_fields(record)
         traceback = str(fields.pop("exception", "")).splitlines()
         parts = [str(fields.pop(name)) for name in ("timestamp", "level", "message")]
         parts += [f"{name}={value}" for name, value in fields.items()]
@@ -518,7 +518,9 @@ def error_response(request: Request, exc: AppException) -> Response:
     # Not JSONResponse, which fails if a text is invalid Unicode. The name of an unknown
     # field, in `details`, can have a lone surrogate. json.dumps writes it as \ud800.
     content = json.dumps(body, separators=(",", ":"))
-    response = Response(content, status_code, exc.headers, "application/json")
+    response = Response(
+        content, status_code, headers=exc.headers, media_type="application/json"
+    )
     for name, value in DEFAULT_HEADERS.get(status_code, {}).items():
         response.headers.setdefault(name, value)
     return response
@@ -613,7 +615,7 @@ class User(Base):
     __tablename__ = "users"
     # Without autoincrement, SQLite gives the id of a deleted user to the next new user,
     # and the deleted user's tokens would be valid for that account.
-    __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012
+    __table_args__ = ({"sqlite_autoincrement": True},)
     username: Mapped[str] = mapped_column(sa.String(32), unique=True)
     password_hash: Mapped[str]
     # Each token carries this number. Incrementing it makes all earlier tokens invalid.
@@ -1286,7 +1288,7 @@ def create_access_token(user: User, settings: Settings) -> str:
 
 
 def decode_access_token(token: str, settings: Settings) -> TokenClaims:
-    """Raises UnauthorizedException if anything is wrong with the token."""
+    """Verify a token. Raises UnauthorizedException, whatever is wrong with it."""
     options = {"require_sub": True, "require_iat": True, "require_exp": True}
     key = signing_key(settings)
     try:
@@ -1409,7 +1411,7 @@ def make_page(name: str, rows: Rows, limit: int) -> Page:
 
 
 async def register_user(db: AsyncSession, user_in: UserIn) -> User:
-    """Raises UsernameTakenException."""
+    """Store a new user. Raises UsernameTakenException."""
     password_hash = await hash_password(user_in.password)
     user = User(username=user_in.username, password_hash=password_hash)
     try:
@@ -1429,8 +1431,9 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
 async def authenticate_user(
     read_db: AsyncSession, write_db: AsyncSession, username: str, password: str
 ) -> User:
-    """Raises WrongCredentialsException. An unknown name takes as long as a known one.
+    """Return the user with this name and password. Raises WrongCredentialsException.
 
+    An unknown name takes as long as a known one.
     `write_db` is used only to store a new hash, so most logins do not wait for SQLite's
     single writer. The two never hold a connection at the same time.
     """
@@ -1456,7 +1459,7 @@ async def read_user(db: AsyncSession, user_id: int) -> User:
 
 
 async def read_token_owner(db: AsyncSession, user_id: int, version: int) -> User:
-    """Raises UnauthorizedException if the user is gone or the token is outdated."""
+    """Return the user. Raises UnauthorizedException for an outdated token."""
     user = await find_user(db, user_id)
     if user is None or user.token_version != version:
         raise UnauthorizedException
@@ -1490,7 +1493,7 @@ async def discard_user(db: AsyncSession, user: User) -> None:
 
 
 async def create_item(db: AsyncSession, owner: User, item_in: ItemIn) -> Item:
-    """Raises UnauthorizedException if the owner has been deleted in the meantime."""
+    """Store a new item. Raises UnauthorizedException if its owner has been deleted."""
     moment = now()
     values = item_in.model_dump()
     item = Item(owner_id=owner.id, created_at=moment, updated_at=moment, **values)
@@ -1604,6 +1607,24 @@ def open_lock_file() -> IO[bytes]:
     return tempfile.TemporaryFile()
 
 
+def row_type(limit: int) -> type[ctypes.Structure]:
+    """Return the row of a SlidingWindowRateLimiter: a struct, as in C.
+
+    In ctypes, `type * n` is the type of an array.
+    """
+
+    class Row(ctypes.Structure):
+        _fields_ = (
+            ("client_hash", ctypes.c_int64),
+            ("last_seen_ns", ctypes.c_int64),
+            ("times", ctypes.c_int64 * limit),  # a ring buffer
+            ("oldest", ctypes.c_int64),  # the index of the oldest time
+            ("count", ctypes.c_int64),  # how many times it holds
+        )
+
+    return Row
+
+
 class SlidingWindowRateLimiter:
     """Allow at most `limit` requests of a client in any period of `seconds`, exactly.
 
@@ -1618,18 +1639,7 @@ class SlidingWindowRateLimiter:
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
-        # A struct, as in C. (`type * n` is an array.) It is defined here, because its
-        # size depends on `limit`.
-        class Row(ctypes.Structure):
-            _fields_ = (
-                ("client_hash", ctypes.c_int64),
-                ("last_seen_ns", ctypes.c_int64),
-                ("times", ctypes.c_int64 * limit),  # a ring buffer
-                ("oldest", ctypes.c_int64),  # the index of the oldest time
-                ("count", ctypes.c_int64),  # how many times it holds
-            )
-
-        bucket_type = Row * ROWS_IN_BUCKET
+        bucket_type = row_type(limit) * ROWS_IN_BUCKET
         bucket_count = table_bytes // ctypes.sizeof(bucket_type)
         table_type = bucket_type * bucket_count
         # Anonymous memory, which forked processes share.
@@ -1788,6 +1798,23 @@ class RateLimiter:
         if self.redis:
             await self.redis.stop_checks()
             await self.redis.client.aclose()
+
+
+async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> None:
+    """Count a request of the client. Raises RateLimitedException.
+
+    It sets `rate_limit` in `request.state`, for the headers of the response. Some
+    requests, such as logins, count in several limits: the headers show the limit that
+    refused, else the one with the fewest requests remaining.
+    """
+    state = scope["state"]  # RequestLoggingMiddleware has put `client` there
+    result = await limiter.hit(name, state["client"])
+    previous: RateLimitResult | None = state.get("rate_limit")
+    is_tighter = previous is None or result.remaining < previous.remaining
+    if is_tighter or not result.allowed:
+        state["rate_limit"] = result
+    if not result.allowed:
+        raise RateLimitedException(result.reset_seconds)
 
 
 # --- Middleware -----------------------------------------------------------------------
@@ -1963,23 +1990,6 @@ class OriginCORSMiddleware(CORSMiddleware):
             await super().__call__(scope, receive, send)
         else:
             await self.app(scope, receive, send)
-
-
-async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> None:
-    """Count a request of the client. Raises RateLimitedException.
-
-    It sets `rate_limit` in `request.state`, for the headers of the response. Some
-    requests, such as logins, count in several limits: the headers show the limit that
-    refused, else the one with the fewest requests remaining.
-    """
-    state = scope["state"]  # RequestLoggingMiddleware has put `client` there
-    result = await limiter.hit(name, state["client"])
-    previous: RateLimitResult | None = state.get("rate_limit")
-    is_tighter = previous is None or result.remaining < previous.remaining
-    if is_tighter or not result.allowed:
-        state["rate_limit"] = result
-    if not result.allowed:
-        raise RateLimitedException(result.reset_seconds)
 
 
 class RateLimitMiddleware:
@@ -2264,7 +2274,7 @@ items_router = APIRouter(
 async def post_user(
     user_in: UserIn, request: Request, response: Response, db: WriteSession
 ) -> UserOut:
-    """Register."""
+    """Register a user."""
     user = await register_user(db, user_in)
     # Not a full URL: it would contain the Host header, which the client chooses. (The
     # path includes ROOT_PATH: see RequestLoggingMiddleware.)
@@ -2276,13 +2286,13 @@ async def post_user(
 async def get_users(
     user: CurrentUser, db: ReadSession, after: After = 0, limit: Limit = 20
 ) -> UserPage:
-    """All users, in the order of their ids."""
+    """List all users, in the order of their ids."""
     return UserPage.model_validate(await read_users(db, after, limit))
 
 
 @users_router.get("/me", responses=document_errors(401))
 async def get_me(user: CurrentUser) -> UserOut:
-    """The user whose token this is."""
+    """Read the user whose token this is."""
     return UserOut.model_validate(user)
 
 
@@ -2305,7 +2315,7 @@ async def delete_me(user: CurrentUser, db: WriteSession) -> None:
 
 @users_router.get("/{user_id}", responses=document_errors(401, 404, 422))
 async def get_user(user_id: IdPath, user: CurrentUser, db: ReadSession) -> UserOut:
-    """One user."""
+    """Read one user."""
     return UserOut.model_validate(await read_user(db, user_id))
 
 
@@ -2347,13 +2357,13 @@ async def post_item(
 async def get_items(
     user: CurrentUser, db: ReadSession, after: After = 0, limit: Limit = 20
 ) -> ItemPage:
-    """Your own items, in the order of their ids."""
+    """List your own items, in the order of their ids."""
     return ItemPage.model_validate(await read_items(db, user, after, limit))
 
 
 @items_router.get("/{item_id}", responses=document_errors(404, 422))
 async def get_item(item_id: IdPath, user: CurrentUser, db: ReadSession) -> ItemOut:
-    """One of your items."""
+    """Read one of your items."""
     return ItemOut.model_validate(await read_item(db, user, item_id))
 
 
