@@ -52,12 +52,12 @@ graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
 timeout = graceful_timeout + 30  # a worker sends no heartbeats during a shutdown
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
-control_socket_disable = True  # the socket for gunicornc needs a writable home
+control_socket_disable = True  # its socket (for `gunicornc`) needs a writable home
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heartbeats
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # as with "main:create_app()"
+    if not logging.getLogger().handlers:  # main:app sets them, create_app() does not
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -76,20 +76,20 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         host, port = self.client or ("127.0.0.1", 0)  # a unix socket counts as local
         self.client = (host.removeprefix("::ffff:"), port)  # for FORWARDED_ALLOW_IPS
-        self.app_state = {**self.app_state, "peer": self.client}  # request.state.peer
+        self.app_state = {**self.app_state, "peer": self.client}  # in request.state
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:  # but do not cut off a response that is being sent
         if not self.cycle or self.cycle.response_complete:  # cycle: the latest request
             self.refuse(408)
 
-    def data_received(self, data: bytes) -> None:  # in place of uvicorn's
+    def data_received(self, data: bytes) -> None:  # replaces uvicorn's, without super
         if not self.is_in_body:
             self.header_bytes += len(data)
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: CONNECT stopped the second parser
+            self.refuse(400)  # `parse` raises HttpParserUpgrade only for CONNECT
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -124,7 +124,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         # header_bytes may include the beginning of the body: measure the headers alone.
-        size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
+        size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
             raise httptools.HttpParserError  # stops parsing; a second refuse is ignored
@@ -134,7 +134,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # the last response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # or uvicorn would append trailers to the request's headers
+        self.headers = []  # uvicorn appends trailers: not to the request's own list
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else the new parser calls this again
@@ -163,12 +163,12 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # gunicorn's handle_quit exits with 0. While uvicorn runs, its own handler is in
-        # place. After its shutdown, it restores this one, and raises SIGTERM again.
+        # While uvicorn runs, its own handler is in place of this one. When uvicorn has
+        # shut down, it restores this one and raises SIGTERM again: exit with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # SIGQUIT; gunicorn sends it at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, also of gunicorn's Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -134,15 +134,30 @@ def parse_database_url(value: str) -> sa.URL:
     return url
 
 
+# If a password has a /, ? or # that is not encoded, redis-py takes the text before it
+# for host and port, which get into the log. So there may be no @ or # after the host.
+# (redis-py would ignore a path that is no number, and the host of a unix socket.)
+REDIS_URL_PATTERN = re.compile(
+    r"""
+    (
+        rediss?://
+        ([^/?#]*@)?     # user:password@
+        [^/?#@\s]*      # host:port
+        (/[0-9]*/?)?    # number of the database
+    |
+        unix://
+        ([^/?#]*@)?     # user:password@
+        /[^?#@]*        # path of the socket
+    )
+    ([?][^#@]*)?        # options
+    """,
+    re.VERBOSE,
+)
+
+
 def check_redis_url(value: str) -> str:
     """Raise ValueError if redis-py refuses the URL, or would misread it."""
-    # If a password has a /, ? or # that is not encoded, redis-py takes the text before
-    # it for host and port, which get into the log. So refuse an @ or # after the host.
-    # Refuse also what redis-py ignores: a path that is no database number, and the host
-    # of a unix socket.
-    tcp = r"rediss?://([^/?#]*@)?[^/?#@\s]*(/[0-9]*/?)?"  # redis://:pass@host:6379/0
-    unix = "unix://([^/?#]*@)?/[^?#@]*"  # unix://:pass@/path
-    if not re.fullmatch(f"({tcp}|{unix})([?][^#@]*)?", value):
+    if not REDIS_URL_PATTERN.fullmatch(value):
         raise ValueError("should be like redis://:pass@host:6379/0, with /?#@ encoded")
     try:
         pool: Any = Redis.from_url(value).connection_pool  # its methods have no types
@@ -617,7 +632,7 @@ class User(Base):
     __tablename__ = "users"
     # Without autoincrement, SQLite gives the id of a deleted user to the next new user,
     # and the deleted user's tokens would be valid for that account.
-    __table_args__ = ({"sqlite_autoincrement": True},)
+    __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012
     username: Mapped[str] = mapped_column(sa.String(32), unique=True)
     password_hash: Mapped[str]
     # Each token carries this number. Incrementing it makes all earlier tokens invalid.
@@ -683,8 +698,9 @@ class FairPool(AsyncAdaptedQueuePool):
         # A timer for each connection. A ConnectionPoolEntry, or record, is a place in
         # the pool. If its connection is lost, it opens a new one.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # A request gets a connection at "checkout", and gives it back at "checkin". The
-        # timer starts first at "connect": SQLAlchemy's own first statements can hang.
+        # A request gets a connection at "checkout", and gives it back at "checkin". A
+        # new connection's timer starts at "connect", because SQLAlchemy's own first
+        # statements can hang. "checkout" starts it anew.
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -728,8 +744,9 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in create_engine.)
         """
         del self.timers[record]
-        # `driver_connection` is None if the first statements after "connect" failed.
-        # Then there was no checkin, which would have stopped this timer.
+        # If SQLAlchemy's first statements after "connect" have failed, there is no
+        # connection any more, so `driver_connection` is None. But there was no
+        # "checkin", either, to stop the timer.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -751,11 +768,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    A failed connect leaves a reference cycle of the exception, its traceback, and the
-    local variables in that, one of which is the exception. In psycopg 3.3 and
-    SQLAlchemy 2.1, another of these variables is the connection. So its socket would
-    stay open until the garbage collector runs, maybe for minutes. clear_frames deletes
-    these variables.
+    A failed connect leaves a reference cycle: exception, traceback, local variables,
+    exception. In psycopg 3.3 and SQLAlchemy 2.1, the local variables also hold the
+    connection. So its socket would stay open until the garbage collector runs, maybe
+    for minutes. clear_frames deletes the variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -1033,7 +1049,7 @@ class Database(MonitoredBackend):
     async def recover(self) -> None:
         # After a failover, old connections lead to the former primary. Replace those of
         # read_engine; on PostgreSQL, they are also write_engine's. (The connection of
-        # check_engine was replaced when the check failed. SQLite has no failover.)
+        # check_engine was replaced when a check failed on it. SQLite has no failover.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1236,8 +1252,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # After this check, `async with` joins the queue at once. `run_sync(…, limiter=…)`
-    # would first let other tasks run: a whole burst could pass the check.
+    # `async with` joins the queue without yielding to other tasks after this check.
+    # `run_sync(…, limiter=…)` would yield first: a whole burst could pass the check.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1422,8 +1438,8 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # The user who had the name was deleted before this SELECT. So the name is free:
-        # try once more. (After rollback(), `user` can be added again.) A second
+        # No user has the name now: the one who had it was deleted before this SELECT.
+        # Try once more. (After rollback(), `user` can be added again.) A second
         # IntegrityError is a bug.
         await add_row(db, user)
     await db.commit()
@@ -1718,8 +1734,8 @@ class RedisRateLimiter(MonitoredBackend):
     async def start(self) -> None:
         """Open all connections, before a burst of requests has to wait for that."""
         pool = self.client.connection_pool
-        # Close idle connections, which may be dead. One in use needs no care: if it is
-        # dead, its command fails, and redis-py closes it.
+        # Close idle connections, which may be dead. Connections in use can stay: if one
+        # is dead, its command fails, and redis-py closes it.
         await pool.disconnect(inuse_connections=False)
         try:
             await self.open_connections()
@@ -1928,8 +1944,9 @@ class RequestLoggingMiddleware:
             state["trace_id"] = trace[1].decode()
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
-        # Under gunicorn, LimitedHttpProtocol sets `peer`, the client of the connection.
-        # If uvicorn trusts it, it puts a new tuple, from this header, into `client`.
+        # Under gunicorn, LimitedHttpProtocol stores the connection's client in `peer`.
+        # If FORWARDED_ALLOW_IPS names it, uvicorn replaces scope["client"] by a new
+        # tuple, from X-Forwarded-For. So if it is the same object, it is not trusted.
         is_peer = "peer" in state and scope["client"] is state["peer"]
         if is_peer and headers.get(b"x-forwarded-for"):
             warn_of_untrusted_proxy()
@@ -2029,9 +2046,9 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    uvicorn calls the task's cancel(), so cancelling() is 1. It is 0 if a route itself
-    raises CancelledError, for example because it awaits a task that was cancelled, and
-    after asyncio.timeout, which takes its own cancellation back.
+    Then cancelling() is 1, because uvicorn has called the task's cancel(). It is 0 if a
+    route itself raises CancelledError, for example because it awaits a task that was
+    cancelled. It is also 0 after asyncio.timeout, which takes its cancel() back.
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2471,8 +2488,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
         # Passed here, because include_router (since FastAPI 0.137) makes a health check
-        # a fifth slower. Only for routes without dependencies: dependency_overrides has
-        # no effect on them.
+        # a fifth slower. Routes that are passed here ignore dependency_overrides, so
+        # none of them should have dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
