@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heart
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # main:app sets them, create_app() does not
+    if not logging.getLogger().handlers:  # if you serve "main:create_app()" instead
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -89,7 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # `parse` raises HttpParserUpgrade only for CONNECT
+            self.refuse(400)  # HttpParserUpgrade: CONNECT stops the second parser, too
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -117,7 +117,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        if self.header_timer.cancelled():  # by an earlier request of this connection
+        if self.header_timer.cancelled():  # the first request's still runs
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -134,7 +134,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # the last response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # uvicorn appends trailers: not to the request's own list
+        self.headers = []  # for trailers: the request has the former list
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else the new parser calls this again
@@ -163,12 +163,12 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # While uvicorn runs, its own handler is in place of this one. When uvicorn has
-        # shut down, it restores this one and raises SIGTERM again: exit with 0.
+        # While uvicorn runs, its own handler replaces this one of gunicorn. After its
+        # shutdown, uvicorn restores this one and raises SIGTERM again: an exit with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, also of gunicorn's Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # SIGQUIT; gunicorn sends it at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

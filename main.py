@@ -120,8 +120,8 @@ def parse_database_url(value: str) -> sa.URL:
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
-    # libpq checks the values of options only when it connects. Check the one now that
-    # is set most often.
+    # libpq checks the values of options only when it connects. The option sslmode is
+    # the most usual one, so check its value here.
     if url.query.get("sslmode", "prefer") not in SSL_MODES:
         raise ValueError(f"has an sslmode that is not one of {', '.join(SSL_MODES)}")
     if url.get_backend_name() == "sqlite":
@@ -134,9 +134,10 @@ def parse_database_url(value: str) -> sa.URL:
     return url
 
 
-# If a password has a /, ? or # that is not encoded, redis-py takes the text before it
-# for host and port, which get into the log. So there may be no @ or # after the host.
-# (redis-py would ignore a path that is no number, and the host of a unix socket.)
+# In redis://me:12/34@host, redis-py takes "me:12" for host and port, which get into the
+# log. An @ or # after the host shows that a password has a /, ? or # that is not
+# encoded: the pattern allows none. Nor does it allow what redis-py would ignore: a path
+# that is no number, or the host of a unix socket.
 REDIS_URL_PATTERN = re.compile(
     r"""
     (
@@ -698,9 +699,9 @@ class FairPool(AsyncAdaptedQueuePool):
         # A timer for each connection. A ConnectionPoolEntry, or record, is a place in
         # the pool. If its connection is lost, it opens a new one.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # A request gets a connection at "checkout", and gives it back at "checkin". A
-        # new connection's timer starts at "connect", because SQLAlchemy's own first
-        # statements can hang. "checkout" starts it anew.
+        # A request gets a connection at "checkout", and gives it back at "checkin". On
+        # a new connection, SQLAlchemy first sends statements of its own, between
+        # "connect" and "checkout". They can hang, too, so "connect" starts the timer.
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -726,13 +727,15 @@ class FairPool(AsyncAdaptedQueuePool):
         except TimeoutError:
             raise sa_exc.TimeoutError("no connection was free in time") from None
 
-    def start_timer(self, _: object, record: ConnectionPoolEntry, *_2: object) -> None:
-        self.stop_timer(None, record)  # at a checkout, "connect" may have started one
+    def start_timer(
+        self, connection: object, record: ConnectionPoolEntry, *proxy: object
+    ) -> None:
+        self.stop_timer(connection, record)  # "connect" may have started one
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self.timeout(), self.abort_connection, record)
         self.timers[record] = timer
 
-    def stop_timer(self, _: object, record: ConnectionPoolEntry) -> None:
+    def stop_timer(self, connection: object, record: ConnectionPoolEntry) -> None:
         if record in self.timers:
             self.timers.pop(record).cancel()
 
@@ -744,9 +747,8 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in create_engine.)
         """
         del self.timers[record]
-        # If SQLAlchemy's first statements after "connect" have failed, there is no
-        # connection any more, so `driver_connection` is None. But there was no
-        # "checkin", either, to stop the timer.
+        # If SQLAlchemy's first statements have failed, it has closed the connection
+        # without a "checkin". Then `driver_connection` is None: nothing to do.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -781,7 +783,7 @@ async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
 
 
 def cut_message(context: sa.engine.ExceptionContext) -> None:
-    """Keep a message's first line: the second of PostgreSQL's can quote a row."""
+    """Keep the first line of a message. PostgreSQL's second line can quote a row."""
     # SQLAlchemy copies the driver's message, and a traceback shows both exceptions.
     # Both have it in args[0].
     for error in (context.original_exception, context.sqlalchemy_exception):
@@ -805,7 +807,7 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
-    """Set up a new connection: SQLAlchemy's sync wrapper of one of aiosqlite."""
+    """Set up a new connection: aiosqlite's, in a synchronous wrapper of SQLAlchemy."""
     # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
     # other has switched the file, and the mode is stored in the file.
     with suppress(sqlite3.OperationalError):
@@ -1041,20 +1043,21 @@ class Database(MonitoredBackend):
         # Open a connection, which takes long, before the first request needs it.
         async with self.read_engine.connect():
             pass
-        # This version may have new tables. (Migrations run before it starts.)
+        # This version of the service may have new tables.
         names = await self.table_names()
         if Base.metadata.tables.keys() - names:
             await self.create_missing_tables()
 
     async def recover(self) -> None:
         # After a failover, old connections lead to the former primary. Replace those of
-        # read_engine; on PostgreSQL, they are also write_engine's. (The connection of
-        # check_engine was replaced when a check failed on it. SQLite has no failover.)
+        # read_engine. On PostgreSQL, write_engine has the same. (SQLAlchemy replaces
+        # check_engine's connection when a check fails on it. SQLite has no failover.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
         # Without any table, the database is a new one. If only some are missing, do not
-        # create them: a migration may be running now. (At the start, it has ended.)
+        # create them: a migration may be running now. (`start` may create them, because
+        # migrations run before the service starts.)
         if not await self.table_names():
             await self.create_missing_tables()
 
@@ -1252,8 +1255,9 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # `async with` joins the queue without yielding to other tasks after this check.
-    # `run_sync(…, limiter=…)` would yield first: a whole burst could pass the check.
+    # No other task can run between this check and the moment when `async with` joins
+    # the queue. `run_sync(…, limiter=…)` would let other tasks run first: then a whole
+    # burst could pass the check.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1278,18 +1282,18 @@ class TokenClaims(BaseModel):
 
     # Another program with the same key could sign any number. Beyond 64 bits, the
     # database would raise: a 500 in place of a 401.
-    sub: Annotated[int, Field(ge=1, le=MAX_ID)]
-    version: pydantic.StrictInt
+    sub: Annotated[int, Field(ge=1, le=MAX_ID)]  # a text in the token (RFC 7519)
+    version: pydantic.StrictInt  # strict, or `false` would count as 0
 
 
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    (python-jose also takes a text. But it parses a text that is JSON, such as a secret
-    in quotes, when it verifies a token, and not when it signs one.)
+    (If it got a text, python-jose would parse JSON, such as a secret in quotes, when it
+    verifies a token, but not when it signs one. So no token would be valid.)
     """
-    # A variable may have bytes that are not UTF-8, which Python reads as surrogates.
-    # With surrogateescape, encode() turns them into the same bytes again.
+    # SECRET_KEY may have bytes that are not UTF-8: in a SecretStr, pydantic does not
+    # check that. Python reads them as surrogates; surrogateescape restores the bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1336,8 +1340,9 @@ LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
     # The first condition is where PostgreSQL starts in the index, the second where it
-    # stops. With SQLite's query, or with = in place of <=, it may read the items of all
-    # owners.
+    # stops. With SQLite's query, or with = in place of <=, all rows have one owner_id,
+    # so PostgreSQL needs an order by id only. It may then go through the primary key,
+    # which has the items of all owners.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1626,7 +1631,7 @@ def open_lock_file() -> IO[bytes]:
 
 
 def row_type(limit: int) -> type[ctypes.Structure]:
-    """Return the row of a SlidingWindowRateLimiter: a struct, as in C.
+    """Return the type of a row: a struct, as in C, with room for `limit` times.
 
     In ctypes, `type * n` is the type of an array.
     """
@@ -1726,9 +1731,9 @@ class RedisRateLimiter(MonitoredBackend):
         self.slots = asyncio.Semaphore(REDIS_CONNECTIONS - 1)
 
     async def ping(self) -> None:
-        # Only the exception matters, not the result: this raises one if Redis is slow,
-        # or read-only (ZREMRANGEBYSCORE writes). A ping takes no slot, because it must
-        # not wait behind requests.
+        # The result does not matter, but the script raises an exception if Redis is
+        # slow, or read-only (ZREMRANGEBYSCORE writes). A ping takes no slot, because it
+        # must not wait behind requests.
         await self.run_script("ping", limit=1, seconds=1)
 
     async def start(self) -> None:
@@ -1945,14 +1950,16 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         # Under gunicorn, LimitedHttpProtocol stores the connection's client in `peer`.
-        # If FORWARDED_ALLOW_IPS names it, uvicorn replaces scope["client"] by a new
-        # tuple, from X-Forwarded-For. So if it is the same object, it is not trusted.
+        # If FORWARDED_ALLOW_IPS names this peer, uvicorn puts a new tuple, made from
+        # X-Forwarded-For, into scope["client"]. So if `client` still is the same object
+        # as `peer`, uvicorn does not trust the peer.
         is_peer = "peer" in state and scope["client"] is state["peer"]
         if is_peer and headers.get(b"x-forwarded-for"):
             warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
-        # No response has started if a middleware failed: Starlette then answers 500.
+        # Without a status, a middleware has raised an exception, and Starlette is about
+        # to answer 500.
         status_code = state.get("status_code", 500)
         exception = state.get("exception")
         fields = {
@@ -2167,7 +2174,8 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
         raise oauth2_scheme.make_not_authenticated_error()
     claims = decode_access_token(token, request.app.state.settings)
     # A session of its own, which gives its connection back before the route's session
-    # takes one. If a request held two, requests could wait for each other for ever.
+    # takes one. If a request held two, requests would wait for each other's until
+    # DATABASE_TIMEOUT_SECONDS.
     async with request.app.state.database.session(writes=False) as session:
         user = await read_token_owner(session, claims.sub, claims.version)
     request.state.user_id = user.id
@@ -2203,6 +2211,7 @@ health_router = APIRouter(
     # documented below with two bodies: its own, and ErrorResponse.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
+    # (Also in create_app, whose value does not reach these routes.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2483,7 +2492,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         # The base URL of the requests that /docs sends.
         servers=[{"url": settings.ROOT_PATH or "/"}],
         redirect_slashes=False,  # its redirects would be made from the Host header
-        # For api_router. (health_router has its own.)
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
@@ -2503,9 +2511,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# `main.app` is created at its first use, so that importing this module reads no
-# settings. Python calls this __getattr__ for a name that the module does not have (PEP
-# 562). After the first call, `app` is an ordinary global.
+# For `gunicorn main:app`. `app` is created at its first use, because importing this
+# module must read no settings: tests have none. Python calls a module's __getattr__ for
+# a name that the module does not have (PEP 562). Then, `app` is an ordinary global.
 if TYPE_CHECKING:
     app: FastAPI  # for mypy: if it saw __getattr__, it would accept any name
 else:
