@@ -2077,6 +2077,11 @@ class LimitsAndErrorsMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if scope["path"].endswith("\n"):
+            # Starlette's patterns of paths end with "$", which also matches before "\n".
+            error = HTTPException(404)
+            not_found = await http_exception_handler(Request(scope), error)
+            return await not_found(scope, receive, send)
         # Drop a Content-Type that is too long, because it is slow to parse. A route
         # that expects JSON then answers 422, as it does without this header.
         scope["headers"] = [
