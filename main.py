@@ -77,6 +77,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 from python_multipart.multipart import parse_options_header
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from sqlalchemy import event, orm
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -1724,8 +1726,9 @@ class RedisRateLimiter(MonitoredBackend):
 
     def __init__(self, url: str, project_name: str) -> None:
         super().__init__()
-        # No retries: REDIS_TIMEOUT_SECONDS is too short for them.
-        self.client = Redis.from_url(url, retry=None)
+        # Retry once, at once: Redis may have closed a connection that was idle (its
+        # setting `timeout`).
+        self.client = Redis.from_url(url, retry=Retry(NoBackoff(), 1))
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
         self.slots = asyncio.Semaphore(REDIS_CONNECTIONS - 1)

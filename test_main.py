@@ -2374,6 +2374,14 @@ async def test_rate_limit_goes_on_in_redis_successor(own_redis: OwnRedis) -> Non
             assert successor.client.keys(f"*:{ADDRESS}")
 
 
+@pytest.mark.usefixtures("patience")
+async def test_redis_may_close_idle_connections(own_redis: OwnRedis) -> None:
+    async with redis_limiter(own_redis.url) as limiter:
+        await limiter.redis.start_check()
+        own_redis.client.client_kill_filter(_type="normal", skipme=True)
+        assert await limiter.redis.hit("key", 3, 1)
+
+
 async def test_redis_without_room_for_all_connections(own_redis: OwnRedis) -> None:
     own_redis.client.config_set("maxclients", 5)
     async with redis_limiter(f"redis://localhost:{own_redis.port}") as limiter:
