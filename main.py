@@ -37,6 +37,7 @@ import mmap
 import os
 import re
 import secrets
+import select
 import socket
 import sqlite3
 import sys
@@ -674,6 +675,13 @@ def shut_down_socket(descriptor: int) -> None:
     connection_socket.detach()  # or Python would close the descriptor
 
 
+def is_readable(descriptor: int) -> bool:
+    """Return True if something can be read from a socket now, even its end."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 class FairPool(AsyncAdaptedQueuePool):
     """A pool that serves requests in the order in which they came.
 
@@ -705,6 +713,7 @@ class FairPool(AsyncAdaptedQueuePool):
         # a new connection, SQLAlchemy first sends statements of its own, between
         # "connect" and "checkout". They can hang, too, so "connect" starts the timer.
         event.listen(self, "connect", self.start_timer)
+        event.listen(self, "checkout", self.replace_if_closed)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
 
@@ -728,6 +737,20 @@ class FairPool(AsyncAdaptedQueuePool):
                 await self.slots.acquire()
         except TimeoutError:
             raise sa_exc.TimeoutError("no connection was free in time") from None
+
+    def replace_if_closed(
+        self, connection: object, record: ConnectionPoolEntry, *proxy: object
+    ) -> None:
+        """Replace an idle connection that PostgreSQL has closed, as a restart does.
+
+        Otherwise, the request would fail. An idle connection has nothing to read but
+        its end. To look for that costs no round trip, unlike pool_pre_ping.
+        """
+        driver = record.driver_connection
+        if not isinstance(driver, psycopg.AsyncConnection):
+            return  # SQLite has no server
+        if driver.closed or is_readable(driver.fileno()):
+            raise sa_exc.DisconnectionError  # SQLAlchemy opens a new connection
 
     def start_timer(
         self, connection: object, record: ConnectionPoolEntry, *proxy: object
