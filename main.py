@@ -66,7 +66,7 @@ import pydantic
 import sqlalchemy as sa
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, FastAPI, Form, Path, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi.exceptions import RequestValidationError, ResponseValidationError
 from fastapi.security import OAuth2PasswordBearer
 from jose import jwt
 from jose.utils import base64url_encode
@@ -549,7 +549,7 @@ def error_response(request: Request, exc: AppException) -> Response:
 
 async def app_exception_handler(request: Request, exc: AppException) -> Response:
     if exc.status_code >= 500:
-        request.state.reason = str(exc)  # for the request's log line
+        request.state.reason = summarize_error(exc)  # for the request's log line
     return error_response(request, exc)
 
 
@@ -611,6 +611,9 @@ async def unhandled_exception_handler(request: Request, exc: BaseException) -> R
     Exception runs outside all middleware, so its response has no id and no security
     headers.
     """
+    if isinstance(exc, ResponseValidationError):
+        for error in exc.errors():
+            error.pop("input", None)  # what the route returned: it can have secrets
     request.state.exception = exc
     return error_response(request, AppException())
 
