@@ -113,8 +113,7 @@ def cases(names: str, table: dict[str, Any]) -> pytest.MarkDecorator:
 def rows(table: dict[str, Any]) -> pytest.MarkDecorator:
     """Run a test for each value that stands under the name of a variable."""
     pairs = [(name, value) for name, values in table.items() for value in values]
-    ids = [f"{name}={value}"[:50] for name, value in pairs]
-    return pytest.mark.parametrize(("name", "value"), pairs, ids=ids)
+    return pytest.mark.parametrize(("name", "value"), pairs, ids=lambda x: str(x)[:50])
 
 
 def make_settings(**changes: Any) -> main.Settings:
@@ -183,16 +182,13 @@ async def serve(**changes: Any) -> AsyncIterator[Client]:
 ONE_CONNECTION: dict[str, Any] = {"DATABASE_POOL_SIZE": 1, "DATABASE_MAX_OVERFLOW": 0}
 
 
-@cache
-def known_hash() -> str:
-    """The hash of PASSWORD: making one takes 30 ms."""
-    return main.PASSWORD_HASHER.hash(PASSWORD)
+KNOWN_HASH = main.PASSWORD_HASHER.hash(PASSWORD)  # made once: it takes 30 ms
 
 
 async def add_user(
-    database: main.Database, username: str = "ada", password_hash: str = ""
+    database: main.Database, username: str = "ada", password_hash: str = KNOWN_HASH
 ) -> main.User:
-    user = main.User(username=username, password_hash=password_hash or known_hash())
+    user = main.User(username=username, password_hash=password_hash)
     async with database.session(writes=True) as db:
         db.add(user)
         await db.commit()
@@ -254,10 +250,9 @@ def postgresql_database() -> Iterator[str]:
 def postgresql_url(postgresql_database: str) -> str:
     """The same database, emptied: making one for each test takes 0.3 s."""
     with psycopg.connect(postgresql_database, autocommit=True) as connection:
-        connection.execute(
-            "SELECT pg_terminate_backend(pid, 9000) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-        )
+        end = "SELECT pg_terminate_backend(pid, 9000) FROM pg_stat_activity"
+        others = "datname = current_database() AND pid <> pg_backend_pid()"
+        connection.execute(f"{end} WHERE {others}")
         connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
     return postgresql_database
 
@@ -688,7 +683,6 @@ class PaymentException(main.AppException):
 
 
 FIRE = "The printer burns. " * 99
-INVALID_OUTPUT = {"msg": "a message", "input": "hunter2"}
 FAILURES: dict[str, tuple[BaseException, int, str]] = {
     "base": (main.AppException(), 500, USUAL_500),
     "credentials": (main.WrongCredentialsException(), 401, "Wrong username or passwo"),
@@ -709,7 +703,7 @@ FAILURES: dict[str, tuple[BaseException, int, str]] = {
     "cancelled": (asyncio.CancelledError("hunter2"), 500, USUAL_500),
     "crash": (RuntimeError("hunter2"), 500, USUAL_500),
     "timeout": (TimeoutError("hunter2"), 500, USUAL_500),
-    "response": (ResponseValidationError([INVALID_OUTPUT]), 500, USUAL_500),
+    "response": (ResponseValidationError([{"input": "hunter2"}]), 500, USUAL_500),
 }
 ORIGIN = "https://app.example"
 
@@ -775,7 +769,7 @@ async def test_error_of_a_route(name: str, odd: Client) -> None:
 async def test_log_of_an_invalid_response_has_no_values(odd: Client, log: Log) -> None:
     log.start()
     assert (await odd.get("/fail/response")).status_code == 500
-    assert log.text().count("{'msg': 'a message'}") == 1
+    assert "1 validation error:\\n  {}" in log.text()
 
 
 @pytest.mark.parametrize("status", [204, 304])
@@ -1607,7 +1601,7 @@ PARAMETERS = "$argon2id$v=19$m=19456,t=2,p=1$"
 
 def test_dummy_hash_takes_as_long_as_a_real_one() -> None:
     assert main.DUMMY_HASH.startswith(PARAMETERS)
-    lengths = [[*map(len, h.split("$"))] for h in (main.DUMMY_HASH, known_hash())]
+    lengths = [[*map(len, h.split("$"))] for h in (main.DUMMY_HASH, KNOWN_HASH)]
     assert lengths[0] == lengths[1]
     with pytest.raises(argon2.exceptions.VerifyMismatchError):  # computed to the end
         argon2.PasswordHasher().verify(main.DUMMY_HASH, PASSWORD)
@@ -2380,8 +2374,7 @@ async def test_rate_limit_goes_on_in_redis_successor(own_redis: OwnRedis) -> Non
             assert successor.client.keys(f"*:{ADDRESS}")
 
 
-@pytest.mark.usefixtures("patience")
-async def test_redis_may_close_idle_connections(own_redis: OwnRedis) -> None:
+async def test_redis_may_end_connections(own_redis: OwnRedis, patience: Patch) -> None:
     async with redis_limiter(own_redis.url) as limiter:
         await limiter.redis.start_check()
         own_redis.client.client_kill_filter(_type="normal", skipme=True)
@@ -3404,16 +3397,12 @@ class Service:
         for name in ("main.py", "gunicorn.conf.py"):
             (folder / name).symlink_to(ROOT / name)
         self.port = free_port()
-        own = {"SECRET_KEY": KEY, "BIND": f"{HOST}:{self.port}"}
+        env = {"SECRET_KEY": KEY, "BIND": f"{HOST}:{self.port}"} | variables
         self.log = folder / "log"
+        command = [Path(sys.executable).with_name("gunicorn")]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [Path(sys.executable).with_name("gunicorn")],
-                cwd=folder,
-                env=own | variables,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                command, cwd=folder, env=env, stdout=log, stderr=log, process_group=0
             )
 
     def connect(self) -> socket.socket:
