@@ -416,7 +416,10 @@ def setup_logging(settings: Settings) -> None:
 
 
 def summarize_error(error: BaseException) -> str:
-    """Return one line for a log: what the driver says, else the name of the class."""
+    """Return one line for a log: the error's message, else the name of its class.
+
+    Of a database error, it is the driver's message.
+    """
     # SQLAlchemy keeps the driver's exception in `orig`.
     words = str(getattr(error, "orig", None) or error).split()
     return " ".join(words)[:500] or type(error).__name__
@@ -582,7 +585,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     response = await app_exception_handler(request, error)
     if exc.status_code == 405:
         allowed = allowed_methods(request)
-        if allowed:  # else the path belongs to a mounted application: keep its header
+        if allowed:  # else a mounted application has answered: keep its header
             response.headers["Allow"] = allowed
     return response
 
@@ -613,7 +616,9 @@ async def unhandled_exception_handler(request: Request, exc: BaseException) -> R
     """
     if isinstance(exc, ResponseValidationError):
         for error in exc.errors():
-            error.pop("input", None)  # what the route returned: it can have secrets
+            # What the route returned can have secrets. Only `type` and `loc` have none.
+            for key in ("input", "ctx", "msg"):
+                error.pop(key, None)
     request.state.exception = exc
     return error_response(request, AppException())
 
@@ -713,17 +718,18 @@ class FairPool(AsyncAdaptedQueuePool):
         # the pool. If its connection is lost, it opens a new one.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # A request gets a connection at "checkout", and gives it back at "checkin". On
-        # a new connection, SQLAlchemy first sends statements of its own, between
+        # an engine's first connection, SQLAlchemy sends statements of its own, between
         # "connect" and "checkout". They can hang, too, so "connect" starts the timer.
         event.listen(self, "connect", self.start_timer)
-        event.listen(self, "checkout", self.replace_if_closed)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
 
     def _do_get(self) -> ConnectionPoolEntry:
         await_(self.wait_for_slot())
         try:
-            return super()._do_get()
+            record = super()._do_get()
+            self.replace_if_closed(record)
+            return record
         except BaseException:
             self.slots.release()
             raise
@@ -741,29 +747,28 @@ class FairPool(AsyncAdaptedQueuePool):
         except TimeoutError:
             raise sa_exc.TimeoutError("no connection was free in time") from None
 
-    def replace_if_closed(
-        self, connection: object, record: ConnectionPoolEntry, *proxy: object
-    ) -> None:
+    def replace_if_closed(self, record: ConnectionPoolEntry) -> None:
         """Replace an idle connection that PostgreSQL has closed, as a restart does.
 
         Otherwise, the request would fail. An idle connection has nothing to read but
         its end. To look for that costs no round trip, unlike pool_pre_ping.
         """
-        driver = record.driver_connection
-        if not isinstance(driver, psycopg.AsyncConnection):
+        connection = record.driver_connection
+        if not isinstance(connection, psycopg.AsyncConnection):
             return  # SQLite has no server
-        if driver.closed or is_readable(driver.fileno()):
-            raise sa_exc.DisconnectionError  # SQLAlchemy opens a new connection
+        if connection.closed or is_readable(connection.fileno()):
+            # Only mark it (soft). SQLAlchemy then opens a new one for this request.
+            record.invalidate(soft=True)
 
     def start_timer(
-        self, connection: object, record: ConnectionPoolEntry, *proxy: object
+        self, dbapi_connection: object, record: ConnectionPoolEntry, *proxy: object
     ) -> None:
-        self.stop_timer(connection, record)  # "connect" may have started one
+        self.stop_timer(dbapi_connection, record)  # "connect" may have started one
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self.timeout(), self.abort_connection, record)
         self.timers[record] = timer
 
-    def stop_timer(self, connection: object, record: ConnectionPoolEntry) -> None:
+    def stop_timer(self, dbapi_connection: object, record: ConnectionPoolEntry) -> None:
         if record in self.timers:
             self.timers.pop(record).cancel()
 
@@ -780,8 +785,8 @@ class FairPool(AsyncAdaptedQueuePool):
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
-            # The pool must not give this connection to the next request. (soft: only
-            # mark it. At the next checkout, the record opens a new one.)
+            # The pool must not give this connection to the next request. Only mark it
+            # (soft). At the next checkout, the record opens a new one.
             record.invalidate(soft=True)
 
     def invalidate_all(self) -> None:
@@ -1338,7 +1343,10 @@ def create_access_token(user: User, settings: Settings) -> str:
 
 
 def decode_access_token(token: str, settings: Settings) -> TokenClaims:
-    """Verify a token. Raises UnauthorizedException, whatever is wrong with it."""
+    """Return the claims of a token. Raises UnauthorizedException if it is not valid.
+
+    Only read_token_owner can tell that a token is outdated.
+    """
     options = {"require_sub": True, "require_iat": True, "require_exp": True}
     key = signing_key(settings)
     try:
@@ -1510,7 +1518,10 @@ async def read_user(db: AsyncSession, user_id: int) -> User:
 
 
 async def read_token_owner(db: AsyncSession, user_id: int, version: int) -> User:
-    """Return the user. Raises UnauthorizedException for an outdated token."""
+    """Return the owner of a token.
+
+    Raises UnauthorizedException if the user is gone or the token is outdated.
+    """
     user = await find_user(db, user_id)
     if user is None or user.token_version != version:
         raise UnauthorizedException
@@ -1544,7 +1555,10 @@ async def discard_user(db: AsyncSession, user: User) -> None:
 
 
 async def create_item(db: AsyncSession, owner: User, item_in: ItemIn) -> Item:
-    """Store a new item. Raises UnauthorizedException if its owner has been deleted."""
+    """Store a new item.
+
+    Raises UnauthorizedException if the owner has been deleted in the meantime.
+    """
     moment = now()
     values = item_in.model_dump()
     item = Item(owner_id=owner.id, created_at=moment, updated_at=moment, **values)
@@ -1614,7 +1628,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The reset is when the oldest time leaves the window.
+-- The reset is when the oldest time leaves the window. (If the limit was lowered just
+-- now, a retry may still be refused then.)
 local member_and_time = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
 local reset_seconds = math.ceil((reset_time - now) / 1000000)
@@ -1752,8 +1767,8 @@ class RedisRateLimiter(MonitoredBackend):
 
     def __init__(self, url: str, project_name: str) -> None:
         super().__init__()
-        # Retry once, at once: Redis may have closed a connection that was idle (its
-        # setting `timeout`).
+        # Retry once, without a pause: Redis may have closed an idle connection (its
+        # setting `timeout`). REDIS_TIMEOUT_SECONDS is too short for more.
         self.client = Redis.from_url(url, retry=Retry(NoBackoff(), 1))
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
@@ -2094,8 +2109,9 @@ def is_cancelled_by_server(error: BaseException) -> bool:
 class LimitsAndErrorsMiddleware:
     """Limit the body and the time of a request, and answer what goes wrong.
 
-    413 for a body that is too large, 504 for a request that takes too long, 500 for an
-    unhandled exception, 503 for a request that a shutdown interrupts.
+    404 for a path that ends with a line break, 413 for a body that is too large, 504
+    for a request that takes too long, 500 for an unhandled exception, 503 for a request
+    that a shutdown interrupts.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -2107,7 +2123,9 @@ class LimitsAndErrorsMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         if scope["path"].endswith("\n"):
-            # Starlette's patterns of paths end with "$", which also matches before "\n".
+            # Starlette's patterns of paths end with "$", which also matches before a
+            # last "\n". So POST /items%0A would store an item, and then fail, because
+            # its Location cannot be sent.
             error = HTTPException(404)
             not_found = await http_exception_handler(Request(scope), error)
             return await not_found(scope, receive, send)
@@ -2208,8 +2226,8 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
         raise oauth2_scheme.make_not_authenticated_error()
     claims = decode_access_token(token, request.app.state.settings)
     # A session of its own, which gives its connection back before the route's session
-    # takes one. If a request held two, requests would wait for each other's until
-    # DATABASE_TIMEOUT_SECONDS.
+    # takes one. If a request held one and waited for a second, requests could wait for
+    # each other, and get 503 after DATABASE_TIMEOUT_SECONDS.
     async with request.app.state.database.session(writes=False) as session:
         user = await read_token_owner(session, claims.sub, claims.version)
     request.state.user_id = user.id
@@ -2287,7 +2305,7 @@ async def readiness_probe(request: Request, response: Response) -> ProbeStatus:
 @health_router.head("", include_in_schema=False)
 @health_router.get("", responses={503: {"model": HealthStatus | ErrorResponse}})
 async def health_check(request: Request, response: Response) -> HealthStatus:
-    """The state of the service, and of the servers that it depends on."""
+    """Tell the state of the service, and of the servers that it depends on."""
     database, redis = await asyncio.gather(
         check_database(request), check_redis(request)
     )
@@ -2545,9 +2563,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# For `gunicorn main:app`. `app` is created at its first use, because importing this
-# module must read no settings: tests have none. Python calls a module's __getattr__ for
-# a name that the module does not have (PEP 562). Then, `app` is an ordinary global.
+# For `main:app`, which servers import. `app` is created at its first use, because
+# importing this module must read no settings: tests set no variables. Python calls a
+# module's __getattr__ for a name that the module does not have (PEP 562). After the
+# first call, `app` is an ordinary global.
 if TYPE_CHECKING:
     app: FastAPI  # for mypy: if it saw __getattr__, it would accept any name
 else:
