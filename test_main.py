@@ -144,8 +144,7 @@ class Client(httpx.AsyncClient):
 
     async def add_item(self, title: str = "a title", **fields: Any) -> int:
         response = await self.post("/items", json={"title": title, **fields})
-        item_id: int = response.json()["id"]
-        return item_id
+        return int(response.json()["id"])
 
 
 @cache
@@ -507,8 +506,7 @@ def test_settings_source_is_environment_file_secrets(environment: Environment) -
         Path(name).write_text("secret\n")
     Path(".env").write_text("VERSION=file\nPROJECT_NAME=file\nOTHER_PROGRAM=1\n")
     environment(VERSION="environment", PROJECT_NAME="")
-    options: dict[str, Any] = {"_secrets_dir": "."}
-    settings = main.Settings(**options)
+    settings = main.Settings(_secrets_dir=".")  # type: ignore[call-arg]
     names = (settings.VERSION, settings.PROJECT_NAME, settings.PROJECT_DESCRIPTION)
     assert names == ("environment", "file", "secret")
 
@@ -682,7 +680,6 @@ class PaymentException(main.AppException):
     status_code = 402
 
 
-FIRE = "The printer burns. " * 99
 FAILURES: dict[str, tuple[BaseException, int, str]] = {
     "base": (main.AppException(), 500, USUAL_500),
     "credentials": (main.WrongCredentialsException(), 401, "Wrong username or passwo"),
@@ -695,7 +692,7 @@ FAILURES: dict[str, tuple[BaseException, int, str]] = {
     "own-error": (HTTPException(403, headers={"X-Own": "yes"}), 403, "Forbidden"),
     "own-cache": (HTTPException(403, headers={"Cache-Control": "x"}), 403, "Forbidden"),
     "own-text": (HTTPException(403, "Not on Sundays."), 403, "Not on Sundays."),
-    "own-outage": (HTTPException(503, FIRE), 503, "The printer burns."),
+    "own-outage": (HTTPException(503, "It burns. " * 99), 503, "It burns."),
     "own-retry": (HTTPException(503, headers={"retry-after": "9"}), 503, "Service Un"),
     "own-allow": (HTTPException(405, headers={"allow": "TRACE"}), 405, "Method Not"),
     "own-status": (HTTPException(418, "It is tea."), 418, "It is tea."),
@@ -2469,7 +2466,7 @@ Strict-Transport-Security: max-age=63072000
 SECURITY = dict(line.split(": ", 1) for line in SECURE.strip().splitlines())
 WIDER_IN_DOCS = ("Content-Security-Policy", "Cross-Origin-Embedder-Policy")
 BREAKS = [("ERROR", b"seconds=0", "hunter2"), ("WARNING", b"seconds=999", "TIMEOUT")]
-REASONS = {503: FIRE[:500], 504: "REQUEST_TIMEOUT_SECONDS is over"}
+REASONS = {503: ("It burns. " * 99)[:500], 504: "REQUEST_TIMEOUT_SECONDS is over"}
 
 
 async def test_response_of_each_kind_has_its_headers_once(answer: Answer) -> None:
@@ -2911,7 +2908,7 @@ async def test_405_names_all_methods_of_the_path() -> None:
 
 
 @pytest.mark.parametrize("path", ["/items", HEALTH, "http://test/docs"])
-async def test_trailing_slash_is_another_path(path: str, ada: Client) -> None:
+async def test_path_with_another_ending_is_404(path: str, ada: Client) -> None:
     for ending in ("/", "%0A", "%0A%0A", "/%0A"):
         assert error_of(await ada.get(path + ending))["error"] == "not_found"
 
@@ -3046,8 +3043,7 @@ def test_openapi_examples_of_a_body_are_valid() -> None:
 
 def token_url(document: dict[str, Any]) -> str:
     (scheme,) = document["components"]["securitySchemes"].values()
-    url: str = scheme["flows"]["password"]["tokenUrl"]
-    return url
+    return str(scheme["flows"]["password"]["tokenUrl"])
 
 
 def test_openapi_token_url_outlives_an_added_route() -> None:
