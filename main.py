@@ -750,8 +750,9 @@ class FairPool(AsyncAdaptedQueuePool):
     def replace_if_closed(self, record: ConnectionPoolEntry) -> None:
         """Replace an idle connection that PostgreSQL has closed, as a restart does.
 
-        Otherwise, the request would fail. An idle connection has nothing to read but
-        its end. To look for that costs no round trip, unlike pool_pre_ping.
+        Otherwise, the request would fail. If an idle connection has something to read,
+        it nearly always is its end. Looking for that costs no round trip, unlike
+        SQLAlchemy's own pool_pre_ping.
         """
         connection = record.driver_connection
         if not isinstance(connection, psycopg.AsyncConnection):
