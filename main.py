@@ -1351,6 +1351,9 @@ def decode_access_token(token: str, settings: Settings) -> TokenClaims:
     options = {"require_sub": True, "require_iat": True, "require_exp": True}
     key = signing_key(settings)
     try:
+        # Python's base64, which python-jose uses, ignores other characters at the end.
+        if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}", token):
+            raise ValueError  # caught below
         claims = jwt.decode(token, key, [settings.ALGORITHM], options)
         return TokenClaims.model_validate(claims)
     except Exception:  # noqa: BLE001 - such as RecursionError for deeply nested JSON

@@ -721,8 +721,7 @@ async def read(request: Request) -> int:
     return len(await request.body())
 
 
-async def parse(numbers: list[int]) -> None:
-    pass
+async def parse(numbers: list[int]) -> None: ...
 
 
 async def break_off(seconds: int = 0) -> StreamingResponse:
@@ -1704,6 +1703,7 @@ BAD_TOKENS = {
     "algorithm RS256 claimed": signed(b'{"alg":"RS256"}', GOOD),
     "another key": jwt.encode(CLAIMS, "j" * 32, "HS256"),
     "tampered": f"{HEAD}.{OTHER_BODY}.{SIGNATURE}",
+    "appended": f"{token_of()}!!!!",
     "expired": token_of(exp=int(time.time()) - 1),
     "without sub": token_of("sub"),
     "sub beyond 64 bits": token_of(sub=str(2**63)),
