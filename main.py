@@ -585,7 +585,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     response = await app_exception_handler(request, error)
     if exc.status_code == 405:
         allowed = allowed_methods(request)
-        if allowed:  # else a mounted application has answered: keep its header
+        if allowed:  # else the 405 is a mounted application's: keep its header
             response.headers["Allow"] = allowed
     return response
 
@@ -1084,7 +1084,7 @@ class Database(MonitoredBackend):
 
     async def recover(self) -> None:
         # After a failover, old connections lead to the former primary. Replace those of
-        # read_engine. On PostgreSQL, write_engine has the same. (SQLAlchemy replaces
+        # read_engine. On PostgreSQL, write_engine uses its pool. (SQLAlchemy replaces
         # check_engine's connection when a check fails on it. SQLite has no failover.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
@@ -2267,7 +2267,7 @@ health_router = APIRouter(
     # documented below with two bodies: its own, and ErrorResponse.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (Also in create_app, whose value does not reach these routes.)
+    # (create_app sets the same for the API routes. It does not reach these.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
