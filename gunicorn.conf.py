@@ -124,7 +124,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         # header_bytes may include the beginning of the body: measure the headers alone.
-        size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
+        size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
             raise httptools.HttpParserError  # stops parsing; a second refuse is ignored

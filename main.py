@@ -564,8 +564,12 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
+    # A mounted application can raise a 405, too: for example StaticFiles at /api, for
+    # PUT /api/v1/items. By then, its Mount has appended /api to root_path, so none of
+    # our routes would match. Use the original root_path.
+    root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
-        scope = {**request.scope, "method": method}
+        scope = {**request.scope, "method": method, "root_path": root_path}
         # Not route.methods: since FastAPI 0.137, app.routes also contains routers,
         # which have `matches`, but no `methods`.
         if any(route.matches(scope)[0] == Match.FULL for route in routes):
@@ -585,7 +589,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     response = await app_exception_handler(request, error)
     if exc.status_code == 405:
         allowed = allowed_methods(request)
-        if allowed:  # else the 405 is a mounted application's: keep its header
+        if allowed:  # else the path belongs to a mounted application: keep its header
             response.headers["Allow"] = allowed
     return response
 
@@ -604,6 +608,13 @@ async def validation_exception_handler(
     return error_response(request, error)
 
 
+def remove_values(exc: ResponseValidationError) -> None:
+    """Leave only `type` and `loc`: the rest can quote what the route returned."""
+    for error in exc.errors():
+        for key in ("input", "ctx", "msg"):
+            error.pop(key, None)
+
+
 async def unhandled_exception_handler(request: Request, exc: BaseException) -> Response:
     """Turn an unhandled exception into a 500; the log line has the traceback.
 
@@ -615,10 +626,7 @@ async def unhandled_exception_handler(request: Request, exc: BaseException) -> R
     headers.
     """
     if isinstance(exc, ResponseValidationError):
-        for error in exc.errors():
-            # What the route returned can have secrets. Only `type` and `loc` have none.
-            for key in ("input", "ctx", "msg"):
-                error.pop(key, None)
+        remove_values(exc)  # they can be secrets, and the log has the message
     request.state.exception = exc
     return error_response(request, AppException())
 
@@ -1311,6 +1319,9 @@ async def verify_password(password: str, stored_hash: str) -> tuple[bool, str | 
         )
 
 
+TOKEN_PATTERN = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")
+
+
 class TokenClaims(BaseModel):
     """What a token says of its user. (python-jose itself checks the times.)"""
 
@@ -1352,7 +1363,7 @@ def decode_access_token(token: str, settings: Settings) -> TokenClaims:
     key = signing_key(settings)
     try:
         # Python's base64, which python-jose uses, ignores other characters at the end.
-        if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}", token):
+        if not TOKEN_PATTERN.fullmatch(token):
             raise ValueError  # caught below
         claims = jwt.decode(token, key, [settings.ALGORITHM], options)
         return TokenClaims.model_validate(claims)
@@ -1632,15 +1643,14 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The reset is when the oldest time leaves the window. (If the limit was lowered just
--- now, a retry may still be refused then.)
-local member_and_time = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
+-- The reset is when the oldest time leaves the window. But if the limit was lowered,
+-- there can be more times than `limit`: then `surplus` older ones must leave first.
+local surplus = math.max(0, count - limit)
+local member_and_time = redis.call('ZRANGE', key, surplus, surplus, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
 local reset_seconds = math.ceil((reset_time - now) / 1000000)
--- The set has more times than `limit` if the setting was lowered just now.
-local remaining = math.max(0, limit - count)
 -- The fields of RateLimitResult. Redis sends true as 1, and false as null.
-return {allowed, limit, remaining, reset_seconds}
+return {allowed, limit, math.max(0, limit - count), reset_seconds}
 """
 
 

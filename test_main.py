@@ -179,8 +179,6 @@ async def serve(**changes: Any) -> AsyncIterator[Client]:
 
 
 ONE_CONNECTION: dict[str, Any] = {"DATABASE_POOL_SIZE": 1, "DATABASE_MAX_OVERFLOW": 0}
-
-
 KNOWN_HASH = main.PASSWORD_HASHER.hash(PASSWORD)  # made once: it takes 30 ms
 
 
@@ -2896,9 +2894,10 @@ async def test_pagination_has_bounds(status: int, endings: Any, ada: Client) -> 
             assert (await ada.get(path + ending)).status_code == status
 
 
-async def test_405_names_all_methods_of_the_path() -> None:
+@pytest.mark.parametrize("mount", ["/", "/api"])  # it matches all methods
+async def test_405_names_all_methods_of_the_path(mount: str) -> None:
     guest = Client(main.create_app(make_settings()))
-    guest.app.mount("/", StaticFiles(directory="."))  # it matches all methods
+    guest.app.mount(mount, StaticFiles(directory="."))
     for path, methods in openapi_document()["paths"].items():
         allowed = {method.upper() for method in methods}
         allowed |= {"HEAD"} if path.startswith("/health") else set()
