@@ -1127,6 +1127,15 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     # The connection was lost, or drop_read_only_connections has replaced it.
     if getattr(error, "connection_invalidated", False):
         return True
+    # A statement that exceeds a limit is a bug. psycopg raises OperationalError for it:
+    # with an SQLSTATE of class 54 if PostgreSQL has refused it, without one if psycopg
+    # itself has, such as one with 70,000 parameters.
+    if (
+        isinstance(driver_error, psycopg.Error)
+        and getattr(error, "statement", None)  # None if connecting has failed
+        and (driver_error.sqlstate or "54").startswith("54")
+    ):
+        return False
     # The server is not reachable, full or too slow, or no connection was free in time.
     return isinstance(error, sa_exc.OperationalError | sa_exc.TimeoutError)
 
