@@ -79,7 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.app_state = {**self.app_state, "peer": self.client}  # in request.state
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
-    def refuse_slow(self) -> None:  # but do not cut off a response that is being sent
+    def refuse_slow(self) -> None:  # but do not cut off an earlier request's response
         if not self.cycle or self.cycle.response_complete:  # cycle: the latest request
             self.refuse(408)
 
@@ -89,7 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: CONNECT stops the second parser, too
+            self.refuse(400)  # HttpParserUpgrade: a CONNECT stops both parsers
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -117,24 +117,24 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        if self.header_timer.cancelled():  # not the connection's first request
+        if self.header_timer.cancelled():  # by an earlier request's headers
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         # header_bytes may include the beginning of the body: measure the headers alone.
-        size = len(self.url) + sum(len(b"%s: %s\r\n" % line) for line in self.headers)
+        size = len(self.url) + sum(len(b"%s: %s\r\n" % pair) for pair in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops parsing; a second refuse is ignored
+            raise httptools.HttpParserError  # stops parsing; refuse(400) does nothing
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # the last response may have started it
+        self._unset_keepalive_if_required()  # again: a response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # or uvicorn would append trailers to the request's headers
+        self.headers = []  # the scope keeps the old list; trailers go into this one
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else the new parser calls this again
@@ -144,7 +144,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def refuse(self, status: int) -> None:
         """Answer, unless another refusal has been sent, and close the connection."""
         if not self.transport.is_closing():
-            lines = [b"%s: %s\r\n" % line for line in self.server_state.default_headers]
+            lines = [b"%s: %s\r\n" % pair for pair in self.server_state.default_headers]
             ending = b"content-length: 0\r\nconnection: close\r\n\r\n"
             self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)
             self.transport.close()
@@ -163,13 +163,13 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # While uvicorn runs, its own handler replaces this one of gunicorn. After its
-        # shutdown, uvicorn restores this one and raises SIGTERM again: an exit with 0.
+        # While uvicorn runs, it handles SIGTERM itself. After its shutdown, it restores
+        # this handler and raises SIGTERM again. gunicorn's handle_quit exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # SIGQUIT; gunicorn sends it at Ctrl+C
-        signal.raise_signal(signal.SIGTERM)
+    def handle_exit(self, *_: object) -> None:  # UvicornWorker calls it at SIGQUIT
+        signal.raise_signal(signal.SIGTERM)  # gunicorn sends SIGQUIT at Ctrl+C
 
     async def callback_notify(self) -> None:
         await super().callback_notify()

@@ -137,9 +137,9 @@ def parse_database_url(value: str) -> sa.URL:
     return url
 
 
-# In redis://me:12/34@host, redis-py takes "me:12" for host and port, which get into the
-# log. An @ or # after the host shows that a password has a /, ? or # that is not
-# encoded: the pattern allows none. Nor does it allow what redis-py would ignore: a path
+# This refuses a password with a /, ? or # that is not encoded: redis-py would take a
+# part of it for something else. In redis://me:12/34@host, it would take me:12 for host
+# and port, which get into the log. It also refuses what redis-py would ignore: a path
 # that is no number, or the host of a unix socket.
 REDIS_URL_PATTERN = re.compile(
     r"""
@@ -309,8 +309,8 @@ LIBRARY_LEVELS = {
     # These repeat what the request's own line says.
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
-    # SQLAlchemy names the logger of a pool after its class and module. This one logs an
-    # ERROR if a request is cancelled while it returns its connection: that is harmless.
+    # The logger of the class FairPool: SQLAlchemy names it after class and module. It
+    # logs an ERROR if a request is cancelled while it returns its connection: harmless.
     f"{__name__}.FairPool": "CRITICAL",
 }
 # Under gunicorn, UvicornWorker gives uvicorn.error the handlers of gunicorn.error.
@@ -400,7 +400,7 @@ def setup_logging(settings: Settings) -> None:
         server_logger.setLevel("NOTSET")  # then it has the root logger's level
         server_logger.propagate = False  # or the root's handler would write it, too
     # uvicorn writes its access log only if this logger or a parent has a handler. So
-    # take away its handlers and its parents: RequestLoggingMiddleware writes ours.
+    # remove its handlers and its link to parents: RequestLoggingMiddleware writes ours.
     access_logger = logging.getLogger("uvicorn.access")
     access_logger.handlers = []
     access_logger.propagate = False
@@ -557,16 +557,16 @@ async def app_exception_handler(request: Request, exc: AppException) -> Response
 
 
 def allowed_methods(request: Request) -> str:
-    """Try each method on each route: return those that match.
+    """Return the methods of all routes with this path.
 
-    (The framework's own 405 names the methods of one route only.) Applications that you
-    have mounted are left out, because a Mount matches every method.
+    (The framework's own 405 names the methods of one route only.) Try each method on
+    each route, but not on mounted applications: a Mount matches every method.
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # A mounted application can raise a 405, too: for example StaticFiles at /api, for
-    # PUT /api/v1/items. By then, its Mount has appended /api to root_path, so none of
-    # our routes would match. Use the original root_path.
+    # Use the original root_path. A mounted application can raise a 405, too: for
+    # example StaticFiles at /api, for PUT /api/v1/items. By then, its Mount has
+    # appended /api to root_path, so none of our routes would match.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -578,13 +578,16 @@ def allowed_methods(request: Request) -> str:
 
 
 async def http_exception_handler(request: Request, exc: HTTPException) -> Response:
-    """Turn an HTTPException of the framework or of your code into a response."""
+    """Turn an HTTPException of the framework or of your code into a response.
+
+    Clients get its detail, unless the status is 500. The log line of a 5xx has it, too.
+    """
     if exc.status_code in {204, 304}:  # must not have a body
         return Response(None, exc.status_code, exc.headers)
-    error = AppException(exc.detail)  # the detail is for the log, as the reason
+    error = AppException(exc.detail)  # for the log
     error.status_code = exc.status_code
     error.headers = exc.headers
-    if exc.status_code != 500:  # the detail is for clients, too, except in a 500
+    if exc.status_code != 500:
         error.message = str(exc.detail)
     response = await app_exception_handler(request, error)
     if exc.status_code == 405:
@@ -610,7 +613,7 @@ async def validation_exception_handler(
 
 def remove_values(exc: ResponseValidationError) -> None:
     """Leave only `type` and `loc`: the rest can quote what the route returned."""
-    for error in exc.errors():
+    for error in exc.errors():  # these are its own dicts, not copies
         for key in ("input", "ctx", "msg"):
             error.pop(key, None)
 
@@ -727,7 +730,8 @@ class FairPool(AsyncAdaptedQueuePool):
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # A request gets a connection at "checkout", and gives it back at "checkin". On
         # an engine's first connection, SQLAlchemy sends statements of its own, between
-        # "connect" and "checkout". They can hang, too, so "connect" starts the timer.
+        # "connect" and "checkout". They can hang, too, so "connect" starts the timer,
+        # and "checkout" starts it anew.
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -766,7 +770,8 @@ class FairPool(AsyncAdaptedQueuePool):
         if not isinstance(connection, psycopg.AsyncConnection):
             return  # SQLite has no server
         if connection.closed or is_readable(connection.fileno()):
-            # Only mark it (soft). SQLAlchemy then opens a new one for this request.
+            # Only mark it (soft). SQLAlchemy looks at the mark after _do_get, and then
+            # opens a new one for this request.
             record.invalidate(soft=True)
 
     def start_timer(
@@ -812,10 +817,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    A failed connect leaves a reference cycle: exception, traceback, local variables,
-    exception. In psycopg 3.3 and SQLAlchemy 2.1, the local variables also hold the
-    connection. So its socket would stay open until the garbage collector runs, maybe
-    for minutes. clear_frames deletes the variables.
+    After a failed connect, the exception's traceback keeps the local variables of the
+    functions that it passed. In psycopg 3.3 and SQLAlchemy 2.1, one of them holds the
+    connection, and one the exception: a reference cycle. So the socket would stay open
+    until the garbage collector runs, maybe for minutes. clear_frames deletes them.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -995,26 +1000,26 @@ class Database(MonitoredBackend):
             )
 
     def create_engine(self, pool_size: int) -> AsyncEngine:
-        options: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         url = self.settings.DATABASE_URL
         seconds = self.settings.DATABASE_TIMEOUT_SECONDS
         if self.is_sqlite:
-            options["connect_args"] = {"timeout": seconds}  # for SQLite's lock
+            arguments["connect_args"] = {"timeout": seconds}  # for SQLite's lock
         else:
-            url = url.set(query=self.postgresql_options())
-            options["connect_args"] = {
+            url = url.set(query=self.postgresql_parameters())
+            arguments["connect_args"] = {
                 # SQLAlchemy calls this in place of psycopg's own function.
                 "async_creator_fn": connect_to_postgresql,
                 # No prepared statements: after an ALTER TABLE, PostgreSQL refuses them.
                 "prepare_threshold": None,
             }
             # Otherwise, SQLAlchemy looks for the type hstore: three round trips.
-            options["use_native_hstore"] = False
+            arguments["use_native_hstore"] = False
             # No BEGIN and COMMIT. (On SQLite, prepare_sqlite_connection does this.)
-            options["isolation_level"] = "AUTOCOMMIT"
+            arguments["isolation_level"] = "AUTOCOMMIT"
         engine = create_async_engine(
             url,
-            **options,
+            **arguments,
             poolclass=FairPool,
             pool_size=pool_size,
             max_overflow=0,  # all connections stay open
@@ -1029,9 +1034,12 @@ class Database(MonitoredBackend):
             event.listen(engine.sync_engine, "connect", prepare_sqlite_connection)
         return engine
 
-    def postgresql_options(self) -> dict[str, Any]:
-        """Return options of libpq: defaults, overridden by those of DATABASE_URL."""
-        url_options = self.settings.DATABASE_URL.query
+    def postgresql_parameters(self) -> dict[str, Any]:
+        """Return libpq's parameters: our defaults, overridden by DATABASE_URL's.
+
+        One of them, `options`, has settings for the server.
+        """
+        url_parameters = self.settings.DATABASE_URL.query
         seconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS)
         milliseconds = math.ceil(self.settings.DATABASE_TIMEOUT_SECONDS * 1000)
         # The server ends a slow statement before FairPool closes its connection.
@@ -1046,9 +1054,9 @@ class Database(MonitoredBackend):
             "connect_timeout": str(seconds),
             "keepalives_idle": "60",  # NAT routers drop what is idle for minutes
             "target_session_attrs": "read-write",  # never connect to a replica
-            **url_options,
+            **url_parameters,
             # If there are two -c for one setting, the last one counts.
-            "options": f"{defaults} {url_options.get('options', '')}".rstrip(),
+            "options": f"{defaults} {url_parameters.get('options', '')}".rstrip(),
         }
 
     def session(self, writes: bool) -> AsyncSession:
@@ -1092,21 +1100,21 @@ class Database(MonitoredBackend):
 
     async def recover(self) -> None:
         # After a failover, old connections lead to the former primary. Replace those of
-        # read_engine. On PostgreSQL, write_engine uses its pool. (SQLAlchemy replaces
-        # check_engine's connection when a check fails on it. SQLite has no failover.)
+        # read_engine. On PostgreSQL, write_engine has the same pool. (SQLite has no
+        # failover. SQLAlchemy replaces check_engine's connection after a failed check.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
-        # Without any table, the database is a new one. If only some are missing, do not
-        # create them: a migration may be running now. (`start` may create them, because
-        # migrations run before the service starts.)
+        # Without any table, the database is a new one: create them all. If only some
+        # are missing, do not: a migration may be running now. (`start` may create them,
+        # because migrations run before the service starts.)
         if not await self.table_names():
             await self.create_missing_tables()
 
     async def ping(self) -> None:
-        # Select all columns of all tables: this fails if one is missing. FOR UPDATE
-        # (which SQLAlchemy omits on SQLite) fails on a read-only server. With LIMIT 0,
-        # no row is read or locked.
+        # One statement checks three things: the database answers, it has all columns of
+        # all tables, and it is not read-only. (FOR UPDATE needs a server that writes.
+        # SQLAlchemy omits it on SQLite.) With LIMIT 0, no row is read or locked.
         query = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
         async with self.check_engine.connect() as connection:
             await connection.execute(query)
@@ -1306,9 +1314,9 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # No other task can run between this check and the moment when `async with` joins
-    # the queue. `run_sync(…, limiter=…)` would let other tasks run first: then a whole
-    # burst could pass the check.
+    # Check, and join the queue, without letting other tasks run in between. `async
+    # with` joins the queue at once. `run_sync(…, limiter=…)` would let other tasks run
+    # first: then a whole burst would pass the check.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1343,8 +1351,9 @@ class TokenClaims(BaseModel):
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    (If it got a text, python-jose would parse JSON, such as a secret in quotes, when it
-    verifies a token, but not when it signs one. So no token would be valid.)
+    If the secret were passed as a text, python-jose would parse one that is JSON, such
+    as a text in quotes, when it verifies a token, but not when it signs one. So no
+    token would be valid.
     """
     # SECRET_KEY may have bytes that are not UTF-8: in a SecretStr, pydantic does not
     # check that. Python reads them as surrogates; surrogateescape restores the bytes.
@@ -1368,12 +1377,13 @@ def decode_access_token(token: str, settings: Settings) -> TokenClaims:
 
     Only read_token_owner can tell that a token is outdated.
     """
+    # Otherwise, a token would still be valid if other characters were appended:
+    # Python's base64, which python-jose uses, ignores them.
+    if not TOKEN_PATTERN.fullmatch(token):
+        raise UnauthorizedException
     options = {"require_sub": True, "require_iat": True, "require_exp": True}
     key = signing_key(settings)
     try:
-        # Python's base64, which python-jose uses, ignores other characters at the end.
-        if not TOKEN_PATTERN.fullmatch(token):
-            raise ValueError  # caught below
         claims = jwt.decode(token, key, [settings.ALGORITHM], options)
         return TokenClaims.model_validate(claims)
     except Exception:  # noqa: BLE001 - such as RecursionError for deeply nested JSON
@@ -1400,9 +1410,9 @@ LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
     # The first condition is where PostgreSQL starts in the index, the second where it
-    # stops. With SQLite's query, or with = in place of <=, all rows have one owner_id,
-    # so PostgreSQL needs an order by id only. It may then go through the primary key,
-    # which has the items of all owners.
+    # stops. Why not `owner_id = :owner`, here or as in SQLite's query? Then PostgreSQL
+    # knows that all rows have one owner_id, so that an order by id is enough. It may
+    # then read the index of the primary key, which has the items of all owners.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1504,7 +1514,7 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
         # No user has the name now: the one who had it was deleted before this SELECT.
-        # Try once more. (After rollback(), `user` can be added again.) A second
+        # Insert again. (After rollback(), `user` can be added again.) A second
         # IntegrityError is a bug.
         await add_row(db, user)
     await db.commit()
@@ -1688,10 +1698,12 @@ def client_key(address: str) -> str:
 def open_lock_file() -> IO[bytes]:
     """Return the file that a worker locks while it uses the shared memory.
 
-    It is locked by fcntl.lockf, because the kernel releases this lock if the worker is
-    killed. (A lock of fcntl.flock belongs to the open file, which all workers inherit,
-    so they would hold it together. A lock of the module multiprocessing stays locked
-    for ever if its worker is killed.)
+    It is locked by fcntl.lockf. The alternatives show why:
+
+        fcntl.lockf           the kernel releases it if the worker is killed
+        fcntl.flock           it would belong to the open file, which all workers
+                              inherit, so they would hold it together
+        multiprocessing.Lock  if its worker is killed, it would stay locked for ever
     """
     return tempfile.TemporaryFile()
 
@@ -1825,7 +1837,8 @@ class RedisRateLimiter(MonitoredBackend):
             self.client.script_load(REDIS_SCRIPT) for _ in range(REDIS_CONNECTIONS)
         ]
         async with asyncio.timeout(REDIS_CONNECT_SECONDS):
-            # Wait for all: `disconnect` misses those that are still connecting.
+            # Wait for all, even if one fails: `disconnect`, which `start` then calls,
+            # misses those that are still connecting.
             results = await asyncio.gather(*commands, return_exceptions=True)
         for result in results:
             if isinstance(result, Exception):
@@ -1846,7 +1859,7 @@ class RedisRateLimiter(MonitoredBackend):
 
     async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
         keys = [f"{self.key_prefix}:{key}"]
-        # (Any: by redis-py's types, these must be texts.)
+        # Any, because redis-py's types demand texts. Numbers work, too.
         arguments: Any = [limit, seconds * 1_000_000, secrets.token_hex(8)]
         async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
             allowed, *numbers = await self.script(keys, arguments)
@@ -2017,9 +2030,9 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         # Under gunicorn, LimitedHttpProtocol stores the connection's client in `peer`.
-        # If FORWARDED_ALLOW_IPS names this peer, uvicorn puts a new tuple, made from
-        # X-Forwarded-For, into scope["client"]. So if `client` still is the same object
-        # as `peer`, uvicorn does not trust the peer.
+        # Only if FORWARDED_ALLOW_IPS names this peer, uvicorn replaces scope["client"]
+        # by a new tuple, made from X-Forwarded-For. So if it still is the same object,
+        # the peer is not trusted. (An equal tuple could come from a trusted one.)
         is_peer = "peer" in state and scope["client"] is state["peer"]
         if is_peer and headers.get(b"x-forwarded-for"):
             warn_of_untrusted_proxy()
@@ -2120,9 +2133,11 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    Then cancelling() is 1, because uvicorn has called the task's cancel(). It is 0 if a
-    route itself raises CancelledError, for example because it awaits a task that was
-    cancelled. It is also 0 after asyncio.timeout, which takes its cancel() back.
+    The number cancelling() of the task tells where a CancelledError comes from:
+
+        1  uvicorn has called the task's cancel()
+        0  the route itself raised it, or awaits another task that was cancelled
+        0  asyncio.timeout, which takes its cancel() back
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2286,7 +2301,7 @@ health_router = APIRouter(
     # documented below with two bodies: its own, and ErrorResponse.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app sets the same for the API routes. It does not reach these.)
+    # (The same argument of create_app's FastAPI is for the API routes only.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2358,8 +2373,8 @@ LoginFormBody = Annotated[LoginForm, Form()]
 LOGIN_LIMIT = [Depends(rate_limit_dependency("login"))]
 
 users_router = APIRouter(prefix="/users", tags=["users"])
-# `form_limits` is an argument of FastAPI's: a form that has more than 20 fields (1,000
-# by default), or a file, gets 400.
+# A form with more than 20 fields, or with a file, gets 400, because parsing it takes
+# time. (By default, FastAPI allows 1,000 fields.)
 auth_router = APIRouter(
     prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
 )
@@ -2570,9 +2585,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Passed here, because include_router (since FastAPI 0.137) makes a health check
-        # a fifth slower. Routes that are passed here ignore dependency_overrides, so
-        # none of them should have dependencies.
+        # For speed: with include_router (since FastAPI 0.137), a health check would be
+        # a fifth slower. In return, these routes ignore dependency_overrides, so none
+        # of them should have dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
