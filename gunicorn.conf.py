@@ -52,7 +52,7 @@ graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
 timeout = graceful_timeout + 30  # a worker sends no heartbeats during a shutdown
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
-control_socket_disable = True  # its socket (for `gunicornc`) needs a writable home
+control_socket_disable = True  # gunicorn's control socket needs a writable home
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heartbeats
 
 
@@ -83,13 +83,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if not self.cycle or self.cycle.response_complete:  # cycle: the latest request
             self.refuse(408)
 
-    def data_received(self, data: bytes) -> None:  # replaces uvicorn's, without super
+    def data_received(self, data: bytes) -> None:  # no super: that stops at an Upgrade
         if not self.is_in_body:
             self.header_bytes += len(data)
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: a CONNECT stops both parsers
+            self.refuse(400)  # HttpParserUpgrade: a CONNECT, which stops both parsers
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -99,7 +99,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         With `Upgrade`, the parser stops after the headers, and uvicorn drops the body.
         So a second parser gets the headers without it, then the body.
         """
-        while data:
+        while data:  # once more after an Upgrade, with the new parser
             try:
                 return self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
@@ -127,14 +127,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(b"%s: %s\r\n" % pair) for pair in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops parsing; refuse(400) does nothing
+            raise httptools.HttpParserError  # stops parsing; refuse acts only once
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # again: a response may have started it
+        self._unset_keepalive_if_required()  # again: the last response may have set it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # the scope keeps the old list; trailers go into this one
+        self.headers = []  # or trailers would change the request's own headers
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else the new parser calls this again

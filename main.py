@@ -323,14 +323,14 @@ def shorten_traceback(text: str) -> str:
 
     The error itself is at the end.
     """
-    if len(text) > MAX_TRACEBACK_BYTES:
+    # The JSON is ASCII, so its length is its number of bytes. It can be longer than the
+    # text, because it writes "é" as \u00e9.
+    if len(json.dumps(text)) > MAX_TRACEBACK_BYTES:
         # First leave out the frames of libraries: SQLAlchemy's alone exceed the limit,
         # and would push out those of your code.
         text = LIBRARY_FRAME.sub("", text)[-MAX_TRACEBACK_BYTES:]
-    # The JSON is ASCII, so its length is its number of bytes. It can be longer than the
-    # text, because it writes "é" as \u00e9. So cut until it fits.
     while len(json.dumps(text)) > MAX_TRACEBACK_BYTES:
-        text = text[50:]
+        text = text[50:]  # until it fits
     return text
 
 
@@ -418,10 +418,11 @@ def setup_logging(settings: Settings) -> None:
 def summarize_error(error: BaseException) -> str:
     """Return one line for a log: the error's message, else the name of its class.
 
-    Of a database error, it is the driver's message.
+    For a database error, it is the driver's message, which is shorter.
     """
     # SQLAlchemy keeps the driver's exception in `orig`.
-    words = str(getattr(error, "orig", None) or error).split()
+    text = str(getattr(error, "orig", None) or error)
+    words = text.split()  # at line breaks, too
     return " ".join(words)[:500] or type(error).__name__
 
 
@@ -564,9 +565,9 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # Use the original root_path. A mounted application can raise a 405, too: for
-    # example StaticFiles at /api, for PUT /api/v1/items. By then, its Mount has
-    # appended /api to root_path, so none of our routes would match.
+    # Not the request's root_path: a Mount appends its own path to that, so none of
+    # our routes would match. (A mounted application can raise a 405, too: for example
+    # StaticFiles at /api, for PUT /api/v1/items.)
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -629,7 +630,7 @@ async def unhandled_exception_handler(request: Request, exc: BaseException) -> R
     headers.
     """
     if isinstance(exc, ResponseValidationError):
-        remove_values(exc)  # they can be secrets, and the log has the message
+        remove_values(exc)  # they can be secrets, and the traceback would show them
     request.state.exception = exc
     return error_response(request, AppException())
 
@@ -777,6 +778,7 @@ class FairPool(AsyncAdaptedQueuePool):
     def start_timer(
         self, dbapi_connection: object, record: ConnectionPoolEntry, *proxy: object
     ) -> None:
+        # ("checkout" passes a third argument, `proxy`. "connect" does not.)
         self.stop_timer(dbapi_connection, record)  # "connect" may have started one
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self.timeout(), self.abort_connection, record)
@@ -817,10 +819,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    After a failed connect, the exception's traceback keeps the local variables of the
-    functions that it passed. In psycopg 3.3 and SQLAlchemy 2.1, one of them holds the
-    connection, and one the exception: a reference cycle. So the socket would stay open
-    until the garbage collector runs, maybe for minutes. clear_frames deletes them.
+    After a failed connect, the exception's traceback holds the frames of functions. The
+    frames hold local variables: in psycopg 3.3 and SQLAlchemy 2.1, also the connection
+    and the exception. So this is a reference cycle, and the socket would stay open
+    until the garbage collector runs, maybe for minutes. clear_frames empties them.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -854,7 +856,7 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
-    """Set up a new connection: aiosqlite's, in a synchronous wrapper of SQLAlchemy."""
+    """Set up a new connection: SQLAlchemy's synchronous wrapper of aiosqlite's."""
     # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
     # other has switched the file, and the mode is stored in the file.
     with suppress(sqlite3.OperationalError):
@@ -1135,15 +1137,14 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     # The connection was lost, or drop_read_only_connections has replaced it.
     if getattr(error, "connection_invalidated", False):
         return True
-    # A statement that exceeds a limit is a bug. psycopg raises OperationalError for it:
-    # with an SQLSTATE of class 54 if PostgreSQL has refused it, without one if psycopg
-    # itself has, such as one with 70,000 parameters.
-    if (
-        isinstance(driver_error, psycopg.Error)
-        and getattr(error, "statement", None)  # None if connecting has failed
-        and (driver_error.sqlstate or "54").startswith("54")
-    ):
-        return False
+    # A statement that exceeds a limit is a bug. psycopg raises OperationalError for it,
+    # too. (If connecting has failed, there is no statement.)
+    if isinstance(driver_error, psycopg.Error) and getattr(error, "statement", None):
+        sqlstate = driver_error.sqlstate
+        # None: psycopg itself has refused it, for example with 70,000 parameters.
+        # Class 54: PostgreSQL has.
+        if sqlstate is None or sqlstate.startswith("54"):
+            return False
     # The server is not reachable, full or too slow, or no connection was free in time.
     return isinstance(error, sa_exc.OperationalError | sa_exc.TimeoutError)
 
@@ -1314,9 +1315,9 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # Check, and join the queue, without letting other tasks run in between. `async
-    # with` joins the queue at once. `run_sync(…, limiter=…)` would let other tasks run
-    # first: then a whole burst would pass the check.
+    # Between this check and `async with`, which joins the queue, no other task can run.
+    # `run_sync(…, limiter=…)` would let other tasks run before it joins the queue: then
+    # a whole burst would pass the check.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1410,9 +1411,9 @@ LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
     # The first condition is where PostgreSQL starts in the index, the second where it
-    # stops. Why not `owner_id = :owner`, here or as in SQLite's query? Then PostgreSQL
-    # knows that all rows have one owner_id, so that an order by id is enough. It may
-    # then read the index of the primary key, which has the items of all owners.
+    # stops. With `owner_id = :owner`, it would order by id alone, because all rows have
+    # one owner_id. To do so, it may read the index of the primary key, through the
+    # items of all owners.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1495,7 +1496,7 @@ Page = dict[str, Any]  # from which a UserPage or an ItemPage is made
 
 
 def make_page(name: str, rows: Rows, limit: int) -> Page:
-    """Return up to `limit` rows, and the id after which the next page starts.
+    """Return a page: up to `limit` rows, under `name`, and where the next page starts.
 
     `rows` has up to `limit + 1`: one more shows that there is a next page.
     """
@@ -1662,10 +1663,10 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The reset is when the oldest time leaves the window. But if the limit was lowered,
--- there can be more times than `limit`: then `surplus` older ones must leave first.
-local surplus = math.max(0, count - limit)
-local member_and_time = redis.call('ZRANGE', key, surplus, surplus, 'WITHSCORES')
+-- The reset is when the oldest time, at index 0, leaves the window. But if the limit
+-- was lowered, there can be more times than `limit`. Then others must leave, too.
+local index = math.max(0, count - limit)
+local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
 local reset_seconds = math.ceil((reset_time - now) / 1000000)
 -- The fields of RateLimitResult. Redis sends true as 1, and false as null.
@@ -1802,8 +1803,8 @@ class RedisRateLimiter(MonitoredBackend):
 
     def __init__(self, url: str, project_name: str) -> None:
         super().__init__()
-        # Retry once, without a pause: Redis may have closed an idle connection (its
-        # setting `timeout`). REDIS_TIMEOUT_SECONDS is too short for more.
+        # Retry once, because Redis may have closed an idle connection (its setting
+        # `timeout`). Without a pause: REDIS_TIMEOUT_SECONDS is for all tries together.
         self.client = Redis.from_url(url, retry=Retry(NoBackoff(), 1))
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
@@ -2031,8 +2032,9 @@ class RequestLoggingMiddleware:
         state["client"] = address[:64]  # a proxy may send any text
         # Under gunicorn, LimitedHttpProtocol stores the connection's client in `peer`.
         # Only if FORWARDED_ALLOW_IPS names this peer, uvicorn replaces scope["client"]
-        # by a new tuple, made from X-Forwarded-For. So if it still is the same object,
-        # the peer is not trusted. (An equal tuple could come from a trusted one.)
+        # by a new tuple, made from X-Forwarded-For. So if it still is the very object
+        # `peer`, the peer is not trusted. (The header can name the peer itself, so `==`
+        # would not tell.)
         is_peer = "peer" in state and scope["client"] is state["peer"]
         if is_peer and headers.get(b"x-forwarded-for"):
             warn_of_untrusted_proxy()
@@ -2301,7 +2303,7 @@ health_router = APIRouter(
     # documented below with two bodies: its own, and ErrorResponse.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (The same argument of create_app's FastAPI is for the API routes only.)
+    # (The one in create_app does not reach these routes: FastAPI gets them finished.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2579,14 +2581,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description=settings.PROJECT_DESCRIPTION,
         version=settings.VERSION,
         openapi_url=f"{settings.API_V1_PREFIX}/openapi.json",
-        # The base URL of the requests that /docs sends.
+        # The base URL of the requests that /docs sends. (RequestLoggingMiddleware says
+        # why ROOT_PATH is not FastAPI's argument root_path.)
         servers=[{"url": settings.ROOT_PATH or "/"}],
         redirect_slashes=False,  # its redirects would be made from the Host header
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
         # For speed: with include_router (since FastAPI 0.137), a health check would be
-        # a fifth slower. In return, these routes ignore dependency_overrides, so none
+        # a fifth slower. The price: these routes ignore dependency_overrides, so none
         # of them should have dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
