@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heart
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # if you serve "main:create_app()" instead
+    if not logging.getLogger().handlers:  # "main:create_app()" leaves that to us
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit

@@ -313,8 +313,8 @@ LIBRARY_LEVELS = {
     # logs an ERROR if a request is cancelled while it returns its connection: harmless.
     f"{__name__}.FairPool": "CRITICAL",
 }
-# Under gunicorn, UvicornWorker gives uvicorn.error the handlers of gunicorn.error.
-# Under uvicorn alone, the logger "uvicorn" has its own. setup_logging sets ours on all.
+# setup_logging replaces the handlers of these. (Under gunicorn, UvicornWorker gives
+# uvicorn.error those of gunicorn.error. Under uvicorn alone, "uvicorn" has its own.)
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
@@ -585,7 +585,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     """
     if exc.status_code in {204, 304}:  # must not have a body
         return Response(None, exc.status_code, exc.headers)
-    error = AppException(exc.detail)  # for the log
+    error = AppException(exc.detail)  # app_exception_handler logs this text for a 5xx
     error.status_code = exc.status_code
     error.headers = exc.headers
     if exc.status_code != 500:
@@ -764,15 +764,15 @@ class FairPool(AsyncAdaptedQueuePool):
         """Replace an idle connection that PostgreSQL has closed, as a restart does.
 
         Otherwise, the request would fail. If an idle connection has something to read,
-        it nearly always is its end. Looking for that costs no round trip, unlike
-        SQLAlchemy's own pool_pre_ping.
+        the server has nearly always closed it. Looking for that costs no round trip,
+        unlike SQLAlchemy's own pool_pre_ping.
         """
         connection = record.driver_connection
         if not isinstance(connection, psycopg.AsyncConnection):
             return  # SQLite has no server
         if connection.closed or is_readable(connection.fileno()):
-            # Only mark it (soft). SQLAlchemy looks at the mark after _do_get, and then
-            # opens a new one for this request.
+            # `soft` only marks it. After _do_get, SQLAlchemy looks at the mark, and
+            # opens a new connection for this request.
             record.invalidate(soft=True)
 
     def start_timer(
@@ -801,8 +801,8 @@ class FairPool(AsyncAdaptedQueuePool):
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
-            # The pool must not give this connection to the next request. Only mark it
-            # (soft). At the next checkout, the record opens a new one.
+            # Mark it, as replace_if_closed does: the next request that gets this record
+            # must have a new connection.
             record.invalidate(soft=True)
 
     def invalidate_all(self) -> None:
@@ -1115,7 +1115,7 @@ class Database(MonitoredBackend):
 
     async def ping(self) -> None:
         # One statement checks three things: the database answers, it has all columns of
-        # all tables, and it is not read-only. (FOR UPDATE needs a server that writes.
+        # all tables, and it is not read-only. (A read-only server refuses FOR UPDATE.
         # SQLAlchemy omits it on SQLite.) With LIMIT 0, no row is read or locked.
         query = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
         async with self.check_engine.connect() as connection:
@@ -1337,6 +1337,8 @@ async def verify_password(password: str, stored_hash: str) -> tuple[bool, str | 
         )
 
 
+# python-jose decodes each part of a token by Python's base64, which ignores other
+# characters at the end. Without this pattern, a token would be valid in spite of them.
 TOKEN_PATTERN = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")
 
 
@@ -1345,7 +1347,7 @@ class TokenClaims(BaseModel):
 
     # Another program with the same key could sign any number. Beyond 64 bits, the
     # database would raise: a 500 in place of a 401.
-    sub: Annotated[int, Field(ge=1, le=MAX_ID)]  # a text in the token (RFC 7519)
+    sub: Annotated[int, Field(ge=1, le=MAX_ID)]  # from a text (RFC 7519)
     version: pydantic.StrictInt  # strict, or `false` would count as 0
 
 
@@ -1378,8 +1380,6 @@ def decode_access_token(token: str, settings: Settings) -> TokenClaims:
 
     Only read_token_owner can tell that a token is outdated.
     """
-    # Otherwise, a token would still be valid if other characters were appended:
-    # Python's base64, which python-jose uses, ignores them.
     if not TOKEN_PATTERN.fullmatch(token):
         raise UnauthorizedException
     options = {"require_sub": True, "require_iat": True, "require_exp": True}
@@ -1741,6 +1741,7 @@ class SlidingWindowRateLimiter:
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
+        # Arrays of ctypes: a table of buckets, each with rows.
         bucket_type = row_type(limit) * ROWS_IN_BUCKET
         bucket_count = table_bytes // ctypes.sizeof(bucket_type)
         table_type = bucket_type * bucket_count
@@ -2139,7 +2140,7 @@ def is_cancelled_by_server(error: BaseException) -> bool:
 
         1  uvicorn has called the task's cancel()
         0  the route itself raised it, or awaits another task that was cancelled
-        0  asyncio.timeout, which takes its cancel() back
+        0  asyncio.timeout, which has called uncancel() after its own cancel()
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2204,9 +2205,8 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        It raises when a route reads the body, so 404 and 405 come first. It raises
-        HTTPException, because FastAPI turns most other exceptions, while it reads a
-        body, into a 400.
+        It raises when a route reads the body, so 404 and 405 come first. While FastAPI
+        reads a body, it turns most exceptions into a 400, but not an HTTPException.
         """
         received_bytes = 0
 
@@ -2299,8 +2299,8 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
-    # LimitsAndErrorsMiddleware can answer these on every route. So a 503 of a check is
-    # documented below with two bodies: its own, and ErrorResponse.
+    # LimitsAndErrorsMiddleware can answer these on every route. The checks below answer
+    # 503, too, with a body of their own. So they document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
     # (The one in create_app does not reach these routes: FastAPI gets them finished.)
@@ -2375,8 +2375,8 @@ LoginFormBody = Annotated[LoginForm, Form()]
 LOGIN_LIMIT = [Depends(rate_limit_dependency("login"))]
 
 users_router = APIRouter(prefix="/users", tags=["users"])
-# A form with more than 20 fields, or with a file, gets 400, because parsing it takes
-# time. (By default, FastAPI allows 1,000 fields.)
+# `form_limits` is FastAPI's: a form with more than 20 fields, or with a file, gets 400,
+# because parsing it takes time. (By default, FastAPI allows 1,000 fields.)
 auth_router = APIRouter(
     prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
 )
