@@ -2031,7 +2031,7 @@ def admissions(limiter: main.SlidingWindowRateLimiter, client: str, tries: int) 
 ADDRESS = "192.0.2.1"
 BUDGETS = ("api", "login")
 RATE_LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
-UNIQUE_PROJECT_NAMES = (f"test-{secrets.token_hex(8)}" for _ in itertools.count())
+PROJECT_NAMES_IN_REDIS = (f"test-{secrets.token_hex(8)}" for _ in itertools.count())
 
 
 async def admitted(rate_limiter: main.RateLimiter, tries: int) -> int:
@@ -2199,7 +2199,7 @@ async def test_rate_limit_of_logins_refuses_with_numbers_of_its_own() -> None:
 @asynccontextmanager
 async def redis_limiter(url: str, name: str = "", limit: int = 3) -> AsyncIterator[Any]:
     """A `main.RateLimiter` on Redis, by default of a project of its own."""
-    names = {"PROJECT_NAME": name or next(UNIQUE_PROJECT_NAMES), "REDIS_URL": url}
+    names = {"PROJECT_NAME": name or next(PROJECT_NAMES_IN_REDIS), "REDIS_URL": url}
     rate_limiter = main.RateLimiter(make_settings(**names, RATE_LIMIT_REQUESTS=limit))
     yield rate_limiter
     await rate_limiter.close()
@@ -2214,7 +2214,7 @@ def patience(monkeypatch: Patch) -> Patch:
 
 @pytest.mark.usefixtures("patience")
 async def test_rate_limit_is_shared_through_redis(redis_url: str) -> None:
-    options = (redis_url, next(UNIQUE_PROJECT_NAMES), 30)
+    options = (redis_url, next(PROJECT_NAMES_IN_REDIS), 30)
     async with redis_limiter(*options) as one, redis_limiter(*options) as other:
         tries = [limiter.hit("api", ADDRESS) for limiter in (one, other) * 50]
         results = await asyncio.gather(*tries)
@@ -2235,7 +2235,7 @@ async def test_rate_limit_in_redis_is_the_same_as_in_memory(redis_url: str) -> N
     chance = random.Random(1)
     clock = Clock()
     model = Model(3)
-    project = next(UNIQUE_PROJECT_NAMES)
+    project = next(PROJECT_NAMES_IN_REDIS)
     async with redis_limiter(redis_url, project) as limiter:
         for _ in range(60):
             seconds = chance.choice([0, 5, 20, 60])
@@ -2249,7 +2249,7 @@ async def test_rate_limit_in_redis_is_the_same_as_in_memory(redis_url: str) -> N
 
 @pytest.mark.usefixtures("patience")
 async def test_rate_limit_keys_in_redis_bear_a_name_and_expire(redis_url: str) -> None:
-    project = next(UNIQUE_PROJECT_NAMES)
+    project = next(PROJECT_NAMES_IN_REDIS)
     async with redis_limiter(redis_url, project) as limiter:
         for budget in BUDGETS:
             await limiter.hit(budget, ADDRESS)
@@ -2998,7 +2998,7 @@ def test_openapi_names_every_status_of_an_error() -> None:
         expected |= {400, 413, 422} if "requestBody" in operation else set()
         expected |= {422} if "parameters" in operation else set()
         expected |= {404} if "_id}" in name else set()
-        errors = {int(status) for status in operation["responses"]} - {200, 201, 204}
+        errors = {n for n in map(int, operation["responses"]) if n >= 400}
         assert expected <= errors <= expected | {403, 409}, name
 
 
