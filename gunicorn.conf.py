@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heart
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # "main:create_app()" leaves that to us
+    if not logging.getLogger().handlers:  # as "main:create_app()" sets up no logging
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -89,7 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: a CONNECT, which stops both parsers
+            self.refuse(400)  # HttpParserUpgrade: a CONNECT stops the new parser, too
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -97,7 +97,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
 
         With `Upgrade`, the parser stops after the headers, and uvicorn drops the body.
-        So a second parser gets the headers without it, then the body.
+        So a new parser gets the headers once more, without it, and then the body.
         """
         while data:  # once more after an Upgrade, with the new parser
             try:

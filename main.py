@@ -313,8 +313,8 @@ LIBRARY_LEVELS = {
     # logs an ERROR if a request is cancelled while it returns its connection: harmless.
     f"{__name__}.FairPool": "CRITICAL",
 }
-# setup_logging replaces the handlers of these. (Under gunicorn, UvicornWorker gives
-# uvicorn.error those of gunicorn.error. Under uvicorn alone, "uvicorn" has its own.)
+# These have handlers, which setup_logging replaces: gunicorn.error; uvicorn.error, to
+# which UvicornWorker copies those of gunicorn.error; and, without gunicorn, uvicorn.
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
@@ -540,8 +540,9 @@ def error_response(request: Request, exc: AppException) -> Response:
         "details": exc.details,
         "request_id": request.state.request_id,
     }
-    # Not JSONResponse, which fails if a text is invalid Unicode. The name of an unknown
-    # field, in `details`, can have a lone surrogate. json.dumps writes it as \ud800.
+    # Neither ErrorResponse nor JSONResponse can write a text that is invalid Unicode.
+    # But the name of an unknown field, in `details`, can have a lone surrogate.
+    # json.dumps writes it as \ud800.
     content = json.dumps(body, separators=(",", ":"))
     response = Response(
         content, status_code, headers=exc.headers, media_type="application/json"
@@ -565,9 +566,9 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # Not the request's root_path: a Mount appends its own path to that, so none of
-    # our routes would match. (A mounted application can raise a 405, too: for example
-    # StaticFiles at /api, for PUT /api/v1/items.)
+    # A mounted application can raise a 405, too: for example StaticFiles at /api, for
+    # PUT /api/v1/items. Its Mount has appended /api to the request's root_path, with
+    # which none of our routes would match. So use the original one.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -581,7 +582,8 @@ def allowed_methods(request: Request) -> str:
 async def http_exception_handler(request: Request, exc: HTTPException) -> Response:
     """Turn an HTTPException of the framework or of your code into a response.
 
-    Clients get its detail, unless the status is 500. The log line of a 5xx has it, too.
+    Clients get its detail, unless the status is 500, which means a bug. The log line of
+    a 5xx has it, too.
     """
     if exc.status_code in {204, 304}:  # must not have a body
         return Response(None, exc.status_code, exc.headers)
@@ -819,10 +821,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    After a failed connect, the exception's traceback holds the frames of functions. The
-    frames hold local variables: in psycopg 3.3 and SQLAlchemy 2.1, also the connection
-    and the exception. So this is a reference cycle, and the socket would stay open
-    until the garbage collector runs, maybe for minutes. clear_frames empties them.
+    After a failed connect, the exception refers to its traceback, the traceback to
+    frames, and the local variables of the frames (in psycopg 3.3 and SQLAlchemy 2.1) to
+    the connection and to the exception again. This cycle would keep the socket open
+    until the garbage collector runs, maybe for minutes. clear_frames breaks it.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -1102,8 +1104,9 @@ class Database(MonitoredBackend):
 
     async def recover(self) -> None:
         # After a failover, old connections lead to the former primary. Replace those of
-        # read_engine. On PostgreSQL, write_engine has the same pool. (SQLite has no
-        # failover. SQLAlchemy replaces check_engine's connection after a failed check.)
+        # this pool, which read_engine and, on PostgreSQL, write_engine share. (SQLite
+        # has no failover. SQLAlchemy itself has replaced check_engine's connection
+        # after the failed check.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1128,6 +1131,20 @@ class Database(MonitoredBackend):
             await engine.dispose()
 
 
+def exceeds_limit(error: sa_exc.SQLAlchemyError) -> bool:
+    """Return True if a statement was refused because it is too large.
+
+    psycopg raises OperationalError for it, as in an outage, but the connection goes on.
+    """
+    driver_error = getattr(error, "orig", None)
+    has_statement = getattr(error, "statement", None) is not None
+    if not isinstance(driver_error, psycopg.Error) or not has_statement:
+        return False
+    # None: psycopg itself has refused it, for example with 70,000 parameters.
+    # Class 54: PostgreSQL has.
+    return driver_error.sqlstate is None or driver_error.sqlstate.startswith("54")
+
+
 def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     """Return True if the database cannot serve now, False for any other error."""
     # Wrong SQL is a bug, not an outage. sqlite3 raises OperationalError for it, too.
@@ -1137,14 +1154,8 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     # The connection was lost, or drop_read_only_connections has replaced it.
     if getattr(error, "connection_invalidated", False):
         return True
-    # A statement that exceeds a limit is a bug. psycopg raises OperationalError for it,
-    # too. (If connecting has failed, there is no statement.)
-    if isinstance(driver_error, psycopg.Error) and getattr(error, "statement", None):
-        sqlstate = driver_error.sqlstate
-        # None: psycopg itself has refused it, for example with 70,000 parameters.
-        # Class 54: PostgreSQL has.
-        if sqlstate is None or sqlstate.startswith("54"):
-            return False
+    if exceeds_limit(error):
+        return False
     # The server is not reachable, full or too slow, or no connection was free in time.
     return isinstance(error, sa_exc.OperationalError | sa_exc.TimeoutError)
 
@@ -1315,9 +1326,9 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # Between this check and `async with`, which joins the queue, no other task can run.
-    # `run_sync(…, limiter=…)` would let other tasks run before it joins the queue: then
-    # a whole burst would pass the check.
+    # Check and join the queue without a break, or a whole burst could pass the check.
+    # `async with` joins at once. (`run_sync(…, limiter=…)` would first let other tasks
+    # run.)
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1378,7 +1389,7 @@ def create_access_token(user: User, settings: Settings) -> str:
 def decode_access_token(token: str, settings: Settings) -> TokenClaims:
     """Return the claims of a token. Raises UnauthorizedException if it is not valid.
 
-    Only read_token_owner can tell that a token is outdated.
+    It cannot tell that a token was revoked: read_token_owner does that.
     """
     if not TOKEN_PATTERN.fullmatch(token):
         raise UnauthorizedException
@@ -1410,10 +1421,9 @@ LIST_ITEMS_QUERIES = {
     # With PostgreSQL's query, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
-    # The first condition is where PostgreSQL starts in the index, the second where it
-    # stops. With `owner_id = :owner`, it would order by id alone, because all rows have
-    # one owner_id. To do so, it may read the index of the primary key, through the
-    # items of all owners.
+    # PostgreSQL starts in the index where the first condition says, and stops where the
+    # second says. With `owner_id = :owner`, it could also go through the primary key in
+    # the order of id, and skip the items of all other owners.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1555,7 +1565,7 @@ async def read_user(db: AsyncSession, user_id: int) -> User:
 async def read_token_owner(db: AsyncSession, user_id: int, version: int) -> User:
     """Return the owner of a token.
 
-    Raises UnauthorizedException if the user is gone or the token is outdated.
+    Raises UnauthorizedException if the user is gone or the token was revoked.
     """
     user = await find_user(db, user_id)
     if user is None or user.token_version != version:
@@ -1664,7 +1674,7 @@ if allowed then
     count = count + 1
 end
 -- The reset is when the oldest time, at index 0, leaves the window. But if the limit
--- was lowered, there can be more times than `limit`. Then others must leave, too.
+-- was lowered, there can be more than `limit` times. Then some must leave before that.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
@@ -1805,7 +1815,7 @@ class RedisRateLimiter(MonitoredBackend):
     def __init__(self, url: str, project_name: str) -> None:
         super().__init__()
         # Retry once, because Redis may have closed an idle connection (its setting
-        # `timeout`). Without a pause: REDIS_TIMEOUT_SECONDS is for all tries together.
+        # `timeout`). A pause would use up REDIS_TIMEOUT_SECONDS.
         self.client = Redis.from_url(url, retry=Retry(NoBackoff(), 1))
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
@@ -1820,8 +1830,8 @@ class RedisRateLimiter(MonitoredBackend):
     async def start(self) -> None:
         """Open all connections, before a burst of requests has to wait for that."""
         pool = self.client.connection_pool
-        # Close idle connections, which may be dead. Connections in use can stay: if one
-        # is dead, its command fails, and redis-py closes it.
+        # After an outage, idle connections may be dead: close them. Connections in use
+        # can stay: if one is dead, its command fails, and redis-py closes it.
         await pool.disconnect(inuse_connections=False)
         try:
             await self.open_connections()
@@ -1958,7 +1968,7 @@ HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
 LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
 RESPONSE_HEADERS = ("Location", "Retry-After", "X-Request-ID", "X-Response-Time")
 # Browsers hide headers from scripts of other origins. Those in CORS_ORIGINS may read
-# all headers that the service adds.
+# all headers that the service adds: none is secret.
 EXPOSED_HEADERS = (*SECURITY_HEADERS, *HTTPS_HEADERS, *LIMIT_HEADERS, *RESPONSE_HEADERS)
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
 # Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline.
@@ -1981,6 +1991,18 @@ def warn_of_untrusted_proxy() -> None:
         "X-Forwarded-For came from a peer that FORWARDED_ALLOW_IPS does not name. If "
         "it is your proxy, all its clients share one rate limit."
     )
+
+
+def is_trusted_proxy(scope: Scope) -> bool:
+    """Return True if uvicorn believes the X-Forwarded-For of this connection's peer.
+
+    Only if FORWARDED_ALLOW_IPS names the peer, uvicorn replaces scope["client"] by a
+    new tuple, made from the header. Under gunicorn, LimitedHttpProtocol stores the
+    original one in `peer`. The two can be equal, but only the original is the same
+    object. Without gunicorn, there is no `peer`, and this is True.
+    """
+    state = scope["state"]
+    return "peer" not in state or scope["client"] is not state["peer"]
 
 
 class RequestLoggingMiddleware:
@@ -2031,13 +2053,7 @@ class RequestLoggingMiddleware:
             state["trace_id"] = trace[1].decode()
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
-        # Under gunicorn, LimitedHttpProtocol stores the connection's client in `peer`.
-        # Only if FORWARDED_ALLOW_IPS names this peer, uvicorn replaces scope["client"]
-        # by a new tuple, made from X-Forwarded-For. So if it still is the very object
-        # `peer`, the peer is not trusted. (The header can name the peer itself, so `==`
-        # would not tell.)
-        is_peer = "peer" in state and scope["client"] is state["peer"]
-        if is_peer and headers.get(b"x-forwarded-for"):
+        if headers.get(b"x-forwarded-for") and not is_trusted_proxy(scope):
             warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
@@ -2136,11 +2152,9 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    The number cancelling() of the task tells where a CancelledError comes from:
-
-        1  uvicorn has called the task's cancel()
-        0  the route itself raised it, or awaits another task that was cancelled
-        0  asyncio.timeout, which has called uncancel() after its own cancel()
+    A task's cancelling() counts the calls of its cancel(). It is 1 after uvicorn's. It
+    is 0 after asyncio.timeout, which takes its own call back, and if the CancelledError
+    comes from the route, for example from another task that it awaits.
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2303,7 +2317,7 @@ health_router = APIRouter(
     # 503, too, with a body of their own. So they document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (The one in create_app does not reach these routes: FastAPI gets them finished.)
+    # (The one in create_app does not apply to routes that are passed as `routes=`.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2512,7 +2526,7 @@ api_router.include_router(items_router)
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Open the database, but start without it if it does not answer in a second."""
+    """Start the first checks of the database and Redis: wait at most a second."""
     database = Database(app.state.settings)
     app.state.database = database
     redis = app.state.rate_limiter.redis  # None without REDIS_URL
@@ -2588,9 +2602,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # For speed: with include_router (since FastAPI 0.137), a health check would be
-        # a fifth slower. The price: these routes ignore dependency_overrides, so none
-        # of them should have dependencies.
+        # Not by include_router, which (since FastAPI 0.137) would make a health check a
+        # fifth slower. The price: these routes ignore dependency_overrides, so none of
+        # them should have dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
@@ -2604,10 +2618,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# For `main:app`, which servers import. `app` is created at its first use, because
-# importing this module must read no settings: tests set no variables. Python calls a
-# module's __getattr__ for a name that the module does not have (PEP 562). After the
-# first call, `app` is an ordinary global.
+# Servers import `main:app`. It is built at its first use, because importing this module
+# must read no settings: tests set no variables. Python calls a module's __getattr__ for
+# a name that the module does not have (PEP 562). After that, `app` is a global.
 if TYPE_CHECKING:
     app: FastAPI  # for mypy: if it saw __getattr__, it would accept any name
 else:
