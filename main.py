@@ -323,14 +323,14 @@ def shorten_traceback(text: str) -> str:
 
     The error itself is at the end.
     """
-    # The JSON is ASCII, so its length is its number of bytes. It can be longer than the
-    # text, because it writes "é" as \u00e9.
-    if len(json.dumps(text)) > MAX_TRACEBACK_BYTES:
+    if len(text) > MAX_TRACEBACK_BYTES:
         # First leave out the frames of libraries: SQLAlchemy's alone exceed the limit,
         # and would push out those of your code.
         text = LIBRARY_FRAME.sub("", text)[-MAX_TRACEBACK_BYTES:]
+    # The JSON is ASCII, so its length is its number of bytes. It can be longer than the
+    # text, because it writes "é" as \u00e9. So cut until it fits.
     while len(json.dumps(text)) > MAX_TRACEBACK_BYTES:
-        text = text[50:]  # until it fits
+        text = text[50:]
     return text
 
 
@@ -587,7 +587,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     """
     if exc.status_code in {204, 304}:  # must not have a body
         return Response(None, exc.status_code, exc.headers)
-    error = AppException(exc.detail)  # app_exception_handler logs this text for a 5xx
+    error = AppException(exc.detail)  # the text is the reason in a 5xx's log line
     error.status_code = exc.status_code
     error.headers = exc.headers
     if exc.status_code != 500:
@@ -1105,8 +1105,8 @@ class Database(MonitoredBackend):
     async def recover(self) -> None:
         # After a failover, old connections lead to the former primary. Replace those of
         # this pool, which read_engine and, on PostgreSQL, write_engine share. (SQLite
-        # has no failover. SQLAlchemy itself has replaced check_engine's connection
-        # after the failed check.)
+        # has no failover. SQLAlchemy itself replaces check_engine's connection if a
+        # check finds it lost or read-only.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1131,18 +1131,25 @@ class Database(MonitoredBackend):
             await engine.dispose()
 
 
+TOO_LARGE_ERRORS = (
+    psycopg.errors.StatementTooComplex,
+    psycopg.errors.TooManyArguments,
+    psycopg.errors.TooManyColumns,
+)
+
+
 def exceeds_limit(error: sa_exc.SQLAlchemyError) -> bool:
     """Return True if a statement was refused because it is too large.
 
     psycopg raises OperationalError for it, as in an outage, but the connection goes on.
     """
     driver_error = getattr(error, "orig", None)
+    if isinstance(driver_error, TOO_LARGE_ERRORS):
+        return True
+    # Without an SQLSTATE, the client library has refused it, for example because of
+    # 70,000 parameters. (If connecting has failed, there is no statement.)
     has_statement = getattr(error, "statement", None) is not None
-    if not isinstance(driver_error, psycopg.Error) or not has_statement:
-        return False
-    # None: psycopg itself has refused it, for example with 70,000 parameters.
-    # Class 54: PostgreSQL has.
-    return driver_error.sqlstate is None or driver_error.sqlstate.startswith("54")
+    return has_statement and getattr(driver_error, "sqlstate", "") is None
 
 
 def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
@@ -1348,8 +1355,8 @@ async def verify_password(password: str, stored_hash: str) -> tuple[bool, str | 
         )
 
 
-# python-jose decodes each part of a token by Python's base64, which ignores other
-# characters at the end. Without this pattern, a token would be valid in spite of them.
+# python-jose decodes a signature by Python's base64, which ignores other characters. So
+# without this pattern, a token with such characters added would still be valid.
 TOKEN_PATTERN = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")
 
 
@@ -1358,7 +1365,7 @@ class TokenClaims(BaseModel):
 
     # Another program with the same key could sign any number. Beyond 64 bits, the
     # database would raise: a 500 in place of a 401.
-    sub: Annotated[int, Field(ge=1, le=MAX_ID)]  # from a text (RFC 7519)
+    sub: Annotated[int, Field(ge=1, le=MAX_ID)]  # a text in the token (RFC 7519)
     version: pydantic.StrictInt  # strict, or `false` would count as 0
 
 
@@ -1366,8 +1373,8 @@ def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
     If the secret were passed as a text, python-jose would parse one that is JSON, such
-    as a text in quotes, when it verifies a token, but not when it signs one. So no
-    token would be valid.
+    as a text in quotes, when it verifies a token, but not when it signs one. With such
+    a secret, no token would be valid.
     """
     # SECRET_KEY may have bytes that are not UTF-8: in a SecretStr, pydantic does not
     # check that. Python reads them as surrogates; surrogateescape restores the bytes.
@@ -1674,7 +1681,7 @@ if allowed then
     count = count + 1
 end
 -- The reset is when the oldest time, at index 0, leaves the window. But if the limit
--- was lowered, there can be more than `limit` times. Then some must leave before that.
+-- was lowered, there can be more times than `limit`. Then all up to `index` must leave.
 local index = math.max(0, count - limit)
 local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
 local reset_time = tonumber(member_and_time[2]) + window
@@ -1709,12 +1716,12 @@ def client_key(address: str) -> str:
 def open_lock_file() -> IO[bytes]:
     """Return the file that a worker locks while it uses the shared memory.
 
-    It is locked by fcntl.lockf. The alternatives show why:
+    It is locked by fcntl.lockf, because the kernel releases the lock of a worker that
+    is killed. It is not locked by one of these:
 
-        fcntl.lockf           the kernel releases it if the worker is killed
-        fcntl.flock           it would belong to the open file, which all workers
-                              inherit, so they would hold it together
-        multiprocessing.Lock  if its worker is killed, it would stay locked for ever
+        fcntl.flock           a lock of the open file, which all workers inherit, so
+                              that they would hold it together
+        multiprocessing.Lock  if its owner is killed, it stays locked for ever
     """
     return tempfile.TemporaryFile()
 
@@ -1871,8 +1878,7 @@ class RedisRateLimiter(MonitoredBackend):
 
     async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
         keys = [f"{self.key_prefix}:{key}"]
-        # Any, because redis-py's types demand texts. Numbers work, too.
-        arguments: Any = [limit, seconds * 1_000_000, secrets.token_hex(8)]
+        arguments: list[int | str] = [limit, seconds * 1_000_000, secrets.token_hex(8)]
         async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
             allowed, *numbers = await self.script(keys, arguments)
         return RateLimitResult(bool(allowed), *numbers)
