@@ -79,7 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.app_state = {**self.app_state, "peer": self.client}  # in request.state
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
-    def refuse_slow(self) -> None:  # but do not cut off an earlier request's response
+    def refuse_slow(self) -> None:  # unless an earlier request is being answered
         if not self.cycle or self.cycle.response_complete:  # cycle: the latest request
             self.refuse(408)
 
@@ -89,7 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: a CONNECT stops the new parser, too
+            self.refuse(400)  # HttpParserUpgrade gets here only for a CONNECT
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 

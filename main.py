@@ -444,6 +444,7 @@ ERROR_CODES = {  # status code: the `error` in the body
     503: "service_unavailable",
     504: "timeout",
 }
+# (Retry-After is 1, because a server that is away is checked every second.)
 DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
 # The methods that allowed_methods tries, for the header Allow (RFC 9110 § 15.5.6).
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -1146,10 +1147,12 @@ def exceeds_limit(error: sa_exc.SQLAlchemyError) -> bool:
     driver_error = getattr(error, "orig", None)
     if isinstance(driver_error, TOO_LARGE_ERRORS):
         return True
+    if not isinstance(driver_error, psycopg.Error):
+        return False
     # Without an SQLSTATE, the client library has refused it, for example because of
     # 70,000 parameters. (If connecting has failed, there is no statement.)
     has_statement = getattr(error, "statement", None) is not None
-    return has_statement and getattr(driver_error, "sqlstate", "") is None
+    return has_statement and driver_error.sqlstate is None
 
 
 def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
@@ -1333,9 +1336,9 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # Check and join the queue without a break, or a whole burst could pass the check.
-    # `async with` joins at once. (`run_sync(…, limiter=…)` would first let other tasks
-    # run.)
+    # No other task may run between this check and joining the queue, or a whole burst
+    # would pass the check. `async with` joins at once. (`run_sync(…, limiter=…)` would
+    # first let other tasks run.)
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1425,7 +1428,7 @@ AFTER = sa.bindparam("after", type_=BigInt)
 # in the index items_of_owner: then the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     # owner_id = :owner AND id > :after
-    # With PostgreSQL's query, SQLite would read all items of the owner.
+    # (With the query for PostgreSQL, SQLite would read all items of the owner.)
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
     # PostgreSQL starts in the index where the first condition says, and stops where the
@@ -1717,7 +1720,7 @@ def open_lock_file() -> IO[bytes]:
     """Return the file that a worker locks while it uses the shared memory.
 
     It is locked by fcntl.lockf, because the kernel releases the lock of a worker that
-    is killed. It is not locked by one of these:
+    is killed. Two other locks would not work:
 
         fcntl.flock           a lock of the open file, which all workers inherit, so
                               that they would hold it together
@@ -2319,8 +2322,8 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
-    # LimitsAndErrorsMiddleware can answer these on every route. The checks below answer
-    # 503, too, with a body of their own. So they document both bodies.
+    # LimitsAndErrorsMiddleware can answer these on every route. /health/ready and
+    # /health also answer 503 with a body of their own: so they document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
     # (The one in create_app does not apply to routes that are passed as `routes=`.)
