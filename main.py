@@ -238,7 +238,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A text of spaces only, which env_ignore_empty does not see, counts as not set.
+        For a text of spaces only, the default counts. (env_ignore_empty ignores only
+        an empty one.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -1158,8 +1159,10 @@ def exceeds_limit(error: sa_exc.SQLAlchemyError) -> bool:
 def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     """Return True if the database cannot serve now, False for any other error."""
     # Wrong SQL is a bug, not an outage. sqlite3 raises OperationalError for it, too.
+    # (The name is SQLITE_SCHEMA if SQLite has just read the tables anew.)
     driver_error = getattr(error, "orig", None)
-    if getattr(driver_error, "sqlite_errorname", "") == "SQLITE_ERROR":
+    sqlite_error = getattr(driver_error, "sqlite_errorname", "")
+    if sqlite_error in {"SQLITE_ERROR", "SQLITE_SCHEMA"}:
         return False
     # The connection was lost, or drop_read_only_connections has replaced it.
     if getattr(error, "connection_invalidated", False):
@@ -1204,7 +1207,8 @@ def to_utc(moment: datetime) -> datetime:
 
 
 UtcTime = Annotated[datetime, AfterValidator(to_utc)]
-LowercaseValidator = AfterValidator(str.lower)
+# Only ASCII: str.lower would make a "k" of the Kelvin sign, too.
+LowercaseValidator = AfterValidator(lambda s: s.lower() if s.isascii() else s)
 # Keyboards send an "é" as one character or as two; NFC makes them equal (NIST SP
 # 800-63B-4 § 3.1.1.2).
 NormalizedValidator = AfterValidator(partial(unicodedata.normalize, "NFC"))
@@ -1403,7 +1407,9 @@ def decode_access_token(token: str, settings: Settings) -> TokenClaims:
     """
     if not TOKEN_PATTERN.fullmatch(token):
         raise UnauthorizedException
-    options = {"require_sub": True, "require_iat": True, "require_exp": True}
+    # The leeway makes a token invalid at `exp`, not a second later (RFC 7519 § 4.1.4).
+    required = {"require_sub": True, "require_iat": True, "require_exp": True}
+    options = {**required, "leeway": -1}
     key = signing_key(settings)
     try:
         claims = jwt.decode(token, key, [settings.ALGORITHM], options)
@@ -1955,6 +1961,8 @@ TRACEPARENT_PATTERN = re.compile(
     rb"-(?!0+-)[\da-f]{16}"  # parent_id
     rb"-[\da-f]{2}(-.*)?"  # flags; later versions may append parts
 )
+# The control characters that uvicorn refuses in the value of a header.
+INVALID_HEADER_PATTERN = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 # Starlette needs 0.1 s to parse a Content-Type of 60,000 semicolons.
 MAX_CONTENT_TYPE_BYTES = 1000
 MAX_PATH_CHARACTERS = 500  # keeps a log line under 4 KiB, as Logging explains
@@ -2204,7 +2212,9 @@ class LimitsAndErrorsMiddleware:
         timer = asyncio.timeout(self.timeout_seconds)
         try:
             async with timer:
-                await self.app(scope, self.limit_body(scope, receive), send)
+                await self.app(
+                    scope, self.limit_body(scope, receive), self.check_headers(send)
+                )
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - answered
             response = await self.answer_error(Request(scope), error, timer.expired())
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
@@ -2224,6 +2234,21 @@ class LimitsAndErrorsMiddleware:
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
             return await app_exception_handler(request, late)
         return await unhandled_exception_handler(request, error)
+
+    def check_headers(self, send: Send) -> Send:
+        """Return a `send` that raises ValueError for an invalid header of a response.
+
+        uvicorn would also raise an exception, but too late for a 500: it would close
+        the connection without a response.
+        """
+
+        async def send_checked(message: Message) -> None:
+            for _, value in message.get("headers", ()):
+                if INVALID_HEADER_PATTERN.search(value):
+                    raise ValueError("a response header has a control character")
+            await send(message)
+
+        return send_checked
 
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
@@ -2398,10 +2423,10 @@ LoginFormBody = Annotated[LoginForm, Form()]
 LOGIN_LIMIT = [Depends(rate_limit_dependency("login"))]
 
 users_router = APIRouter(prefix="/users", tags=["users"])
-# `form_limits` is FastAPI's: a form with more than 20 fields, or with a file, gets 400,
+# `form_limits` is FastAPI's: a form with more than 10 fields, or with a file, gets 400,
 # because parsing it takes time. (By default, FastAPI allows 1,000 fields.)
 auth_router = APIRouter(
-    prefix="/auth", tags=["auth"], form_limits={"max_fields": 20, "max_files": 0}
+    prefix="/auth", tags=["auth"], form_limits={"max_fields": 10, "max_files": 0}
 )
 items_router = APIRouter(
     prefix="/items", tags=["items"], responses=document_errors(401)
