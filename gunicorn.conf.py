@@ -123,8 +123,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
-        # header_bytes may include the beginning of the body: measure the headers alone.
-        size = len(self.url) + sum(len(b"%s: %s\r\n" % pair) for pair in self.headers)
+        # header_bytes may count a part of the body, too. (4: colon, space, line break.)
+        size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
             raise httptools.HttpParserError  # stops parsing; refuse acts only once

@@ -92,6 +92,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Host, Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HEADER_RE, HEADER_VALUE_RE
 
 # --- Settings -------------------------------------------------------------------------
 # What an operator can set. No other section reads the environment.
@@ -1206,9 +1207,13 @@ def to_utc(moment: datetime) -> datetime:
         raise ValueError("is out of range") from None
 
 
+def lowercase_ascii(text: str) -> str:
+    """Leave other texts alone: str.lower would make a "k" of the Kelvin sign, too."""
+    return text.lower() if text.isascii() else text
+
+
 UtcTime = Annotated[datetime, AfterValidator(to_utc)]
-# Only ASCII: str.lower would make a "k" of the Kelvin sign, too.
-LowercaseValidator = AfterValidator(lambda s: s.lower() if s.isascii() else s)
+LowercaseValidator = AfterValidator(lowercase_ascii)
 # Keyboards send an "é" as one character or as two; NFC makes them equal (NIST SP
 # 800-63B-4 § 3.1.1.2).
 NormalizedValidator = AfterValidator(partial(unicodedata.normalize, "NFC"))
@@ -1367,6 +1372,14 @@ async def verify_password(password: str, stored_hash: str) -> tuple[bool, str | 
 TOKEN_PATTERN = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")
 
 
+TOKEN_OPTIONS = {
+    "require_sub": True,
+    "require_iat": True,
+    "require_exp": True,
+    "leeway": -1,  # a token is invalid at `exp`, not a second later (RFC 7519 § 4.1.4)
+}
+
+
 class TokenClaims(BaseModel):
     """What a token says of its user. (python-jose itself checks the times.)"""
 
@@ -1407,12 +1420,9 @@ def decode_access_token(token: str, settings: Settings) -> TokenClaims:
     """
     if not TOKEN_PATTERN.fullmatch(token):
         raise UnauthorizedException
-    # The leeway makes a token invalid at `exp`, not a second later (RFC 7519 § 4.1.4).
-    required = {"require_sub": True, "require_iat": True, "require_exp": True}
-    options = {**required, "leeway": -1}
     key = signing_key(settings)
     try:
-        claims = jwt.decode(token, key, [settings.ALGORITHM], options)
+        claims = jwt.decode(token, key, [settings.ALGORITHM], TOKEN_OPTIONS)
         return TokenClaims.model_validate(claims)
     except Exception:  # noqa: BLE001 - such as RecursionError for deeply nested JSON
         raise UnauthorizedException from None
@@ -1961,8 +1971,6 @@ TRACEPARENT_PATTERN = re.compile(
     rb"-(?!0+-)[\da-f]{16}"  # parent_id
     rb"-[\da-f]{2}(-.*)?"  # flags; later versions may append parts
 )
-# The control characters that uvicorn refuses in the value of a header.
-INVALID_HEADER_PATTERN = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 # Starlette needs 0.1 s to parse a Content-Type of 60,000 semicolons.
 MAX_CONTENT_TYPE_BYTES = 1000
 MAX_PATH_CHARACTERS = 500  # keeps a log line under 4 KiB, as Logging explains
@@ -2178,6 +2186,24 @@ def is_cancelled_by_server(error: BaseException) -> bool:
     return is_cancelled and isinstance(error, asyncio.CancelledError)
 
 
+def check_response_headers(send: Send) -> Send:
+    """Return a `send` that raises ValueError for a header that uvicorn would refuse.
+
+    uvicorn raises an exception, too, but too late for a 500: it would close the
+    connection without a response.
+    """
+
+    async def send_checked(message: Message) -> None:
+        for name, value in message.get("headers", ()):
+            if HEADER_RE.search(name) or HEADER_VALUE_RE.search(value):
+                raise ValueError(
+                    "a response header has a character that is not allowed"
+                )
+        await send(message)
+
+    return send_checked
+
+
 class LimitsAndErrorsMiddleware:
     """Limit the body and the time of a request, and answer what goes wrong.
 
@@ -2208,13 +2234,13 @@ class LimitsAndErrorsMiddleware:
             for name, value in scope["headers"]
             if name != b"content-type" or len(value) <= MAX_CONTENT_TYPE_BYTES
         ]
+        receive_limited = self.limit_body(scope, receive)
+        send_checked = check_response_headers(send)
         response: Response | None = None
         timer = asyncio.timeout(self.timeout_seconds)
         try:
             async with timer:
-                await self.app(
-                    scope, self.limit_body(scope, receive), self.check_headers(send)
-                )
+                await self.app(scope, receive_limited, send_checked)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - answered
             response = await self.answer_error(Request(scope), error, timer.expired())
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
@@ -2234,21 +2260,6 @@ class LimitsAndErrorsMiddleware:
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
             return await app_exception_handler(request, late)
         return await unhandled_exception_handler(request, error)
-
-    def check_headers(self, send: Send) -> Send:
-        """Return a `send` that raises ValueError for an invalid header of a response.
-
-        uvicorn would also raise an exception, but too late for a 500: it would close
-        the connection without a response.
-        """
-
-        async def send_checked(message: Message) -> None:
-            for _, value in message.get("headers", ()):
-                if INVALID_HEADER_PATTERN.search(value):
-                    raise ValueError("a response header has a control character")
-            await send(message)
-
-        return send_checked
 
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.

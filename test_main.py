@@ -685,6 +685,7 @@ FAILURES: dict[str, tuple[BaseException, int, str]] = {
     "own-class": (PaymentException(), 402, USUAL_500),
     "own-error": (HTTPException(403, headers={"X-Own": "yes"}), 403, "Forbidden"),
     "own-cache": (HTTPException(403, headers={"Cache-Control": "x"}), 403, "Forbidden"),
+    "own-name": (HTTPException(403, headers={"X Own": "a"}), 500, USUAL_500),
     "own-line": (HTTPException(403, headers={"X-Own": "a\nb"}), 500, USUAL_500),
     "own-text": (HTTPException(403, "Not on Sundays."), 403, "Not on Sundays."),
     "own-outage": (HTTPException(503, "It burns. " * 99), 503, "It burns."),
