@@ -76,7 +76,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         host, port = self.client or ("127.0.0.1", 0)  # a unix socket counts as local
         self.client = (host.removeprefix("::ffff:"), port)  # for FORWARDED_ALLOW_IPS
-        self.app_state = {**self.app_state, "peer": self.client}  # in request.state
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:  # unless an earlier request is being answered

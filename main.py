@@ -73,7 +73,14 @@ from jose.utils import base64url_encode
 from psycopg.conninfo import make_conninfo
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
-from pydantic import MISSING, AfterValidator, BaseModel, Field, SecretStr
+from pydantic import (
+    MISSING,
+    AfterValidator,
+    BaseModel,
+    Field,
+    SecretStr,
+    StringConstraints,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 from python_multipart.multipart import parse_options_header
@@ -92,7 +99,6 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Host, Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HEADER_RE, HEADER_VALUE_RE
 
 # --- Settings -------------------------------------------------------------------------
 # What an operator can set. No other section reads the environment.
@@ -569,12 +575,8 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # A mounted application can raise a 405, too: for example StaticFiles at /api, for
-    # PUT /api/v1/items. Its Mount has appended /api to the request's root_path, with
-    # which none of our routes would match. So use the original one.
-    root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
-        scope = {**request.scope, "method": method, "root_path": root_path}
+        scope = {**request.scope, "method": method}
         # Not route.methods: since FastAPI 0.137, app.routes also contains routers,
         # which have `matches`, but no `methods`.
         if any(route.matches(scope)[0] == Match.FULL for route in routes):
@@ -624,11 +626,8 @@ def remove_values(exc: ResponseValidationError) -> None:
             error.pop(key, None)
 
 
-async def unhandled_exception_handler(request: Request, exc: BaseException) -> Response:
+async def unhandled_exception_handler(request: Request, exc: Exception) -> Response:
     """Turn an unhandled exception into a 500; the log line has the traceback.
-
-    `exc` is a BaseException, because a route can raise CancelledError: for example, if
-    it awaits a task that was cancelled.
 
     LimitsAndErrorsMiddleware calls this function. A handler that is registered for
     Exception runs outside all middleware, so its response has no id and no security
@@ -1207,25 +1206,19 @@ def to_utc(moment: datetime) -> datetime:
         raise ValueError("is out of range") from None
 
 
-def lowercase_ascii(text: str) -> str:
-    """Leave other texts alone: str.lower would make a "k" of the Kelvin sign, too."""
-    return text.lower() if text.isascii() else text
-
-
 UtcTime = Annotated[datetime, AfterValidator(to_utc)]
-LowercaseValidator = AfterValidator(lowercase_ascii)
 # Keyboards send an "é" as one character or as two; NFC makes them equal (NIST SP
 # 800-63B-4 § 3.1.1.2).
 NormalizedValidator = AfterValidator(partial(unicodedata.normalize, "NFC"))
 NewUsername = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$"), LowercaseValidator
+    str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$", to_lower=True)
 ]
 # NIST SP 800-63B-4: at least 15 characters without a second factor, and no other rules.
 NewPassword = Annotated[str, Field(min_length=15, max_length=128), NormalizedValidator]
 # A login accepts nearly any text, so that a name such as "?!", which nobody can have,
 # gets 401, as any wrong name does. The length is arbitrary.
 LoginText = Annotated[str, Field(min_length=1, max_length=1024)]
-LoginName = Annotated[LoginText, Field(pattern=NO_NUL), LowercaseValidator]
+LoginName = Annotated[LoginText, StringConstraints(pattern=NO_NUL, to_lower=True)]
 LoginPassword = Annotated[LoginText, NormalizedValidator]  # can have NUL: it is hashed
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
 Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
@@ -1699,11 +1692,8 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
--- The reset is when the oldest time, at index 0, leaves the window. But if the limit
--- was lowered, there can be more times than `limit`. Then all up to `index` must leave.
-local index = math.max(0, count - limit)
-local member_and_time = redis.call('ZRANGE', key, index, index, 'WITHSCORES')
-local reset_time = tonumber(member_and_time[2]) + window
+local oldest_member_and_time = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
+local reset_time = tonumber(oldest_member_and_time[2]) + window
 local reset_seconds = math.ceil((reset_time - now) / 1000000)
 -- The fields of RateLimitResult. Redis sends true as 1, and false as null.
 return {allowed, limit, math.max(0, limit - count), reset_seconds}
@@ -1959,9 +1949,8 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
 
 # --- Middleware -----------------------------------------------------------------------
 # Pure ASGI, because BaseHTTPMiddleware is several times slower. Middleware and routes
-# share data in scope["state"], which is `request.state`: peer, request_id, client,
-# trace_id, user_id, rate_limit, status_code, and for the log line `reason` and
-# `exception`.
+# share data in scope["state"], which is `request.state`: request_id, client, trace_id,
+# user_id, rate_limit, status_code, and for the log line `reason` and `exception`.
 
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context § 3.2. The version "ff" and ids of zeros are invalid.
@@ -2018,18 +2007,6 @@ def warn_of_untrusted_proxy() -> None:
     )
 
 
-def is_trusted_proxy(scope: Scope) -> bool:
-    """Return True if uvicorn believes the X-Forwarded-For of this connection's peer.
-
-    Only if FORWARDED_ALLOW_IPS names the peer, uvicorn replaces scope["client"] by a
-    new tuple, made from the header. Under gunicorn, LimitedHttpProtocol stores the
-    original one in `peer`. The two can be equal, but only the original is the same
-    object. Without gunicorn, there is no `peer`, and this is True.
-    """
-    state = scope["state"]
-    return "peer" not in state or scope["client"] is not state["peer"]
-
-
 class RequestLoggingMiddleware:
     """Set the request's root path, id and client; measure its time; log it."""
 
@@ -2078,8 +2055,12 @@ class RequestLoggingMiddleware:
             state["trace_id"] = trace[1].decode()
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
-        if headers.get(b"x-forwarded-for") and not is_trusted_proxy(scope):
-            warn_of_untrusted_proxy()
+        if headers.get(b"x-forwarded-for"):
+            # If FORWARDED_ALLOW_IPS names the peer, uvicorn has taken the client's
+            # address from this header. Otherwise, the address is the peer's.
+            forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
+            if address not in ", ".join(forwarded_for):
+                warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
         # Without a status, a middleware has raised an exception, and Starlette is about
@@ -2174,36 +2155,6 @@ class RateLimitMiddleware:
         await self.app(scope, receive, send_with_rate_limit)
 
 
-def is_cancelled_by_server(error: BaseException) -> bool:
-    """Return True if uvicorn has cancelled this task, which it does at a shutdown.
-
-    A task's cancelling() counts the calls of its cancel(). It is 1 after uvicorn's. It
-    is 0 after asyncio.timeout, which takes its own call back, and if the CancelledError
-    comes from the route, for example from another task that it awaits.
-    """
-    task = asyncio.current_task()
-    is_cancelled = task is not None and task.cancelling() > 0
-    return is_cancelled and isinstance(error, asyncio.CancelledError)
-
-
-def check_response_headers(send: Send) -> Send:
-    """Return a `send` that raises ValueError for a header that uvicorn would refuse.
-
-    uvicorn raises an exception, too, but too late for a 500: it would close the
-    connection without a response.
-    """
-
-    async def send_checked(message: Message) -> None:
-        for name, value in message.get("headers", ()):
-            if HEADER_RE.search(name) or HEADER_VALUE_RE.search(value):
-                raise ValueError(
-                    "a response header has a character that is not allowed"
-                )
-        await send(message)
-
-    return send_checked
-
-
 class LimitsAndErrorsMiddleware:
     """Limit the body and the time of a request, and answer what goes wrong.
 
@@ -2235,12 +2186,11 @@ class LimitsAndErrorsMiddleware:
             if name != b"content-type" or len(value) <= MAX_CONTENT_TYPE_BYTES
         ]
         receive_limited = self.limit_body(scope, receive)
-        send_checked = check_response_headers(send)
         response: Response | None = None
         timer = asyncio.timeout(self.timeout_seconds)
         try:
             async with timer:
-                await self.app(scope, receive_limited, send_checked)
+                await self.app(scope, receive_limited, send)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - answered
             response = await self.answer_error(Request(scope), error, timer.expired())
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
@@ -2250,11 +2200,12 @@ class LimitsAndErrorsMiddleware:
             await response(scope, receive, send)
 
     async def answer_error(
-        self, request: Request, error: BaseException, is_late: bool
+        self, request: Request, error: Exception | asyncio.CancelledError, is_late: bool
     ) -> Response:
-        if is_cancelled_by_server(error):
-            # The server cancels a task only once, so this response can still be sent.
-            stopping = ServiceUnavailableException("the server is shutting down")
+        if isinstance(error, asyncio.CancelledError):
+            # uvicorn cancels the requests that outlast a shutdown. It does so only
+            # once, so this response can still be sent.
+            stopping = ServiceUnavailableException("cancelled, as at a shutdown")
             return await app_exception_handler(request, stopping)
         if is_late:
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
