@@ -2965,7 +2965,7 @@ async def test_lifespan_leaves_no_task_and_no_connection() -> None:
     async with serve() as client:
         await client.get("http://test/health/ready")
         assert threading.active_count() > threads
-    await eventually(lambda: threading.active_count() == threads, "connections end")
+    await eventually(lambda: threading.active_count() <= threads, "connections end")
     assert asyncio.all_tasks() == tasks
 
 
@@ -3291,11 +3291,10 @@ async def test_timeout_of_an_idle_connection(
 
 
 async def test_timeout_is_off_during_a_slow_request(connection: Connection) -> None:
-    slow = (GET + SLOW[:-2], b"\r\n", 1000)
-    await connection.send(GET[:9], GET[9:], *slow, GET[:9], 1000)
+    await connection.send(GET[:9], GET[9:], SLOW, 1000, GET[:9], 1000)
     connection.state.tasks.pop().cancel()
     await connection.send(GET[9:])
-    assert connection.statuses() == [200, 200, 200, 200]
+    assert connection.statuses() == [200, 200, 200]
 
 
 @cases(
