@@ -29,6 +29,7 @@ find_user to a repository.
 import asyncio
 import ctypes
 import fcntl
+import gc
 import ipaddress
 import json
 import logging
@@ -57,7 +58,6 @@ from contextvars import Context, ContextVar
 from datetime import UTC, datetime
 from functools import cache, lru_cache, partial
 from operator import attrgetter
-from traceback import clear_frames
 from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 from urllib.parse import quote
 
@@ -820,21 +820,6 @@ class FairPool(AsyncAdaptedQueuePool):
         self._invalidate_time = time.time()
 
 
-async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
-    """Connect, and leave nothing open if that fails or is cancelled.
-
-    After a failed connect, the exception refers to its traceback, the traceback to
-    frames, and the local variables of the frames (in psycopg 3.3 and SQLAlchemy 2.1) to
-    the connection and to the exception again. This cycle would keep the socket open
-    until the garbage collector runs, maybe for minutes. clear_frames breaks it.
-    """
-    try:
-        return await psycopg.AsyncConnection.connect(*args, **options)
-    except BaseException as error:
-        clear_frames(error.__traceback__)
-        raise
-
-
 def cut_message(context: sa.engine.ExceptionContext) -> None:
     """Keep the first line of a message. PostgreSQL's second line can quote a row."""
     # SQLAlchemy copies the driver's message, and a traceback shows both exceptions.
@@ -1014,8 +999,6 @@ class Database(MonitoredBackend):
         else:
             url = url.set(query=self.postgresql_parameters())
             arguments["connect_args"] = {
-                # SQLAlchemy calls this in place of psycopg's own function.
-                "async_creator_fn": connect_to_postgresql,
                 # No prepared statements: after an ALTER TABLE, PostgreSQL refuses them.
                 "prepare_threshold": None,
             }
@@ -1112,6 +1095,9 @@ class Database(MonitoredBackend):
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
+        # After a failed connect (in psycopg 3.3 and SQLAlchemy 2.1), a reference cycle
+        # keeps the socket open until the garbage collector runs, maybe for minutes.
+        gc.collect()
         # Without any table, the database is a new one: create them all. If only some
         # are missing, do not: a migration may be running now. (`start` may create them,
         # because migrations run before the service starts.)

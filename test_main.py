@@ -968,14 +968,18 @@ async def test_cancellation_frees_a_connection(moment: str, database_url: str) -
         assert await add_user(database, "bob")
 
 
-async def test_cancelled_connect_leaves_no_socket() -> None:
+async def test_failed_connect_leaves_no_socket_after_recover() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"postgresql://u@127.0.0.1:{silent.getsockname()[1]}/d"
-        task = main.Database(make_settings(DATABASE_URL=url)).start_check()
+        database = main.Database(make_settings(DATABASE_URL=url))
+        task = asyncio.create_task(database.ping())
         client, _ = await asyncio.to_thread(silent.accept)
         await let_others_run()
     task.cancel()
     await asyncio.wait({task})
+    del task  # or its exception would keep the connection
+    with pytest.raises(sa.exc.OperationalError):
+        await database.recover()
     with client:
         client.settimeout(PATIENCE_SECONDS)
         assert b"".join(iter(lambda: client.recv(99), b"")) != b""
@@ -2584,8 +2588,7 @@ async def test_forwarded_for_warns_once(trusted: str, n: int, log: Log) -> None:
     log.start(LOG_LEVEL="WARNING")
     inner: Any = built_app()
     app: Any = ProxyHeadersMiddleware(inner, trusted_hosts=trusted)
-    names = [b"203.0.113.9", b"10.0.0.8"]  # each proxy may add a header of its own
-    headers = [(b"x-forwarded-for", name) for name in names]
+    headers = [(b"x-forwarded-for", x) for x in (b"203.0.113.9", b"10.0.0.8")]
     for _ in range(3):
         await send_raw(app, "/nowhere", client=("10.0.0.9", 5), headers=headers)
     assert ["FORWARDED_ALLOW_IPS" in x["message"] for x in log.lines()] == [True] * n
