@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heart
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # as "main:create_app()" sets up no logging
+    if not logging.getLogger().handlers:  # you serve main:create_app()
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -78,11 +78,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.client = (host.removeprefix("::ffff:"), port)  # for FORWARDED_ALLOW_IPS
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
-    def refuse_slow(self) -> None:  # unless an earlier request is being answered
+    def refuse_slow(self) -> None:  # behind an earlier request, keep-alive ends it
         if not self.cycle or self.cycle.response_complete:  # cycle: the latest request
             self.refuse(408)
 
-    def data_received(self, data: bytes) -> None:  # no super: that stops at an Upgrade
+    def data_received(self, data: bytes) -> None:  # uvicorn's own stops at an Upgrade
         if not self.is_in_body:
             self.header_bytes += len(data)
         try:
@@ -93,10 +93,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
-        """Feed the parser. Ignore `Upgrade`, which Java's HttpClient always offers.
+        """Feed the parser, but ignore `Upgrade`, which Java's HttpClient always offers.
 
-        With `Upgrade`, the parser stops after the headers, and uvicorn drops the body.
-        So a new parser gets the headers once more, without it, and then the body.
+        The parser stops after headers with `Upgrade`, and does not read the body. So
+        make a new parser. Feed it the same headers without `Upgrade`, then the body.
         """
         while data:  # once more after an Upgrade, with the new parser
             try:
@@ -115,7 +115,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
-        self._unset_keepalive_if_required()  # private: ends the keep-alive timer
+        self._unset_keepalive_if_required()  # private; uvicorn's data_received calls it
         self.header_timer.cancel()  # it runs since the connect, for the first request
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -132,7 +132,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # or trailers would change the request's own headers
+        self.headers = []  # a new list, or trailers would get into the request's own
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else the new parser calls this again
@@ -151,7 +151,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_stopping = True
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        self.loop.call_later(0.5, super().shutdown)  # for requests on their way
+        self.loop.call_later(0.5, super().shutdown)  # first answer what is on its way
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
@@ -161,13 +161,14 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # While uvicorn runs, it handles SIGTERM itself. After its shutdown, it restores
-        # this handler and raises SIGTERM again. gunicorn's handle_quit exits with 0.
+        # uvicorn replaces this handler while it runs. After its shutdown, it restores
+        # it and raises SIGTERM again. gunicorn's handle_quit then exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # UvicornWorker calls it at SIGQUIT
-        signal.raise_signal(signal.SIGTERM)  # gunicorn sends SIGQUIT at Ctrl+C
+    def handle_exit(self, *_: object) -> None:
+        """UvicornWorker calls this at SIGQUIT, which gunicorn sends at Ctrl+C."""
+        signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:
         await super().callback_notify()

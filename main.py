@@ -77,6 +77,7 @@ from pydantic import (
     MISSING,
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     Field,
     SecretStr,
     StringConstraints,
@@ -193,7 +194,7 @@ def parse_origin(value: str) -> str:
 
 # sa.URL is a kind of tuple. Without NoDecode, pydantic-settings would decode its text
 # as JSON, as it does for a list or a tuple.
-DatabaseUrl = Annotated[sa.URL, NoDecode, pydantic.BeforeValidator(parse_database_url)]
+DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
 # pydantic checks that a str is valid Unicode only if its length or pattern is given.
@@ -317,12 +318,13 @@ LIBRARY_LEVELS = {
     # These repeat what the request's own line says.
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
-    # The logger of the class FairPool: SQLAlchemy names it after class and module. It
-    # logs an ERROR if a request is cancelled while it returns its connection: harmless.
+    # SQLAlchemy's logger of the class FairPool (see Database). It logs a harmless ERROR
+    # if a request is cancelled while it returns its connection.
     f"{__name__}.FairPool": "CRITICAL",
 }
-# These have handlers, which setup_logging replaces: gunicorn.error; uvicorn.error, to
-# which UvicornWorker copies those of gunicorn.error; and, without gunicorn, uvicorn.
+# The servers give these loggers handlers, which setup_logging replaces. Without
+# gunicorn, only uvicorn is used. (UvicornWorker gives uvicorn.error the handlers of
+# gunicorn.error.)
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
@@ -452,7 +454,7 @@ ERROR_CODES = {  # status code: the `error` in the body
     503: "service_unavailable",
     504: "timeout",
 }
-# (Retry-After is 1, because a server that is away is checked every second.)
+# (Retry-After is 1, because the database is checked every second in an outage.)
 DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
 # The methods that allowed_methods tries, for the header Allow (RFC 9110 § 15.5.6).
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -700,7 +702,7 @@ def shut_down_socket(descriptor: int) -> None:
 
 
 def is_readable(descriptor: int) -> bool:
-    """Return True if something can be read from a socket now, even its end."""
+    """Return True if a socket has received data, or the other side has closed it."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(0))
@@ -733,10 +735,9 @@ class FairPool(AsyncAdaptedQueuePool):
         # A timer for each connection. A ConnectionPoolEntry, or record, is a place in
         # the pool. If its connection is lost, it opens a new one.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # A request gets a connection at "checkout", and gives it back at "checkin". On
-        # an engine's first connection, SQLAlchemy sends statements of its own, between
-        # "connect" and "checkout". They can hang, too, so "connect" starts the timer,
-        # and "checkout" starts it anew.
+        # A request holds a connection from "checkout" to "checkin". "connect" starts the
+        # timer, too, because SQLAlchemy sends statements of its own between an engine's
+        # first "connect" and "checkout", and these can hang.
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -768,8 +769,8 @@ class FairPool(AsyncAdaptedQueuePool):
         """Replace an idle connection that PostgreSQL has closed, as a restart does.
 
         Otherwise, the request would fail. If an idle connection has something to read,
-        the server has nearly always closed it. Looking for that costs no round trip,
-        unlike SQLAlchemy's own pool_pre_ping.
+        the server has nearly always closed it. (To replace a good one does no harm.)
+        Looking for that costs no round trip, unlike SQLAlchemy's own pool_pre_ping.
         """
         connection = record.driver_connection
         if not isinstance(connection, psycopg.AsyncConnection):
@@ -845,7 +846,7 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
-    """Set up a new connection: SQLAlchemy's synchronous wrapper of aiosqlite's."""
+    """Set up a new connection. It is SQLAlchemy's wrapper, with synchronous methods."""
     # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
     # other has switched the file, and the mode is stored in the file.
     with suppress(sqlite3.OperationalError):
@@ -1011,7 +1012,9 @@ class Database(MonitoredBackend):
             **arguments,
             poolclass=FairPool,
             pool_size=pool_size,
-            max_overflow=0,  # all connections stay open
+            # pool_size includes DATABASE_MAX_OVERFLOW, so all connections stay open. To
+            # close and reopen some of them under load would be slow.
+            max_overflow=0,
             pool_timeout=seconds,
             hide_parameters=True,  # or every error would log them
             # Database.ping selects from all tables without a join: do not warn of it.
@@ -1126,10 +1129,10 @@ TOO_LARGE_ERRORS = (
 )
 
 
-def exceeds_limit(error: sa_exc.SQLAlchemyError) -> bool:
+def is_statement_too_large(error: sa_exc.SQLAlchemyError) -> bool:
     """Return True if a statement was refused because it is too large.
 
-    psycopg raises OperationalError for it, as in an outage, but the connection goes on.
+    psycopg raises OperationalError, as in an outage, but the connection stays usable.
     """
     driver_error = getattr(error, "orig", None)
     if isinstance(driver_error, TOO_LARGE_ERRORS):
@@ -1145,7 +1148,7 @@ def exceeds_limit(error: sa_exc.SQLAlchemyError) -> bool:
 def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     """Return True if the database cannot serve now, False for any other error."""
     # Wrong SQL is a bug, not an outage. sqlite3 raises OperationalError for it, too.
-    # (The name is SQLITE_SCHEMA if SQLite has just read the tables anew.)
+    # (SQLITE_SCHEMA takes the place of SQLITE_ERROR if the tables have changed.)
     driver_error = getattr(error, "orig", None)
     sqlite_error = getattr(driver_error, "sqlite_errorname", "")
     if sqlite_error in {"SQLITE_ERROR", "SQLITE_SCHEMA"}:
@@ -1153,7 +1156,7 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     # The connection was lost, or drop_read_only_connections has replaced it.
     if getattr(error, "connection_invalidated", False):
         return True
-    if exceeds_limit(error):
+    if is_statement_too_large(error):
         return False
     # The server is not reachable, full or too slow, or no connection was free in time.
     return isinstance(error, sa_exc.OperationalError | sa_exc.TimeoutError)
@@ -1324,9 +1327,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # No other task may run between this check and joining the queue, or a whole burst
-    # would pass the check. `async with` joins at once. (`run_sync(…, limiter=…)` would
-    # first let other tasks run.)
+    # `async with` enters the queue before another task can run. `run_sync(…, limiter=…)`
+    # would let other tasks run first, so a burst of requests would pass this check.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1346,8 +1348,8 @@ async def verify_password(password: str, stored_hash: str) -> tuple[bool, str | 
         )
 
 
-# python-jose decodes a signature by Python's base64, which ignores other characters. So
-# without this pattern, a token with such characters added would still be valid.
+# python-jose decodes a signature by Python's base64, which ignores characters outside
+# its alphabet. Without this pattern, a token with such characters would still be valid.
 TOKEN_PATTERN = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")
 
 
@@ -1371,9 +1373,9 @@ class TokenClaims(BaseModel):
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    If the secret were passed as a text, python-jose would parse one that is JSON, such
-    as a text in quotes, when it verifies a token, but not when it signs one. With such
-    a secret, no token would be valid.
+    If the key is a text, python-jose's decode first tries to parse it as JSON, but its
+    encode does not. With a secret that is JSON, such as a text in quotes, the two would
+    use different keys.
     """
     # SECRET_KEY may have bytes that are not UTF-8: in a SecretStr, pydantic does not
     # check that. Python reads them as surrogates; surrogateescape restores the bytes.
@@ -1419,16 +1421,14 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # With types, because sa.tuple_ (below) does not infer those of its parameters.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# Both queries find the same items. Each lets its database go straight to the first one
-# in the index items_of_owner: then the last page costs what the first does.
+# Both queries find the same items. Each makes its database go straight to the first
+# one in the index items_of_owner, so the last page costs what the first does. With the
+# query for SQLite, PostgreSQL could walk the primary key, and skip the items of all
+# other owners. With the query for PostgreSQL, SQLite would read all items of the owner.
 LIST_ITEMS_QUERIES = {
     # owner_id = :owner AND id > :after
-    # (With the query for PostgreSQL, SQLite would read all items of the owner.)
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
-    # PostgreSQL starts in the index where the first condition says, and stops where the
-    # second says. With `owner_id = :owner`, it could also go through the primary key in
-    # the order of id, and skip the items of all other owners.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1507,10 +1507,10 @@ async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
 # or when the dependency closes it. No service holds one while a password is hashed,
 # which takes 30 ms.
 
-Page = dict[str, Any]  # from which a UserPage or an ItemPage is made
+PageFields = dict[str, Any]  # for the model_validate of UserPage or ItemPage
 
 
-def make_page(name: str, rows: Rows, limit: int) -> Page:
+def make_page(name: str, rows: Rows, limit: int) -> PageFields:
     """Return a page: up to `limit` rows, under `name`, and where the next page starts.
 
     `rows` has up to `limit + 1`: one more shows that there is a next page.
@@ -1578,7 +1578,7 @@ async def read_token_owner(db: AsyncSession, user_id: int, version: int) -> User
     return user
 
 
-async def read_users(db: AsyncSession, after: int, limit: int) -> Page:
+async def read_users(db: AsyncSession, after: int, limit: int) -> PageFields:
     return make_page("users", await list_users(db, after, limit + 1), limit)
 
 
@@ -1630,7 +1630,9 @@ async def read_item(db: AsyncSession, owner: User, item_id: int) -> Item:
     return item
 
 
-async def read_items(db: AsyncSession, owner: User, after: int, limit: int) -> Page:
+async def read_items(
+    db: AsyncSession, owner: User, after: int, limit: int
+) -> PageFields:
     return make_page("items", await list_items(db, owner.id, after, limit + 1), limit)
 
 
@@ -1678,6 +1680,7 @@ if allowed then
     redis.call('PEXPIRE', key, math.ceil(window / 1000))
     count = count + 1
 end
+-- The set is not empty here: it has this request, or it is full.
 local oldest_member_and_time = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
 local reset_time = tonumber(oldest_member_and_time[2]) + window
 local reset_seconds = math.ceil((reset_time - now) / 1000000)
@@ -2043,7 +2046,8 @@ class RequestLoggingMiddleware:
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
             # If FORWARDED_ALLOW_IPS names the peer, uvicorn has taken the client's
-            # address from this header. Otherwise, the address is the peer's.
+            # address from this header. So if the address is not in it, the peer is not
+            # trusted. (For a warning, this is exact enough.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2142,7 +2146,7 @@ class RateLimitMiddleware:
 
 
 class LimitsAndErrorsMiddleware:
-    """Limit the body and the time of a request, and answer what goes wrong.
+    """Limit a request's body and time (not its rate), and answer what goes wrong.
 
     404 for a path that ends with a line break, 413 for a body that is too large, 504
     for a request that takes too long, 500 for an unhandled exception, 503 for a request
@@ -2165,7 +2169,8 @@ class LimitsAndErrorsMiddleware:
             not_found = await http_exception_handler(Request(scope), error)
             return await not_found(scope, receive, send)
         # Drop a Content-Type that is too long, because it is slow to parse. A route
-        # that expects JSON then answers 422, as it does without this header.
+        # that expects JSON then answers 422, as it does without this header. Other
+        # routes do not need it.
         scope["headers"] = [
             (name, value)
             for name, value in scope["headers"]
@@ -2191,7 +2196,7 @@ class LimitsAndErrorsMiddleware:
         if isinstance(error, asyncio.CancelledError):
             # uvicorn cancels the requests that outlast a shutdown. It does so only
             # once, so this response can still be sent.
-            stopping = ServiceUnavailableException("cancelled, as at a shutdown")
+            stopping = ServiceUnavailableException("cancelled at a shutdown")
             return await app_exception_handler(request, stopping)
         if is_late:
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
@@ -2299,7 +2304,7 @@ health_router = APIRouter(
     # /health also answer 503 with a body of their own: so they document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (The one in create_app does not apply to routes that are passed as `routes=`.)
+    # (create_app sets this for the API routes only.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2367,7 +2372,8 @@ After = Annotated[
 ]
 Limit = Annotated[int, Query(ge=1, le=100)]
 LoginFormBody = Annotated[LoginForm, Form()]
-# For all routes that hash a password: login, registration and password change.
+# The dependencies of all routes that hash a password: login, registration and password
+# change.
 LOGIN_LIMIT = [Depends(rate_limit_dependency("login"))]
 
 users_router = APIRouter(prefix="/users", tags=["users"])
@@ -2585,8 +2591,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
         # Not by include_router, which (since FastAPI 0.137) would make a health check a
-        # fifth slower. The price: these routes ignore dependency_overrides, so none of
-        # them should have dependencies.
+        # fifth slower, but would also tell the routes of dependency_overrides. So none
+        # of these routes should have dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
@@ -2600,9 +2606,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# Servers import `main:app`. It is built at its first use, because importing this module
-# must read no settings: tests set no variables. Python calls a module's __getattr__ for
-# a name that the module does not have (PEP 562). After that, `app` is a global.
+# Servers import `main:app`. Importing this module must read no settings, because tests
+# set no variables. So `app` is built at its first use: Python calls a module's
+# __getattr__ for a name that the module does not have (PEP 562). Then it has `app`.
 if TYPE_CHECKING:
     app: FastAPI  # for mypy: if it saw __getattr__, it would accept any name
 else:
