@@ -14,7 +14,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 
-import main
+import main  # it reads no settings when it is imported
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
 HEADER_SECONDS = 10  # from the connect to the first byte, and from there to the end
@@ -95,14 +95,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def parse(self, data: bytes) -> None:
         """Feed the parser, but ignore `Upgrade`, which Java's HttpClient always offers.
 
-        The parser stops after headers with `Upgrade`, and does not read the body. So
-        make a new parser. Feed it the same headers without `Upgrade`, then the body.
+        The parser stops after headers with `Upgrade`, and says where the rest starts.
+        Make a new parser. Feed it the same headers without `Upgrade`, then the rest.
         """
         while data:  # once more after an Upgrade, with the new parser
             try:
                 return self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]  # args[0]: where the body starts
+                data = data[upgrade.args[0] :]  # args[0]: where the rest starts
                 self.repeat_headers_without_upgrade()
 
     def repeat_headers_without_upgrade(self) -> None:
@@ -126,7 +126,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops parsing; refuse acts only once
+            raise httptools.HttpParserError  # stop; a second refusal does nothing
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()

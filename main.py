@@ -118,8 +118,8 @@ def parse_database_url(value: str) -> sa.URL:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
-            # Check the names of the options: turn the URL into psycopg's arguments.
-            # make_conninfo raises an error for one that libpq does not know.
+            # Check the names of the options: make_conninfo raises an error for one that
+            # libpq does not know. SQLAlchemy's dialect makes its arguments of the URL.
             dialect_class = url.get_dialect()
             _, options = dialect_class().create_connect_args(url)
             make_conninfo(**options)
@@ -226,7 +226,7 @@ class Settings(BaseSettings):
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
-    # (Parsed here, because mypy demands a default of the field's type.)
+    # (The default is parsed, because mypy wants it to have the field's type.)
     DATABASE_URL: DatabaseUrl = parse_database_url("sqlite:///./app.db")
     DATABASE_POOL_SIZE: int = Field(default=5, ge=1)
     DATABASE_MAX_OVERFLOW: int = Field(default=10, ge=0)
@@ -1101,9 +1101,9 @@ class Database(MonitoredBackend):
         # After a failed connect (in psycopg 3.3 and SQLAlchemy 2.1), a reference cycle
         # keeps the socket open until the garbage collector runs, maybe for minutes.
         gc.collect()
-        # Without any table, the database is a new one: create them all. If only some
-        # are missing, do not: a migration may be running now. (`start` may create them,
-        # because migrations run before the service starts.)
+        # If there is no table at all, the database is a new one: create all tables. If
+        # only some are missing, a migration may be running now: leave that alone.
+        # (`start` creates them, because migrations run before the service starts.)
         if not await self.table_names():
             await self.create_missing_tables()
 
@@ -1139,8 +1139,9 @@ def is_statement_too_large(error: sa_exc.SQLAlchemyError) -> bool:
         return True
     if not isinstance(driver_error, psycopg.Error):
         return False
-    # Without an SQLSTATE, the client library has refused it, for example because of
-    # 70,000 parameters. (If connecting has failed, there is no statement.)
+    # A server always sends an SQLSTATE. Without one, the client library has refused the
+    # statement, for example for its 70,000 parameters. (A failed connect has neither an
+    # SQLSTATE nor a statement.)
     has_statement = getattr(error, "statement", None) is not None
     return has_statement and driver_error.sqlstate is None
 
@@ -1311,8 +1312,9 @@ class HealthStatus(BaseModel):
 
 
 # --- Security -------------------------------------------------------------------------
-# Argon2id with OWASP's parameters: a guess costs 19 MiB and some 30 ms of a CPU.
+# Passwords are hashed. Tokens are signed, and carry a number by which they are revoked.
 
+# Argon2id with OWASP's parameters: a guess costs 19 MiB and some 30 ms of a CPU.
 ARGON2ID = Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1)
 PASSWORD_HASHER = PasswordHash([ARGON2ID])
 # A login verifies this hash if the username does not exist, so that its time does not
@@ -1357,7 +1359,8 @@ TOKEN_OPTIONS = {
     "require_sub": True,
     "require_iat": True,
     "require_exp": True,
-    "leeway": -1,  # a token is invalid at `exp`, not a second later (RFC 7519 § 4.1.4)
+    # A token is invalid at `exp` (RFC 7519 § 4.1.4). With 0, it would be a second later.
+    "leeway": -1,
 }
 
 
@@ -1366,7 +1369,7 @@ class TokenClaims(BaseModel):
 
     # Another program with the same key could sign any number. Beyond 64 bits, the
     # database would raise: a 500 in place of a 401.
-    sub: Annotated[int, Field(ge=1, le=MAX_ID)]  # a text in the token (RFC 7519)
+    sub: Annotated[int, Field(ge=1, le=MAX_ID)]  # RFC 7519 wants a text: "5"
     version: pydantic.StrictInt  # strict, or `false` would count as 0
 
 
@@ -1415,10 +1418,10 @@ def decode_access_token(token: str, settings: Settings) -> TokenClaims:
 Rows = Sequence[Any]  # of objects such as User, or of plain rows
 # The queries of the busiest routes are built once, because that takes 0.2 ms.
 FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
-# `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects. The order is
-# that of the index.
+# `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects. They are ordered
+# as the index items_of_owner is.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
-# With types, because sa.tuple_ (below) does not infer those of its parameters.
+# The types are given, because sa.tuple_ (below) does not infer them.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
 # Both queries find the same items. Each makes its database go straight to the first
@@ -1854,8 +1857,8 @@ class RedisRateLimiter(MonitoredBackend):
             self.client.script_load(REDIS_SCRIPT) for _ in range(REDIS_CONNECTIONS)
         ]
         async with asyncio.timeout(REDIS_CONNECT_SECONDS):
-            # Wait for all, even if one fails: `disconnect`, which `start` then calls,
-            # misses those that are still connecting.
+            # Even if one fails, let all finish before `start` calls `disconnect`, which
+            # does not close connections that are still opening.
             results = await asyncio.gather(*commands, return_exceptions=True)
         for result in results:
             if isinstance(result, Exception):
@@ -1929,11 +1932,11 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
     state = scope["state"]  # RequestLoggingMiddleware has put `client` there
     result = await limiter.hit(name, state["client"])
     previous: RateLimitResult | None = state.get("rate_limit")
-    is_tighter = previous is None or result.remaining < previous.remaining
-    if is_tighter or not result.allowed:
-        state["rate_limit"] = result
     if not result.allowed:
+        state["rate_limit"] = result
         raise RateLimitedException(result.reset_seconds)
+    if previous is None or result.remaining < previous.remaining:
+        state["rate_limit"] = result
 
 
 # --- Middleware -----------------------------------------------------------------------
@@ -2047,7 +2050,7 @@ class RequestLoggingMiddleware:
         if headers.get(b"x-forwarded-for"):
             # If FORWARDED_ALLOW_IPS names the peer, uvicorn has taken the client's
             # address from this header. So if the address is not in it, the peer is not
-            # trusted. (For a warning, this is exact enough.)
+            # trusted. (It is not compared with each entry: an entry can have a port.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2194,8 +2197,9 @@ class LimitsAndErrorsMiddleware:
         self, request: Request, error: Exception | asyncio.CancelledError, is_late: bool
     ) -> Response:
         if isinstance(error, asyncio.CancelledError):
-            # uvicorn cancels the requests that outlast a shutdown. It does so only
-            # once, so this response can still be sent.
+            # asyncio.timeout turns its own cancellation into a TimeoutError. So this one
+            # is uvicorn's, which cancels the requests that outlast a shutdown. It does
+            # so only once, so this response can still be sent.
             stopping = ServiceUnavailableException("cancelled at a shutdown")
             return await app_exception_handler(request, stopping)
         if is_late:
@@ -2590,9 +2594,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not by include_router, which (since FastAPI 0.137) would make a health check a
-        # fifth slower, but would also tell the routes of dependency_overrides. So none
-        # of these routes should have dependencies.
+        # include_router would make a health check a fifth slower (since FastAPI 0.137).
+        # But it would tell these routes of dependency_overrides, and `routes=` does not:
+        # so none of them should have dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
