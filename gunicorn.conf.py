@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heart
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # you serve main:create_app()
+    if not logging.getLogger().handlers:  # wsgi_app was set to main:create_app()
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -78,17 +78,18 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.client = (host.removeprefix("::ffff:"), port)  # for FORWARDED_ALLOW_IPS
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
-    def refuse_slow(self) -> None:  # behind an earlier request, keep-alive ends it
+    def refuse_slow(self) -> None:
+        # During an earlier response, do nothing: after it, the keep-alive timer counts.
         if not self.cycle or self.cycle.response_complete:  # cycle: the latest request
             self.refuse(408)
 
-    def data_received(self, data: bytes) -> None:  # uvicorn's own stops at an Upgrade
+    def data_received(self, data: bytes) -> None:  # in place of uvicorn's: see `parse`
         if not self.is_in_body:
             self.header_bytes += len(data)
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade gets here only for a CONNECT
+            self.refuse(400)  # HttpParserUpgrade: for a CONNECT, even without `Upgrade`
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -126,7 +127,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stop; a second refusal does nothing
+            raise httptools.HttpParserError  # stop parsing; refuse(400) will do nothing
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
@@ -161,8 +162,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn replaces this handler while it runs. After its shutdown, it restores
-        # it and raises SIGTERM again. gunicorn's handle_quit then exits with 0.
+        # uvicorn has its own handler while it runs. After its shutdown, it restores
+        # this one and raises SIGTERM again. gunicorn's handle_quit then exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 

@@ -118,8 +118,8 @@ def parse_database_url(value: str) -> sa.URL:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
-            # Check the names of the options: make_conninfo raises an error for one that
-            # libpq does not know. SQLAlchemy's dialect makes its arguments of the URL.
+            # Check the names of the options: create_connect_args reads them off the
+            # URL, and make_conninfo raises an error for one that libpq does not know.
             dialect_class = url.get_dialect()
             _, options = dialect_class().create_connect_args(url)
             make_conninfo(**options)
@@ -322,9 +322,9 @@ LIBRARY_LEVELS = {
     # if a request is cancelled while it returns its connection.
     f"{__name__}.FairPool": "CRITICAL",
 }
-# The servers give these loggers handlers, which setup_logging replaces. Without
-# gunicorn, only uvicorn is used. (UvicornWorker gives uvicorn.error the handlers of
-# gunicorn.error.)
+# setup_logging replaces the handlers of these loggers: gunicorn gives gunicorn.error
+# its handlers, UvicornWorker copies them to uvicorn.error, and uvicorn alone gives a
+# handler to uvicorn.
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
@@ -735,9 +735,9 @@ class FairPool(AsyncAdaptedQueuePool):
         # A timer for each connection. A ConnectionPoolEntry, or record, is a place in
         # the pool. If its connection is lost, it opens a new one.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # A request holds a connection from "checkout" to "checkin". "connect" starts the
-        # timer, too, because SQLAlchemy sends statements of its own between an engine's
-        # first "connect" and "checkout", and these can hang.
+        # A request holds a connection from "checkout" to "checkin". "connect" starts
+        # the timer, too, because SQLAlchemy sends statements of its own between an
+        # engine's first "connect" and "checkout", and these can hang.
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -846,7 +846,7 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
-    """Set up a new connection. It is SQLAlchemy's wrapper, with synchronous methods."""
+    """Set up a new connection: SQLAlchemy's synchronous wrapper of an aiosqlite one."""
     # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
     # other has switched the file, and the mode is stored in the file.
     with suppress(sqlite3.OperationalError):
@@ -1329,8 +1329,9 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # `async with` enters the queue before another task can run. `run_sync(…, limiter=…)`
-    # would let other tasks run first, so a burst of requests would pass this check.
+    # No other task may run between this check and joining the queue, or a whole burst
+    # would pass the check. `async with` joins at once. `run_sync(…, limiter=…)` would
+    # first yield to the event loop.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1359,7 +1360,7 @@ TOKEN_OPTIONS = {
     "require_sub": True,
     "require_iat": True,
     "require_exp": True,
-    # A token is invalid at `exp` (RFC 7519 § 4.1.4). With 0, it would be a second later.
+    # A token is invalid at `exp` (RFC 7519 § 4.1.4). With 0, it would be valid then.
     "leeway": -1,
 }
 
@@ -1369,7 +1370,7 @@ class TokenClaims(BaseModel):
 
     # Another program with the same key could sign any number. Beyond 64 bits, the
     # database would raise: a 500 in place of a 401.
-    sub: Annotated[int, Field(ge=1, le=MAX_ID)]  # RFC 7519 wants a text: "5"
+    sub: Annotated[int, Field(ge=1, le=MAX_ID)]  # in the token, it is a text: "5"
     version: pydantic.StrictInt  # strict, or `false` would count as 0
 
 
@@ -1418,8 +1419,8 @@ def decode_access_token(token: str, settings: Settings) -> TokenClaims:
 Rows = Sequence[Any]  # of objects such as User, or of plain rows
 # The queries of the busiest routes are built once, because that takes 0.2 ms.
 FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
-# `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects. They are ordered
-# as the index items_of_owner is.
+# `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects. The order is
+# that of the index items_of_owner.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # The types are given, because sa.tuple_ (below) does not infer them.
 OWNER = sa.bindparam("owner", type_=BigInt)
@@ -1432,6 +1433,7 @@ LIST_ITEMS_QUERIES = {
     # owner_id = :owner AND id > :after
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
+    # Together, these mean owner_id = :owner AND id > :after.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1852,7 +1854,7 @@ class RedisRateLimiter(MonitoredBackend):
 
     async def open_connections(self) -> None:
         # redis-py cannot fill its pool, but it opens a connection for each command that
-        # runs at the same time. Take SCRIPT LOAD, because the script is needed anyway.
+        # runs at the same time. So run one for each: SCRIPT LOAD, which is needed once.
         commands = [
             self.client.script_load(REDIS_SCRIPT) for _ in range(REDIS_CONNECTIONS)
         ]
@@ -2049,8 +2051,8 @@ class RequestLoggingMiddleware:
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
             # If FORWARDED_ALLOW_IPS names the peer, uvicorn has taken the client's
-            # address from this header. So if the address is not in it, the peer is not
-            # trusted. (It is not compared with each entry: an entry can have a port.)
+            # address from this header. So an address that the header does not contain
+            # is that of an untrusted peer. (An entry can be "address:port".)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2197,9 +2199,9 @@ class LimitsAndErrorsMiddleware:
         self, request: Request, error: Exception | asyncio.CancelledError, is_late: bool
     ) -> Response:
         if isinstance(error, asyncio.CancelledError):
-            # asyncio.timeout turns its own cancellation into a TimeoutError. So this one
-            # is uvicorn's, which cancels the requests that outlast a shutdown. It does
-            # so only once, so this response can still be sent.
+            # asyncio.timeout turns its own cancellation into a TimeoutError. So this
+            # one is uvicorn's, which cancels the requests that outlast a shutdown. It
+            # does so only once, so this response can still be sent.
             stopping = ServiceUnavailableException("cancelled at a shutdown")
             return await app_exception_handler(request, stopping)
         if is_late:
@@ -2594,8 +2596,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # include_router would make a health check a fifth slower (since FastAPI 0.137).
-        # But it would tell these routes of dependency_overrides, and `routes=` does not:
+        # Not include_router, which would make a health check a fifth slower (since
+        # FastAPI 0.137). The price: dependency_overrides has no effect on these routes,
         # so none of them should have dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
@@ -2612,7 +2614,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 # Servers import `main:app`. Importing this module must read no settings, because tests
 # set no variables. So `app` is built at its first use: Python calls a module's
-# __getattr__ for a name that the module does not have (PEP 562). Then it has `app`.
+# __getattr__ for a name that is missing (PEP 562). The first call adds the name `app`.
 if TYPE_CHECKING:
     app: FastAPI  # for mypy: if it saw __getattr__, it would accept any name
 else:
