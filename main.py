@@ -126,8 +126,8 @@ def parse_database_url(value: str) -> sa.URL:
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
     # If a password has an @ that is not encoded, as in user:pass@word@host, the end of
-    # the password counts as part of the host, which drivers write into the log.
-    if "@" in (url.host or ""):
+    # the password counts as part of what follows, which drivers write into the log.
+    if url.get_backend_name() == "postgresql" and value.count("@") > 1:
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
@@ -1678,6 +1678,8 @@ local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
+-- If the limit was lowered, there can be more times than that: only the newest count.
+redis.call('ZREMRANGEBYRANK', key, 0, -limit - 1)
 local count = redis.call('ZCARD', key)
 local allowed = count < limit
 if allowed then
@@ -1690,7 +1692,7 @@ local oldest_member_and_time = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
 local reset_time = tonumber(oldest_member_and_time[2]) + window
 local reset_seconds = math.ceil((reset_time - now) / 1000000)
 -- The fields of RateLimitResult. Redis sends true as 1, and false as null.
-return {allowed, limit, math.max(0, limit - count), reset_seconds}
+return {allowed, limit, limit - count, reset_seconds}
 """
 
 
