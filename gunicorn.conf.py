@@ -116,7 +116,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
-        self._unset_keepalive_if_required()  # private; uvicorn's data_received calls it
+        self._unset_keepalive_if_required()  # private: ends the keep-alive timer
         self.header_timer.cancel()  # it runs since the connect, for the first request
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 

@@ -932,6 +932,10 @@ class MonitoredBackend:
             await self.ping()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
             self.handle_failure(error)
+            # After a failed connect (in psycopg 3.3 and SQLAlchemy 2.1), a reference
+            # cycle keeps the socket open until the garbage collector runs, maybe for
+            # minutes. So run it now, for all that failed until now.
+            gc.collect()
             return
         if self.in_outage:
             logger.info("%s is ready again", self.name)
@@ -1098,9 +1102,6 @@ class Database(MonitoredBackend):
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
-        # After a failed connect (in psycopg 3.3 and SQLAlchemy 2.1), a reference cycle
-        # keeps the socket open until the garbage collector runs, maybe for minutes.
-        gc.collect()
         # If there is no table at all, the database is a new one: create all tables. If
         # only some are missing, a migration may be running now: leave that alone.
         # (`start` creates them, because migrations run before the service starts.)
@@ -1141,7 +1142,7 @@ def is_statement_too_large(error: sa_exc.SQLAlchemyError) -> bool:
         return False
     # A server always sends an SQLSTATE. Without one, the client library has refused the
     # statement, for example for its 70,000 parameters. (A failed connect has neither an
-    # SQLSTATE nor a statement.)
+    # SQLSTATE nor a statement. Lost connections do not get here: see is_outage.)
     has_statement = getattr(error, "statement", None) is not None
     return has_statement and driver_error.sqlstate is None
 
@@ -1379,7 +1380,7 @@ def signing_key(settings: Settings) -> dict[str, str]:
 
     If the key is a text, python-jose's decode first tries to parse it as JSON, but its
     encode does not. With a secret that is JSON, such as a text in quotes, the two would
-    use different keys.
+    use different keys, and no token would be valid.
     """
     # SECRET_KEY may have bytes that are not UTF-8: in a SecretStr, pydantic does not
     # check that. Python reads them as surrogates; surrogateescape restores the bytes.
@@ -2053,8 +2054,8 @@ class RequestLoggingMiddleware:
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
             # If FORWARDED_ALLOW_IPS names the peer, uvicorn has taken the client's
-            # address from this header. So an address that the header does not contain
-            # is that of an untrusted peer. (An entry can be "address:port".)
+            # address from this header. So if the header does not contain the address,
+            # the peer is not trusted. (An entry can be "address:port".)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2202,10 +2203,10 @@ class LimitsAndErrorsMiddleware:
     ) -> Response:
         if isinstance(error, asyncio.CancelledError):
             # asyncio.timeout turns its own cancellation into a TimeoutError. So this
-            # one is uvicorn's, which cancels the requests that outlast a shutdown. It
-            # does so only once, so this response can still be sent.
-            stopping = ServiceUnavailableException("cancelled at a shutdown")
-            return await app_exception_handler(request, stopping)
+            # one is uvicorn's (or your code's): it cancels the requests that outlast a
+            # shutdown. It does so only once, so this response can still be sent.
+            cancelled = ServiceUnavailableException("the request was cancelled")
+            return await app_exception_handler(request, cancelled)
         if is_late:
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
             return await app_exception_handler(request, late)

@@ -968,7 +968,7 @@ async def test_cancellation_frees_a_connection(moment: str, database_url: str) -
         assert await add_user(database, "bob")
 
 
-async def test_failed_connect_leaves_no_socket_after_recover() -> None:
+async def test_failed_connect_leaves_no_socket_after_the_next_check() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"postgresql://u@127.0.0.1:{silent.getsockname()[1]}/d"
         database = main.Database(make_settings(DATABASE_URL=url))
@@ -978,8 +978,7 @@ async def test_failed_connect_leaves_no_socket_after_recover() -> None:
     task.cancel()
     await asyncio.wait({task})
     del task  # or its exception would keep the connection
-    with pytest.raises(sa.exc.OperationalError):
-        await database.recover()
+    await database.start_check()
     with client:
         client.settimeout(PATIENCE_SECONDS)
         assert b"".join(iter(lambda: client.recv(99), b"")) != b""
