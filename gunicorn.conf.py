@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heart
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # wsgi_app was set to main:create_app()
+    if not logging.getLogger().handlers:  # if you set wsgi_app to main:create_app()
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -79,7 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # During an earlier response, do nothing: after it, the keep-alive timer counts.
+        # During an earlier response, wait: the keep-alive timer starts at its end.
         if not self.cycle or self.cycle.response_complete:  # cycle: the latest request
             self.refuse(408)
 
@@ -89,7 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: for a CONNECT, even without `Upgrade`
+            self.refuse(400)  # a CONNECT is an upgrade even without the header
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -133,10 +133,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # a new list, or trailers would get into the request's own
+        self.headers = []  # a new list, or trailers get into the request's headers
 
     def on_message_complete(self) -> None:
-        if not self.parser.should_upgrade():  # else the new parser calls this again
+        if not self.parser.should_upgrade():  # else wait for the new parser's call
             super().on_message_complete()
             self.is_in_body = False
 
@@ -162,8 +162,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn has its own handler while it runs. After its shutdown, it restores
-        # this one and raises SIGTERM again. gunicorn's handle_quit then exits with 0.
+        # uvicorn has its own handler while it runs. After its shutdown, it raises
+        # SIGTERM again, which would kill the worker. gunicorn's handle_quit exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 

@@ -322,9 +322,9 @@ LIBRARY_LEVELS = {
     # if a request is cancelled while it returns its connection.
     f"{__name__}.FairPool": "CRITICAL",
 }
-# setup_logging replaces the handlers of these loggers: gunicorn gives gunicorn.error
-# its handlers, UvicornWorker copies them to uvicorn.error, and uvicorn alone gives a
-# handler to uvicorn.
+# The servers' loggers. setup_logging replaces the handlers that they have. (Without
+# gunicorn, uvicorn gives one to the logger uvicorn. UvicornWorker copies those of
+# gunicorn.error to uvicorn.error.)
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
@@ -1095,10 +1095,10 @@ class Database(MonitoredBackend):
             await self.create_missing_tables()
 
     async def recover(self) -> None:
-        # After a failover, old connections lead to the former primary. Replace those of
-        # this pool, which read_engine and, on PostgreSQL, write_engine share. (SQLite
-        # has no failover. SQLAlchemy itself replaces check_engine's connection if a
-        # check finds it lost or read-only.)
+        # After a failover, old connections lead to the former primary: replace them. On
+        # PostgreSQL, write_engine has the same pool as read_engine. (check_engine needs
+        # nothing: SQLAlchemy replaces its connection if a check finds it lost or
+        # read-only. SQLite has no failover.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1134,6 +1134,7 @@ def is_statement_too_large(error: sa_exc.SQLAlchemyError) -> bool:
     """Return True if a statement was refused because it is too large.
 
     psycopg raises OperationalError, as in an outage, but the connection stays usable.
+    No query of this file can be too large. One of yours can: it is a bug.
     """
     driver_error = getattr(error, "orig", None)
     if isinstance(driver_error, TOO_LARGE_ERRORS):
@@ -1330,9 +1331,9 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # No other task may run between this check and joining the queue, or a whole burst
-    # would pass the check. `async with` joins at once. `run_sync(…, limiter=…)` would
-    # first yield to the event loop.
+    # There must be no await between this check and joining the queue, or all requests
+    # of a burst would see a short queue. `async with` joins at once. `run_sync(…,
+    # limiter=…)` first awaits something else.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -2055,7 +2056,8 @@ class RequestLoggingMiddleware:
         if headers.get(b"x-forwarded-for"):
             # If FORWARDED_ALLOW_IPS names the peer, uvicorn has taken the client's
             # address from this header. So if the header does not contain the address,
-            # the peer is not trusted. (An entry can be "address:port".)
+            # the peer is not trusted. (Look for a part of the text, because an entry
+            # can be "address:port".)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2313,7 +2315,7 @@ health_router = APIRouter(
     # /health also answer 503 with a body of their own: so they document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app sets this for the API routes only.)
+    # (create_app adds these routes by `routes=`, so its own setting does not apply.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
