@@ -163,7 +163,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
         # uvicorn has its own handler while it runs. After its shutdown, it raises
-        # SIGTERM again, which would kill the worker. gunicorn's handle_quit exits with 0.
+        # SIGTERM again, which would kill the worker. Instead, handle_quit exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
