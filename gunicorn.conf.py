@@ -17,7 +17,7 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 import main  # it reads no settings when it is imported
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
-HEADER_SECONDS = 10  # from the connect to the first byte, and from there to the end
+HEADER_SECONDS = 10  # until the first byte comes, and then until the headers are whole
 
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
@@ -75,11 +75,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         host, port = self.client or ("127.0.0.1", 0)  # a unix socket counts as local
-        self.client = (host.removeprefix("::ffff:"), port)  # for FORWARDED_ALLOW_IPS
+        self.client = (host.removeprefix("::ffff:"), port)  # the IPv4 form
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # During an earlier response, wait: the keep-alive timer starts at its end.
+        # Not during an earlier response: after that, the keep-alive timer starts.
         if not self.cycle or self.cycle.response_complete:  # cycle: the latest request
             self.refuse(408)
 
@@ -89,15 +89,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # a CONNECT is an upgrade even without the header
+            self.refuse(400)  # a CONNECT raises HttpParserUpgrade twice
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
         """Feed the parser, but ignore `Upgrade`, which Java's HttpClient always offers.
 
-        The parser stops after headers with `Upgrade`, and says where the rest starts.
-        Make a new parser. Feed it the same headers without `Upgrade`, then the rest.
+        The parser stops after headers with `Upgrade`, for which the callbacks below do
+        nothing. Feed a new parser the same headers without `Upgrade`, then the rest.
         """
         while data:  # once more after an Upgrade, with the new parser
             try:
@@ -117,7 +117,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        self.header_timer.cancel()  # it runs since the connect, for the first request
+        self.header_timer.cancel()  # for the first request, it started at the connect
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -152,7 +152,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_stopping = True
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        self.loop.call_later(0.5, super().shutdown)  # first answer what is on its way
+        self.loop.call_later(0.5, super().shutdown)  # answers what is on its way
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
@@ -168,7 +168,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         super().run()
 
     def handle_exit(self, *_: object) -> None:
-        """UvicornWorker calls this at SIGQUIT, which gunicorn sends at Ctrl+C."""
+        """At SIGQUIT, which gunicorn sends at Ctrl+C, finish requests as at SIGTERM."""
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -125,8 +125,8 @@ def parse_database_url(value: str) -> sa.URL:
             make_conninfo(**options)
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
-    # If a password has an @ that is not encoded, as in user:pass@word@host, the end of
-    # the password counts as part of what follows, which drivers write into the log.
+    # In user:pass@word@host, the password should have %40 for its @. SQLAlchemy takes
+    # word@host for the host, which drivers write into the log.
     if url.get_backend_name() == "postgresql" and value.count("@") > 1:
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
@@ -735,9 +735,9 @@ class FairPool(AsyncAdaptedQueuePool):
         # A timer for each connection. A ConnectionPoolEntry, or record, is a place in
         # the pool. If its connection is lost, it opens a new one.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # A request holds a connection from "checkout" to "checkin". "connect" starts
-        # the timer, too, because SQLAlchemy sends statements of its own between an
-        # engine's first "connect" and "checkout", and these can hang.
+        # A request holds a connection from "checkout" to "checkin". The timer starts at
+        # "connect", too: on an engine's first connection, SQLAlchemy sends statements
+        # of its own before "checkout", and these can hang.
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -888,11 +888,11 @@ class MonitoredBackend:
     """A server that can be unreachable: base class of Database and RedisRateLimiter.
 
     After a failure, it is checked every second until it is available again. In normal
-    operation, nothing runs in the background. A check consists of these methods:
+    operation, nothing runs in the background. A check calls these methods:
 
-        until `start` succeeds  start, ping
-        in an outage            recover, ping
-        otherwise               ping
+        start, then ping    until `start` has succeeded once
+        recover, then ping  in an outage
+        ping                otherwise
     """
 
     name: str
@@ -1067,8 +1067,8 @@ class Database(MonitoredBackend):
             sync_session_class=Session if writes else ReadOnlySession,
             # Objects are read after the commit, so they must not expire.
             expire_on_commit=False,
-            # Using a closed session is an error. By default, it opens again: in a
-            # StreamingResponse, it would take a connection that nobody gives back.
+            # Using a closed session is an error. By default, it would open again, and
+            # in a StreamingResponse take a connection that nobody gives back.
             close_resets_only=False,
         )
 
@@ -1095,10 +1095,9 @@ class Database(MonitoredBackend):
             await self.create_missing_tables()
 
     async def recover(self) -> None:
-        # After a failover, old connections lead to the former primary: replace them. On
-        # PostgreSQL, write_engine has the same pool as read_engine. (check_engine needs
-        # nothing: SQLAlchemy replaces its connection if a check finds it lost or
-        # read-only. SQLite has no failover.)
+        # After a failover, connections to the former primary must be replaced. On
+        # PostgreSQL, this pool is also write_engine's. SQLAlchemy itself replaces the
+        # connection of check_engine when a check finds it lost or read-only.
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1134,16 +1133,17 @@ def is_statement_too_large(error: sa_exc.SQLAlchemyError) -> bool:
     """Return True if a statement was refused because it is too large.
 
     psycopg raises OperationalError, as in an outage, but the connection stays usable.
-    No query of this file can be too large. One of yours can: it is a bug.
+    No query of this file can be too large. One of yours can: it is a bug. (Before
+    is_outage calls this, it has made sure that the connection was not lost.)
     """
     driver_error = getattr(error, "orig", None)
     if isinstance(driver_error, TOO_LARGE_ERRORS):
         return True
     if not isinstance(driver_error, psycopg.Error):
         return False
-    # A server always sends an SQLSTATE. Without one, the client library has refused the
-    # statement, for example for its 70,000 parameters. (A failed connect has neither an
-    # SQLSTATE nor a statement. Lost connections do not get here: see is_outage.)
+    # Without an SQLSTATE, no server has answered. If there is a statement, the client
+    # library has refused it, for example for its 70,000 parameters. If there is none,
+    # connecting has failed.
     has_statement = getattr(error, "statement", None) is not None
     return has_statement and driver_error.sqlstate is None
 
@@ -1225,7 +1225,7 @@ class RequestBody(BaseModel, extra="forbid"):
     @pydantic.model_validator(mode="before")
     @classmethod
     def refuse_many_fields(cls, value: object) -> object:
-        """Refuse more than 20 fields: pydantic would write an error for each one."""
+        """Refuse more than 20 fields: pydantic would write thousands of errors."""
         if isinstance(value, dict) and len(value) > 20:
             raise PydanticCustomError("too_many_fields", "There are too many fields")
         return value
@@ -1333,7 +1333,7 @@ async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
     # There must be no await between this check and joining the queue, or all requests
     # of a burst would see a short queue. `async with` joins at once. `run_sync(…,
-    # limiter=…)` first awaits something else.
+    # limiter=…)` would first let other requests run.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1362,7 +1362,7 @@ TOKEN_OPTIONS = {
     "require_sub": True,
     "require_iat": True,
     "require_exp": True,
-    # A token is invalid at `exp` (RFC 7519 § 4.1.4). With 0, it would be valid then.
+    # python-jose accepts a token in the second of its `exp`. RFC 7519 § 4.1.4 does not.
     "leeway": -1,
 }
 
@@ -1428,9 +1428,9 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
 # Both queries find the same items. Each makes its database go straight to the first
-# one in the index items_of_owner, so the last page costs what the first does. With the
-# query for SQLite, PostgreSQL could walk the primary key, and skip the items of all
-# other owners. With the query for PostgreSQL, SQLite would read all items of the owner.
+# one in the index items_of_owner, so the last page costs what the first does. Two are
+# needed: with the first, PostgreSQL could scan the primary key, past the items of all
+# other owners. With the second, SQLite would read all items of the owner.
 LIST_ITEMS_QUERIES = {
     # owner_id = :owner AND id > :after
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
@@ -1680,7 +1680,7 @@ local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
--- If the limit was lowered, there can be more times than that: only the newest count.
+-- Keep only the newest `limit` times: there can be more if the limit was lowered.
 redis.call('ZREMRANGEBYRANK', key, 0, -limit - 1)
 local count = redis.call('ZCARD', key)
 local allowed = count < limit
@@ -1863,8 +1863,8 @@ class RedisRateLimiter(MonitoredBackend):
             self.client.script_load(REDIS_SCRIPT) for _ in range(REDIS_CONNECTIONS)
         ]
         async with asyncio.timeout(REDIS_CONNECT_SECONDS):
-            # Even if one fails, let all finish before `start` calls `disconnect`, which
-            # does not close connections that are still opening.
+            # Wait for all, even if one fails. Otherwise, `start` would disconnect while
+            # others are still connecting, and these would stay open.
             results = await asyncio.gather(*commands, return_exceptions=True)
         for result in results:
             if isinstance(result, Exception):
@@ -2054,10 +2054,9 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If FORWARDED_ALLOW_IPS names the peer, uvicorn has taken the client's
-            # address from this header. So if the header does not contain the address,
-            # the peer is not trusted. (Look for a part of the text, because an entry
-            # can be "address:port".)
+            # If FORWARDED_ALLOW_IPS names the peer, uvicorn has replaced the address by
+            # one from this header. So an address that is not in the header is the
+            # peer's own. (Look in the text, because an entry can be "address:port".)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2217,8 +2216,8 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        It raises when a route reads the body, so 404 and 405 come first. While FastAPI
-        reads a body, it turns most exceptions into a 400, but not an HTTPException.
+        It raises when a route reads the body, so 404 and 405 come first. It does not
+        raise an AppException: while FastAPI reads a body, it turns that into a 400.
         """
         received_bytes = 0
 
@@ -2315,7 +2314,7 @@ health_router = APIRouter(
     # /health also answer 503 with a body of their own: so they document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app adds these routes by `routes=`, so its own setting does not apply.)
+    # (This argument of create_app has no effect on routes that it gets as `routes=`.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2602,7 +2601,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
         # Not include_router, which would make a health check a fifth slower (since
-        # FastAPI 0.137). The price: dependency_overrides has no effect on these routes,
+        # FastAPI 0.137). The price: nothing tells these routes of dependency_overrides,
         # so none of them should have dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
