@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heart
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # if you set wsgi_app to main:create_app()
+    if not logging.getLogger().handlers:  # main:create_app() set up no logging
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -79,7 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # Not during an earlier response: after that, the keep-alive timer starts.
+        # Do not cut off an earlier response: the keep-alive timer starts after it.
         if not self.cycle or self.cycle.response_complete:  # cycle: the latest request
             self.refuse(408)
 
@@ -89,7 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # a CONNECT raises HttpParserUpgrade twice
+            self.refuse(400)  # HttpParserUpgrade comes only for a CONNECT
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -168,7 +168,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         super().run()
 
     def handle_exit(self, *_: object) -> None:
-        """At SIGQUIT, which gunicorn sends at Ctrl+C, finish requests as at SIGTERM."""
+        """UvicornWorker calls this at SIGQUIT (Ctrl+C): do what SIGTERM does."""
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -258,6 +258,7 @@ class Settings(BaseSettings):
         """Raise ValueError for values that are safe in development only."""
         if self.ENVIRONMENT == "development":
             return self
+        # The messages begin with the name, which pydantic does not know here.
         if "SECRET_KEY" not in self.model_fields_set:
             raise ValueError("SECRET_KEY: is required outside development")
         if "*" in self.CORS_ORIGINS:
@@ -1097,7 +1098,8 @@ class Database(MonitoredBackend):
     async def recover(self) -> None:
         # After a failover, connections to the former primary must be replaced. On
         # PostgreSQL, this pool is also write_engine's. SQLAlchemy itself replaces the
-        # connection of check_engine when a check finds it lost or read-only.
+        # connection of check_engine when a check finds it lost or read-only. (SQLite
+        # has no failover.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1362,7 +1364,7 @@ TOKEN_OPTIONS = {
     "require_sub": True,
     "require_iat": True,
     "require_exp": True,
-    # python-jose accepts a token in the second of its `exp`. RFC 7519 § 4.1.4 does not.
+    # With 0, python-jose accepts a token at `exp`. RFC 7519 § 4.1.4 forbids that.
     "leeway": -1,
 }
 
@@ -1428,9 +1430,9 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
 # Both queries find the same items. Each makes its database go straight to the first
-# one in the index items_of_owner, so the last page costs what the first does. Two are
-# needed: with the first, PostgreSQL could scan the primary key, past the items of all
-# other owners. With the second, SQLite would read all items of the owner.
+# one in the index items_of_owner, so the last page costs what the first does. With the
+# query for SQLite, PostgreSQL could scan the primary key, past the items of all other
+# owners. With the query for PostgreSQL, SQLite would read all items of the owner.
 LIST_ITEMS_QUERIES = {
     # owner_id = :owner AND id > :after
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
@@ -2054,9 +2056,9 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If FORWARDED_ALLOW_IPS names the peer, uvicorn has replaced the address by
-            # one from this header. So an address that is not in the header is the
-            # peer's own. (Look in the text, because an entry can be "address:port".)
+            # uvicorn replaces the address by one from this header only if it trusts the
+            # peer. So if the address is not in the header, the peer is not trusted.
+            # (Look in the text, because an entry can be "address:port".)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2314,7 +2316,7 @@ health_router = APIRouter(
     # /health also answer 503 with a body of their own: so they document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (This argument of create_app has no effect on routes that it gets as `routes=`.)
+    # (create_app sets it, too, but not for these routes, which it passes as `routes=`.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2601,8 +2603,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
         # Not include_router, which would make a health check a fifth slower (since
-        # FastAPI 0.137). The price: nothing tells these routes of dependency_overrides,
-        # so none of them should have dependencies.
+        # FastAPI 0.137). The price: dependency_overrides has no effect on these routes,
+        # because only include_router passes it on. So they must have no dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
