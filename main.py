@@ -935,7 +935,7 @@ class MonitoredBackend:
             self.handle_failure(error)
             # After a failed connect (in psycopg 3.3 and SQLAlchemy 2.1), a reference
             # cycle keeps the socket open until the garbage collector runs, maybe for
-            # minutes. So run it now, for all that failed until now.
+            # minutes. So run it now, also for the requests that could not connect.
             gc.collect()
             return
         if self.in_outage:
@@ -1135,8 +1135,8 @@ def is_statement_too_large(error: sa_exc.SQLAlchemyError) -> bool:
     """Return True if a statement was refused because it is too large.
 
     psycopg raises OperationalError, as in an outage, but the connection stays usable.
-    No query of this file can be too large. One of yours can: it is a bug. (Before
-    is_outage calls this, it has made sure that the connection was not lost.)
+    No query of this file can be too large. One of yours can: it is a bug. (Call this
+    only if the connection was not lost: a lost one has no SQLSTATE, either.)
     """
     driver_error = getattr(error, "orig", None)
     if isinstance(driver_error, TOO_LARGE_ERRORS):
@@ -1322,7 +1322,8 @@ class HealthStatus(BaseModel):
 ARGON2ID = Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1)
 PASSWORD_HASHER = PasswordHash([ARGON2ID])
 # A login verifies this hash if the username does not exist, so that its time does not
-# tell which usernames exist. Its salt and its hash are zeros in base64.
+# tell which usernames exist. Keep its parameters equal to those of ARGON2ID. Its salt
+# and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 # Two hashes at a time, to bound the memory. They run in threads, beside other Python
 # code, because argon2 releases the GIL.
@@ -1728,8 +1729,8 @@ def open_lock_file() -> IO[bytes]:
     It is locked by fcntl.lockf, because the kernel releases the lock of a worker that
     is killed. Two other locks would not work:
 
-        fcntl.flock           a lock of the open file, which all workers inherit, so
-                              that they would hold it together
+        fcntl.flock           belongs to the open file, which all workers share: a lock
+                              of one would not keep the others out
         multiprocessing.Lock  if its owner is killed, it stays locked for ever
     """
     return tempfile.TemporaryFile()
@@ -1838,9 +1839,9 @@ class RedisRateLimiter(MonitoredBackend):
         self.slots = asyncio.Semaphore(REDIS_CONNECTIONS - 1)
 
     async def ping(self) -> None:
-        # The result does not matter, but the script raises an exception if Redis is
-        # slow, or read-only (ZREMRANGEBYSCORE writes). A ping takes no slot, because it
-        # must not wait behind requests.
+        # The result does not matter, but run_script raises an exception if Redis is
+        # slow (its timeout), or read-only (ZREMRANGEBYSCORE writes). A ping takes no
+        # slot, because it must not wait behind requests.
         await self.run_script("ping", limit=1, seconds=1)
 
     async def start(self) -> None:
@@ -2587,7 +2588,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """Build the application. Logging is left to the caller."""
     settings = settings or get_settings()
     if "SECRET_KEY" not in settings.model_fields_set:
-        # Not in Settings, because logging is not set up when they are read.
+        # This warning is not in Settings, because they are read before setup_logging.
         logger.warning("SECRET_KEY is not set: tokens will not outlive a restart")
     rate_limiter = RateLimiter(settings)
     app = FastAPI(
