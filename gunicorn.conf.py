@@ -17,7 +17,7 @@ from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 import main  # it reads no settings when it is imported
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
-HEADER_SECONDS = 10  # until the first byte comes, and then until the headers are whole
+HEADER_SECONDS = 10  # from the connect, or from the first byte of a later request
 
 
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
@@ -78,8 +78,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.client = (host.removeprefix("::ffff:"), port)  # the IPv4 form
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
-    def refuse_slow(self) -> None:
-        # Do not cut off an earlier response: the keep-alive timer starts after it.
+    def refuse_slow(self) -> None:  # unless an earlier request is being answered
         if not self.cycle or self.cycle.response_complete:  # cycle: the latest request
             self.refuse(408)
 
@@ -117,8 +116,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        self.header_timer.cancel()  # for the first request, it started at the connect
-        self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
+        if self.header_timer.cancelled():  # by an earlier request's headers
+            self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -131,6 +130,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
+        self._unset_keepalive_if_required()  # again: a response may have ended since
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
         self.headers = []  # a new list, or trailers get into the request's headers

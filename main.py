@@ -29,7 +29,6 @@ find_user to a repository.
 import asyncio
 import ctypes
 import fcntl
-import gc
 import ipaddress
 import json
 import logging
@@ -58,6 +57,7 @@ from contextvars import Context, ContextVar
 from datetime import UTC, datetime
 from functools import cache, lru_cache, partial
 from operator import attrgetter
+from traceback import clear_frames
 from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 from urllib.parse import quote
 
@@ -578,8 +578,12 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
+    # A mounted application can raise a 405, too: for example StaticFiles at /api, for
+    # PUT /api/v1/items. Its Mount has appended /api to the request's root_path, with
+    # which none of our routes would match. So use the original one.
+    root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
-        scope = {**request.scope, "method": method}
+        scope = {**request.scope, "method": method, "root_path": root_path}
         # Not route.methods: since FastAPI 0.137, app.routes also contains routers,
         # which have `matches`, but no `methods`.
         if any(route.matches(scope)[0] == Match.FULL for route in routes):
@@ -629,8 +633,11 @@ def remove_values(exc: ResponseValidationError) -> None:
             error.pop(key, None)
 
 
-async def unhandled_exception_handler(request: Request, exc: Exception) -> Response:
+async def unhandled_exception_handler(request: Request, exc: BaseException) -> Response:
     """Turn an unhandled exception into a 500; the log line has the traceback.
+
+    `exc` is a BaseException, because a route can raise CancelledError: for example, if
+    it awaits a task that was cancelled.
 
     LimitsAndErrorsMiddleware calls this function. A handler that is registered for
     Exception runs outside all middleware, so its response has no id and no security
@@ -822,6 +829,21 @@ class FairPool(AsyncAdaptedQueuePool):
         self._invalidate_time = time.time()
 
 
+async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
+    """Connect, and leave nothing open if that fails or is cancelled.
+
+    After a failed connect, the exception refers to its traceback, the traceback to
+    frames, and the local variables of the frames (in psycopg 3.3 and SQLAlchemy 2.1) to
+    the connection and to the exception again. This cycle would keep the socket open
+    until the garbage collector runs, maybe for minutes. clear_frames breaks it.
+    """
+    try:
+        return await psycopg.AsyncConnection.connect(*args, **options)
+    except BaseException as error:
+        clear_frames(error.__traceback__)
+        raise
+
+
 def cut_message(context: sa.engine.ExceptionContext) -> None:
     """Keep the first line of a message. PostgreSQL's second line can quote a row."""
     # SQLAlchemy copies the driver's message, and a traceback shows both exceptions.
@@ -933,10 +955,6 @@ class MonitoredBackend:
             await self.ping()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
             self.handle_failure(error)
-            # After a failed connect (in psycopg 3.3 and SQLAlchemy 2.1), a reference
-            # cycle keeps the socket open until the garbage collector runs, maybe for
-            # minutes. So run it now, also for the requests that could not connect.
-            gc.collect()
             return
         if self.in_outage:
             logger.info("%s is ready again", self.name)
@@ -1005,6 +1023,8 @@ class Database(MonitoredBackend):
         else:
             url = url.set(query=self.postgresql_parameters())
             arguments["connect_args"] = {
+                # SQLAlchemy calls this in place of psycopg's own function.
+                "async_creator_fn": connect_to_postgresql,
                 # No prepared statements: after an ALTER TABLE, PostgreSQL refuses them.
                 "prepare_threshold": None,
             }
@@ -2157,6 +2177,18 @@ class RateLimitMiddleware:
         await self.app(scope, receive, send_with_rate_limit)
 
 
+def is_cancelled_by_server(error: BaseException) -> bool:
+    """Return True if uvicorn has cancelled this task, which it does at a shutdown.
+
+    A task's cancelling() counts the calls of its cancel(). It is 1 after uvicorn's. It
+    is 0 after asyncio.timeout, which takes its own call back, and if the CancelledError
+    comes from the route, for example from another task that it awaits.
+    """
+    task = asyncio.current_task()
+    is_cancelled = task is not None and task.cancelling() > 0
+    return is_cancelled and isinstance(error, asyncio.CancelledError)
+
+
 class LimitsAndErrorsMiddleware:
     """Limit a request's body and time (not its rate), and answer what goes wrong.
 
@@ -2203,14 +2235,12 @@ class LimitsAndErrorsMiddleware:
             await response(scope, receive, send)
 
     async def answer_error(
-        self, request: Request, error: Exception | asyncio.CancelledError, is_late: bool
+        self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
-        if isinstance(error, asyncio.CancelledError):
-            # asyncio.timeout turns its own cancellation into a TimeoutError. So this
-            # one is uvicorn's (or your code's): it cancels the requests that outlast a
-            # shutdown. It does so only once, so this response can still be sent.
-            cancelled = ServiceUnavailableException("the request was cancelled")
-            return await app_exception_handler(request, cancelled)
+        if is_cancelled_by_server(error):
+            # The server cancels a task only once, so this response can still be sent.
+            stopping = ServiceUnavailableException("the server is shutting down")
+            return await app_exception_handler(request, stopping)
         if is_late:
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
             return await app_exception_handler(request, late)
