@@ -1015,32 +1015,18 @@ class Database(MonitoredBackend):
             )
 
     def create_engine(self, pool_size: int) -> AsyncEngine:
-        arguments: dict[str, Any] = {}
         url = self.settings.DATABASE_URL
-        seconds = self.settings.DATABASE_TIMEOUT_SECONDS
-        if self.is_sqlite:
-            arguments["connect_args"] = {"timeout": seconds}  # for SQLite's lock
-        else:
+        if not self.is_sqlite:
             url = url.set(query=self.postgresql_parameters())
-            arguments["connect_args"] = {
-                # SQLAlchemy calls this in place of psycopg's own function.
-                "async_creator_fn": connect_to_postgresql,
-                # No prepared statements: after an ALTER TABLE, PostgreSQL refuses them.
-                "prepare_threshold": None,
-            }
-            # Otherwise, SQLAlchemy looks for the type hstore: three round trips.
-            arguments["use_native_hstore"] = False
-            # No BEGIN and COMMIT. (On SQLite, prepare_sqlite_connection does this.)
-            arguments["isolation_level"] = "AUTOCOMMIT"
         engine = create_async_engine(
             url,
-            **arguments,
+            **self.driver_arguments(),
             poolclass=FairPool,
             pool_size=pool_size,
             # pool_size includes DATABASE_MAX_OVERFLOW, so all connections stay open. To
             # close and reopen some of them under load would be slow.
             max_overflow=0,
-            pool_timeout=seconds,
+            pool_timeout=self.settings.DATABASE_TIMEOUT_SECONDS,
             hide_parameters=True,  # or every error would log them
             # Database.ping selects from all tables without a join: do not warn of it.
             enable_from_linting=False,
@@ -1050,6 +1036,25 @@ class Database(MonitoredBackend):
         if self.is_sqlite:
             event.listen(engine.sync_engine, "connect", prepare_sqlite_connection)
         return engine
+
+    def driver_arguments(self) -> dict[str, Any]:
+        """Return the arguments of create_async_engine that depend on the database."""
+        if self.is_sqlite:
+            timeout = self.settings.DATABASE_TIMEOUT_SECONDS
+            return {"connect_args": {"timeout": timeout}}  # for SQLite's lock
+        connect_args = {
+            # SQLAlchemy calls this in place of psycopg's own function.
+            "async_creator_fn": connect_to_postgresql,
+            # No prepared statements: after an ALTER TABLE, PostgreSQL refuses them.
+            "prepare_threshold": None,
+        }
+        return {
+            "connect_args": connect_args,
+            # Otherwise, SQLAlchemy looks for the type hstore: three round trips.
+            "use_native_hstore": False,
+            # No BEGIN and COMMIT. (On SQLite, prepare_sqlite_connection does this.)
+            "isolation_level": "AUTOCOMMIT",
+        }
 
     def postgresql_parameters(self) -> dict[str, Any]:
         """Return libpq's parameters: our defaults, overridden by DATABASE_URL's.
