@@ -80,7 +80,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def refuse_slow(self) -> None:  # unless an earlier request is being answered
         if not self.cycle or self.cycle.response_complete:  # cycle: the latest request
-            self.refuse(408)
+            self.refuse(408)  # else the keep-alive timer limits it, after that answer
 
     def data_received(self, data: bytes) -> None:  # in place of uvicorn's: see `parse`
         if not self.is_in_body:
@@ -88,15 +88,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade comes only for a CONNECT
+            self.refuse(400)  # `parse` raises HttpParserUpgrade for a CONNECT
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
         """Feed the parser, but ignore `Upgrade`, which Java's HttpClient always offers.
 
-        The parser stops after headers with `Upgrade`, for which the callbacks below do
-        nothing. Feed a new parser the same headers without `Upgrade`, then the rest.
+        After headers with `Upgrade`, httptools calls the callbacks below, which return
+        at once, and stops. So a new parser gets these headers without it, and the rest.
         """
         while data:  # once more after an Upgrade, with the new parser
             try:
@@ -122,7 +122,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
-        # header_bytes may count a part of the body, too. (4: colon, space, line break.)
+        # (header_bytes may include a part of the body. 4: for b": " and b"\r\n".)
         size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
@@ -152,7 +152,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_stopping = True
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        self.loop.call_later(0.5, super().shutdown)  # answers what is on its way
+        self.loop.call_later(0.5, super().shutdown)  # first answer what is on its way
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
@@ -168,7 +168,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         super().run()
 
     def handle_exit(self, *_: object) -> None:
-        """UvicornWorker calls this at SIGQUIT (Ctrl+C): do what SIGTERM does."""
+        """At Ctrl+C, gunicorn sends SIGQUIT, which leads here: do what SIGTERM does."""
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

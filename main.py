@@ -578,9 +578,9 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # A mounted application can raise a 405, too: for example StaticFiles at /api, for
-    # PUT /api/v1/items. Its Mount has appended /api to the request's root_path, with
-    # which none of our routes would match. So use the original one.
+    # If a mounted application has raised the 405 (such as StaticFiles at /api, for PUT
+    # /api/v1/items), its Mount has added /api to root_path. Our routes match only with
+    # the original root_path.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -832,10 +832,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    After a failed connect, the exception refers to its traceback, the traceback to
-    frames, and the local variables of the frames (in psycopg 3.3 and SQLAlchemy 2.1) to
-    the connection and to the exception again. This cycle would keep the socket open
-    until the garbage collector runs, maybe for minutes. clear_frames breaks it.
+    A failed connect leaves a reference cycle (psycopg 3.3, SQLAlchemy 2.1): exception,
+    traceback, frames, local variables, exception. The local variables also hold the
+    connection. So its socket would stay open until the garbage collector runs, maybe
+    for minutes. clear_frames empties the local variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -1121,10 +1121,10 @@ class Database(MonitoredBackend):
             await self.create_missing_tables()
 
     async def recover(self) -> None:
-        # After a failover, connections to the former primary must be replaced. On
-        # PostgreSQL, this pool is also write_engine's. SQLAlchemy itself replaces the
-        # connection of check_engine when a check finds it lost or read-only. (SQLite
-        # has no failover.)
+        # After a failover, replace the connections to the former primary. On
+        # PostgreSQL, read_engine and write_engine share this pool. check_engine needs
+        # nothing: SQLAlchemy replaces its connection when `ping` fails. (On SQLite,
+        # this is not needed, but harmless.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1160,17 +1160,17 @@ def is_statement_too_large(error: sa_exc.SQLAlchemyError) -> bool:
     """Return True if a statement was refused because it is too large.
 
     psycopg raises OperationalError, as in an outage, but the connection stays usable.
-    No query of this file can be too large. One of yours can: it is a bug. (Call this
-    only if the connection was not lost: a lost one has no SQLSTATE, either.)
+    No query of this file can be too large. One of yours can: it is a bug.
     """
     driver_error = getattr(error, "orig", None)
     if isinstance(driver_error, TOO_LARGE_ERRORS):
         return True
     if not isinstance(driver_error, psycopg.Error):
         return False
-    # Without an SQLSTATE, no server has answered. If there is a statement, the client
-    # library has refused it, for example for its 70,000 parameters. If there is none,
-    # connecting has failed.
+    # Without an SQLSTATE, the error is not the server's. If there is a statement, the
+    # client library has refused it, for example for its 70,000 parameters. If there is
+    # none, connecting has failed. (A lost connection has no SQLSTATE, either: is_outage
+    # tests for that first.)
     has_statement = getattr(error, "statement", None) is not None
     return has_statement and driver_error.sqlstate is None
 
@@ -1359,9 +1359,9 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # There must be no await between this check and joining the queue, or all requests
-    # of a burst would see a short queue. `async with` joins at once. `run_sync(…,
-    # limiter=…)` would first let other requests run.
+    # Between this check and joining the queue, no other request may run: all requests
+    # of a burst would see a short queue. `async with` joins at once. It replaces the
+    # usual `run_sync(…, limiter=…)`, which first lets other requests run.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1455,15 +1455,15 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # The types are given, because sa.tuple_ (below) does not infer them.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# Both queries find the same items. Each makes its database go straight to the first
-# one in the index items_of_owner, so the last page costs what the first does. With the
-# query for SQLite, PostgreSQL could scan the primary key, past the items of all other
-# owners. With the query for PostgreSQL, SQLite would read all items of the owner.
+# Both queries find the same items. Each makes its database start at the first one in
+# the index items_of_owner, so the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     # owner_id = :owner AND id > :after
+    # With the other query, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
-    # Together, these mean owner_id = :owner AND id > :after.
+    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner, which means the same.
+    # With the other query, PostgreSQL could scan the primary key, past the items of all
+    # other owners.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -2076,6 +2076,7 @@ class RequestLoggingMiddleware:
         state["request_id"] = request_id
         # This needs no reset: uvicorn runs each request in a task with its own context.
         request_id_context.set(request_id)
+        # The log line names the trace of the caller.
         trace = TRACEPARENT_PATTERN.fullmatch(headers.get(b"traceparent", b""))
         if trace:
             state["trace_id"] = trace[1].decode()
@@ -2186,8 +2187,8 @@ def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
     A task's cancelling() counts the calls of its cancel(). It is 1 after uvicorn's. It
-    is 0 after asyncio.timeout, which takes its own call back, and if the CancelledError
-    comes from the route, for example from another task that it awaits.
+    is 0 after asyncio.timeout, which calls uncancel(), and if the CancelledError comes
+    from the route, for example from another task that it awaits.
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
