@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heart
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # main:create_app() set up no logging
+    if not logging.getLogger().handlers:  # unlike main:app, main:create_app() adds none
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -78,9 +78,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.client = (host.removeprefix("::ffff:"), port)  # the IPv4 form
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
-    def refuse_slow(self) -> None:  # unless an earlier request is being answered
-        if not self.cycle or self.cycle.response_complete:  # cycle: the latest request
-            self.refuse(408)  # else the keep-alive timer limits it, after that answer
+    def refuse_slow(self) -> None:
+        if not self.cycle or self.cycle.response_complete:  # no answer is being sent
+            self.refuse(408)  # otherwise, the keep-alive timer ends it after the answer
 
     def data_received(self, data: bytes) -> None:  # in place of uvicorn's: see `parse`
         if not self.is_in_body:
@@ -95,8 +95,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def parse(self, data: bytes) -> None:
         """Feed the parser, but ignore `Upgrade`, which Java's HttpClient always offers.
 
-        After headers with `Upgrade`, httptools calls the callbacks below, which return
-        at once, and stops. So a new parser gets these headers without it, and the rest.
+        After headers with `Upgrade`, httptools calls on_headers_complete and
+        on_message_complete, which do nothing then, and raises HttpParserUpgrade. So a
+        new parser gets the same headers without `Upgrade`, and after them the rest.
         """
         while data:  # once more after an Upgrade, with the new parser
             try:
@@ -110,19 +111,19 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
         self.parser = parser = httptools.HttpRequestParser(self)
-        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # see uvicorn
         parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        if self.header_timer.cancelled():  # by an earlier request's headers
+        if self.header_timer.cancelled():  # stopped by earlier headers
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
-        # (header_bytes may include a part of the body. 4: for b": " and b"\r\n".)
+        # Count again: header_bytes may include a part of the body. (4: ": ", "\r\n".)
         size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
@@ -167,8 +168,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:
-        """At Ctrl+C, gunicorn sends SIGQUIT, which leads here: do what SIGTERM does."""
+    def handle_exit(self, *_: object) -> None:  # for SIGQUIT, which Ctrl+C leads to
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -578,9 +578,9 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # If a mounted application has raised the 405 (such as StaticFiles at /api, for PUT
-    # /api/v1/items), its Mount has added /api to root_path. Our routes match only with
-    # the original root_path.
+    # A mounted application can raise the 405: for example StaticFiles at /api, for PUT
+    # /api/v1/items. Starlette's Mount has then written /api into root_path of this same
+    # scope. Our routes match only with the original root_path.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -1039,17 +1039,15 @@ class Database(MonitoredBackend):
 
     def driver_arguments(self) -> dict[str, Any]:
         """Return the arguments of create_async_engine that depend on the database."""
-        if self.is_sqlite:
-            timeout = self.settings.DATABASE_TIMEOUT_SECONDS
-            return {"connect_args": {"timeout": timeout}}  # for SQLite's lock
-        connect_args = {
-            # SQLAlchemy calls this in place of psycopg's own function.
-            "async_creator_fn": connect_to_postgresql,
-            # No prepared statements: after an ALTER TABLE, PostgreSQL refuses them.
-            "prepare_threshold": None,
-        }
+        if self.is_sqlite:  # the timeout is for its lock
+            return {"connect_args": {"timeout": self.settings.DATABASE_TIMEOUT_SECONDS}}
         return {
-            "connect_args": connect_args,
+            "connect_args": {
+                # SQLAlchemy calls this in place of psycopg's own function.
+                "async_creator_fn": connect_to_postgresql,
+                # No prepared statements: after ALTER TABLE, PostgreSQL refuses them.
+                "prepare_threshold": None,
+            },
             # Otherwise, SQLAlchemy looks for the type hstore: three round trips.
             "use_native_hstore": False,
             # No BEGIN and COMMIT. (On SQLite, prepare_sqlite_connection does this.)
@@ -1156,37 +1154,30 @@ TOO_LARGE_ERRORS = (
 )
 
 
-def is_statement_too_large(error: sa_exc.SQLAlchemyError) -> bool:
-    """Return True if a statement was refused because it is too large.
+def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
+    """Return True if the database cannot serve now, False for any other error.
 
-    psycopg raises OperationalError, as in an outage, but the connection stays usable.
-    No query of this file can be too large. One of yours can: it is a bug.
+    In an outage, drivers raise OperationalError. But they also raise it for some bugs:
+    for wrong SQL (sqlite3), and for a statement that is too large (psycopg). None of
+    this file is too large, but one of yours can be.
     """
     driver_error = getattr(error, "orig", None)
-    if isinstance(driver_error, TOO_LARGE_ERRORS):
-        return True
-    if not isinstance(driver_error, psycopg.Error):
-        return False
-    # Without an SQLSTATE, the error is not the server's. If there is a statement, the
-    # client library has refused it, for example for its 70,000 parameters. If there is
-    # none, connecting has failed. (A lost connection has no SQLSTATE, either: is_outage
-    # tests for that first.)
-    has_statement = getattr(error, "statement", None) is not None
-    return has_statement and driver_error.sqlstate is None
-
-
-def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
-    """Return True if the database cannot serve now, False for any other error."""
-    # Wrong SQL is a bug, not an outage. sqlite3 raises OperationalError for it, too.
-    # (SQLITE_SCHEMA takes the place of SQLITE_ERROR if the tables have changed.)
-    driver_error = getattr(error, "orig", None)
+    # Wrong SQL. (SQLITE_SCHEMA takes the place of SQLITE_ERROR if the tables have
+    # changed.)
     sqlite_error = getattr(driver_error, "sqlite_errorname", "")
     if sqlite_error in {"SQLITE_ERROR", "SQLITE_SCHEMA"}:
         return False
     # The connection was lost, or drop_read_only_connections has replaced it.
     if getattr(error, "connection_invalidated", False):
         return True
-    if is_statement_too_large(error):
+    # PostgreSQL has refused the statement as too large.
+    if isinstance(driver_error, TOO_LARGE_ERRORS):
+        return False
+    # An error without an SQLSTATE is not PostgreSQL's. If there is a statement, psycopg
+    # has refused it, for example for its 70,000 parameters. If there is none, psycopg
+    # could not connect.
+    is_from_psycopg = getattr(driver_error, "sqlstate", "") is None  # "": sqlite3
+    if is_from_psycopg and getattr(error, "statement", None) is not None:
         return False
     # The server is not reachable, full or too slow, or no connection was free in time.
     return isinstance(error, sa_exc.OperationalError | sa_exc.TimeoutError)
@@ -1359,9 +1350,9 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # Between this check and joining the queue, no other request may run: all requests
-    # of a burst would see a short queue. `async with` joins at once. It replaces the
-    # usual `run_sync(…, limiter=…)`, which first lets other requests run.
+    # Between this check and joining the queue, no other request may run. Otherwise, all
+    # requests of a burst would see a short queue, and join it. `async with` joins at
+    # once. The usual `run_sync(…, limiter=…)` would first let other requests run.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1461,9 +1452,10 @@ LIST_ITEMS_QUERIES = {
     # owner_id = :owner AND id > :after
     # With the other query, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner, which means the same.
-    # With the other query, PostgreSQL could scan the primary key, past the items of all
-    # other owners.
+    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
+    # The first condition also finds the items of later owners; the second excludes
+    # them. With the other query, PostgreSQL could scan the primary key, past the items
+    # of all other owners.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -2006,10 +1998,11 @@ SECURITY_HEADERS = {
 # RFC 6797 § 7.2: over https only. Not for subdomains: they may be somebody else's.
 HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
 LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
-RESPONSE_HEADERS = ("Location", "Retry-After", "X-Request-ID", "X-Response-Time")
+# Set by routes, errors and RequestLoggingMiddleware.
+OTHER_HEADERS = ("Location", "Retry-After", "X-Request-ID", "X-Response-Time")
 # Browsers hide headers from scripts of other origins. Those in CORS_ORIGINS may read
 # all headers that the service adds: none is secret.
-EXPOSED_HEADERS = (*SECURITY_HEADERS, *HTTPS_HEADERS, *LIMIT_HEADERS, *RESPONSE_HEADERS)
+EXPOSED_HEADERS = (*SECURITY_HEADERS, *HTTPS_HEADERS, *LIMIT_HEADERS, *OTHER_HEADERS)
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
 # Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline.
 DOCS_CSP = (
@@ -2186,9 +2179,9 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    A task's cancelling() counts the calls of its cancel(). It is 1 after uvicorn's. It
-    is 0 after asyncio.timeout, which calls uncancel(), and if the CancelledError comes
-    from the route, for example from another task that it awaits.
+    A task's cancelling() counts the calls of its cancel(): 1 if uvicorn has called it.
+    It is 0 after asyncio.timeout, which also calls uncancel(). It is 0, too, if the
+    route has raised CancelledError, for example because it awaits a cancelled task.
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
