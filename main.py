@@ -44,6 +44,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import warnings
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -148,7 +149,7 @@ def parse_database_url(value: str) -> sa.URL:
 # This refuses a password with a /, ? or # that is not encoded: redis-py would take a
 # part of it for something else. In redis://me:12/34@host, it would take me:12 for host
 # and port, which get into the log. It also refuses what redis-py would ignore: a path
-# that is no number, or the host of a unix socket.
+# that is no number, or a host in unix://host/path.
 REDIS_URL_PATTERN = re.compile(
     r"""
     (
@@ -205,6 +206,9 @@ ValidText = Annotated[str, Field(max_length=1000)]
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
 # At most a day, because more is surely a mistake.
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+SECRETS_FOLDER = "/run/secrets"  # a file for each variable
 
 
 class Settings(BaseSettings):
@@ -282,15 +286,20 @@ def get_settings() -> Settings:
     """Read the settings. A bad value ends the process with a line that names it."""
     # The folder is an argument here, and not in model_config: tests call Settings(),
     # which must not read it. (pydantic-settings warns if it is missing, so pass None.)
-    folder = "/run/secrets" if os.path.isdir("/run/secrets") else None
+    folder = SECRETS_FOLDER if os.path.isdir(SECRETS_FOLDER) else None
     try:
-        # Without pydantic's plugin, mypy does not know this argument.
-        return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
+        # pydantic-settings only warns of a secret that is a folder, for example, as
+        # Docker makes it for a missing file: the default would count.
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            # Without pydantic's plugin, mypy does not know this argument.
+            return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
     except pydantic.ValidationError as error:
         reason = "; ".join(describe_invalid_value(e) for e in error.errors())
     except SettingsError as error:  # invalid JSON, or a secret that cannot be read
         # The error names the variable; its cause says what is wrong.
         reason = f"{error}: {error.__cause__}"
+    except UserWarning as error:  # it names the file, and so the variable
+        reason = str(error)
     except (OSError, UnicodeDecodeError) as error:  # .env cannot be read, or decoded
         reason = f"{error}: in .env"
     raise SystemExit(f"bad settings: {reason}")
@@ -323,9 +332,9 @@ LIBRARY_LEVELS = {
     # if a request is cancelled while it returns its connection.
     f"{__name__}.FairPool": "CRITICAL",
 }
-# The servers' loggers. setup_logging replaces the handlers that they have. (Without
-# gunicorn, uvicorn gives one to the logger uvicorn. UvicornWorker copies those of
-# gunicorn.error to uvicorn.error.)
+# The servers' loggers. setup_logging replaces the handlers that they have, which would
+# write lines in another format. (Without gunicorn, uvicorn gives one to the logger
+# uvicorn. UvicornWorker copies those of gunicorn.error to uvicorn.error.)
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
@@ -578,9 +587,9 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # A mounted application can raise the 405: for example StaticFiles at /api, for PUT
-    # /api/v1/items. Starlette's Mount has then written /api into root_path of this same
-    # scope. Our routes match only with the original root_path.
+    # If you mount StaticFiles at /api, it gets PUT /api/v1/items: a Mount matches every
+    # method, so Starlette prefers it to a route of another method. Its 405 comes here.
+    # But the Mount has added /api to root_path: our routes match only without that.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -1002,17 +1011,18 @@ class Database(MonitoredBackend):
         self.is_sqlite = settings.DATABASE_URL.get_backend_name() == "sqlite"
         size = settings.DATABASE_POOL_SIZE + settings.DATABASE_MAX_OVERFLOW
         self.read_engine = self.create_engine(size)
+        self.write_engine = self.create_write_engine()
         self.check_engine = self.create_engine(1)
+
+    def create_write_engine(self) -> AsyncEngine:
         if self.is_sqlite:
             # SQLite has one writer at a time: they take turns with one connection.
-            self.write_engine = self.create_engine(1)
-            event.listen(self.write_engine.sync_engine, "begin", begin_immediate)
-        else:
-            # A copy of read_engine, with the same pool, but with transactions: this
-            # level replaces the AUTOCOMMIT of create_engine.
-            self.write_engine = self.read_engine.execution_options(
-                isolation_level="READ COMMITTED"
-            )
+            engine = self.create_engine(1)
+            event.listen(engine.sync_engine, "begin", begin_immediate)
+            return engine
+        # A copy of read_engine, with the same pool, but with transactions: this level
+        # replaces the AUTOCOMMIT of driver_arguments.
+        return self.read_engine.execution_options(isolation_level="READ COMMITTED")
 
     def create_engine(self, pool_size: int) -> AsyncEngine:
         url = self.settings.DATABASE_URL
@@ -1158,8 +1168,8 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     """Return True if the database cannot serve now, False for any other error.
 
     In an outage, drivers raise OperationalError. But they also raise it for some bugs:
-    for wrong SQL (sqlite3), and for a statement that is too large (psycopg). None of
-    this file is too large, but one of yours can be.
+    for wrong SQL (sqlite3), and for a statement that is too large (psycopg). (No
+    statement of this file can be too large, but one of yours can.)
     """
     driver_error = getattr(error, "orig", None)
     # Wrong SQL. (SQLITE_SCHEMA takes the place of SQLITE_ERROR if the tables have
@@ -1173,11 +1183,15 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     # PostgreSQL has refused the statement as too large.
     if isinstance(driver_error, TOO_LARGE_ERRORS):
         return False
-    # An error without an SQLSTATE is not PostgreSQL's. If there is a statement, psycopg
-    # has refused it, for example for its 70,000 parameters. If there is none, psycopg
-    # could not connect.
-    is_from_psycopg = getattr(driver_error, "sqlstate", "") is None  # "": sqlite3
-    if is_from_psycopg and getattr(error, "statement", None) is not None:
+    # PostgreSQL sends an SQLSTATE with each error. Without one, psycopg itself has
+    # raised the error: it has refused the statement, for example for its 70,000
+    # parameters, or, if there is no statement, it could not connect.
+    is_refused_by_psycopg = (
+        isinstance(driver_error, psycopg.Error)
+        and driver_error.sqlstate is None
+        and getattr(error, "statement", None) is not None
+    )
+    if is_refused_by_psycopg:
         return False
     # The server is not reachable, full or too slow, or no connection was free in time.
     return isinstance(error, sa_exc.OperationalError | sa_exc.TimeoutError)
@@ -1239,7 +1253,8 @@ NextCursor = Annotated[
 ]
 
 
-class RequestBody(BaseModel, extra="forbid"):
+# If your code makes one of a wrong value, pydantic's error would quote it in the log.
+class RequestBody(BaseModel, extra="forbid", hide_input_in_errors=True):
     @pydantic.model_validator(mode="before")
     @classmethod
     def refuse_many_fields(cls, value: object) -> object:
@@ -1270,7 +1285,7 @@ class PasswordChange(RequestBody):
     new_password: NewPassword = Field(examples=["battery staple correct horse"])
 
 
-class LoginForm(BaseModel):
+class LoginForm(BaseModel, hide_input_in_errors=True):
     # OAuth2's password form (RFC 6749 § 4.3.2), with bounded lengths. Other fields are
     # ignored, because clients also send `scope` and `client_id`.
     grant_type: Literal["password"] = "password"
@@ -1352,7 +1367,8 @@ async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
     # Between this check and joining the queue, no other request may run. Otherwise, all
     # requests of a burst would see a short queue, and join it. `async with` joins at
-    # once. The usual `run_sync(…, limiter=…)` would first let other requests run.
+    # once. The usual `run_sync(…, limiter=…)` would first let other requests run (in
+    # AnyIO, by a checkpoint).
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1450,12 +1466,12 @@ AFTER = sa.bindparam("after", type_=BigInt)
 # the index items_of_owner, so the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     # owner_id = :owner AND id > :after
-    # With the other query, SQLite would read all items of the owner.
+    # (With the second query, SQLite would read all items of the owner.)
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
     # The first condition also finds the items of later owners; the second excludes
-    # them. With the other query, PostgreSQL could scan the primary key, past the items
-    # of all other owners.
+    # them. (With the first query, PostgreSQL could scan the primary key, past the items
+    # of all other owners.)
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -2116,19 +2132,27 @@ class SecurityHeadersMiddleware:
         self.https_headers = MutableHeaders(HTTPS_HEADERS).raw
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = self.headers_for(scope)
+
         async def send_with_security_headers(message: Message) -> None:
-            # (Websockets and the lifespan have no such message.)
             if message["type"] == "http.response.start":
-                is_docs = scope["path"].removeprefix(scope["root_path"]) in DOCS_PATHS
-                headers = self.docs_headers if is_docs else self.headers
-                if scope["scheme"] == "https":
-                    headers = headers + self.https_headers
                 own_names = {name for name, _ in message["headers"]}
                 missing = [header for header in headers if header[0] not in own_names]
                 message["headers"] = [*message["headers"], *missing]
             await send(message)
 
         await self.app(scope, receive, send_with_security_headers)
+
+    def headers_for(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        # Call this before the routing: a Mount changes root_path, and then the /docs of
+        # the mounted application would look like ours.
+        is_docs = scope["path"].removeprefix(scope["root_path"]) in DOCS_PATHS
+        headers = self.docs_headers if is_docs else self.headers
+        if scope["scheme"] == "https":
+            return headers + self.https_headers
+        return headers
 
 
 class OriginCORSMiddleware(CORSMiddleware):
@@ -2179,9 +2203,9 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    A task's cancelling() counts the calls of its cancel(): 1 if uvicorn has called it.
-    It is 0 after asyncio.timeout, which also calls uncancel(). It is 0, too, if the
-    route has raised CancelledError, for example because it awaits a cancelled task.
+    A CancelledError has three possible sources. A task's cancelling(), which counts the
+    calls of its cancel(), is 1 only after uvicorn's. (asyncio.timeout undoes its own
+    call by uncancel(). A route that awaits a cancelled task is not cancelled itself.)
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2249,7 +2273,8 @@ class LimitsAndErrorsMiddleware:
         """Return a `receive` that raises HTTPException for a bad body.
 
         It raises when a route reads the body, so 404 and 405 come first. It does not
-        raise an AppException: while FastAPI reads a body, it turns that into a 400.
+        raise an AppException: FastAPI, which reads the body, turns any exception but an
+        HTTPException into a 400.
         """
         received_bytes = 0
 
