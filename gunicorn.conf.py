@@ -79,8 +79,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        if not self.cycle or self.cycle.response_complete:  # no answer is being sent
-            self.refuse(408)  # otherwise, after the answer, the keep-alive timer closes
+        if not self.cycle or self.cycle.response_complete:
+            self.refuse(408)  # (during a response: the keep-alive timer after it will)
 
     def data_received(self, data: bytes) -> None:  # in place of uvicorn's: see `parse`
         if not self.is_in_body:
@@ -134,7 +134,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # again: a response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # a new list, or trailers get into the request's headers
+        self.headers = []  # a new list: uvicorn would add trailers to the scope's one
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else wait for the new parser's call
@@ -168,7 +168,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, which Ctrl+C leads to
+    def handle_exit(self, *_: object) -> None:  # at Ctrl+C: gunicorn sends SIGQUIT
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

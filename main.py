@@ -156,7 +156,7 @@ REDIS_URL_PATTERN = re.compile(
         rediss?://
         ([^/?#]*@)?     # user:password@
         [^/?#@\s]*      # host:port
-        (/[0-9]*/?)?    # number of the database
+        (/[0-9]*/?)?    # number of the database, if any
     |
         unix://
         ([^/?#]*@)?     # user:password@
@@ -250,8 +250,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        For a text of spaces only, the default counts. (env_ignore_empty ignores only
-        an empty one.)
+        A text of spaces only counts as not set, as an empty one does.
+        (env_ignore_empty ignores only an empty one.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -288,8 +288,8 @@ def get_settings() -> Settings:
     # which must not read it. (pydantic-settings warns if it is missing, so pass None.)
     folder = SECRETS_FOLDER if os.path.isdir(SECRETS_FOLDER) else None
     try:
-        # pydantic-settings only warns of a secret that is a folder, for example, as
-        # Docker makes it for a missing file: the default would count.
+        # If a secret is no file, pydantic-settings only warns, and uses the default.
+        # (Docker makes a folder in place of a file that is missing.)
         with warnings.catch_warnings(action="error", category=UserWarning):
             # Without pydantic's plugin, mypy does not know this argument.
             return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
@@ -333,8 +333,8 @@ LIBRARY_LEVELS = {
     f"{__name__}.FairPool": "CRITICAL",
 }
 # The servers' loggers. setup_logging replaces the handlers that they have, which would
-# write lines in another format. (Without gunicorn, uvicorn gives one to the logger
-# uvicorn. UvicornWorker copies those of gunicorn.error to uvicorn.error.)
+# write lines in another format. (Without gunicorn, uvicorn adds a handler to the logger
+# uvicorn. With it, UvicornWorker copies gunicorn.error's handlers to uvicorn.error.)
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
@@ -350,7 +350,7 @@ def shorten_traceback(text: str) -> str:
     # The JSON is ASCII, so its length is its number of bytes. It can be longer than the
     # text, because it writes "é" as \u00e9. So cut until it fits.
     while len(json.dumps(text)) > MAX_TRACEBACK_BYTES:
-        text = text[50:]
+        text = text[50:]  # not [1:]: each step writes the JSON again
     return text
 
 
@@ -587,9 +587,9 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # If you mount StaticFiles at /api, it gets PUT /api/v1/items: a Mount matches every
-    # method, so Starlette prefers it to a route of another method. Its 405 comes here.
-    # But the Mount has added /api to root_path: our routes match only without that.
+    # A 405 can also come from a mounted application: StaticFiles at /api gets PUT
+    # /api/v1/items, because Starlette prefers it to a route of another method. But its
+    # Mount has added /api to root_path. Our routes match only without that.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -863,7 +863,7 @@ def cut_message(context: sa.engine.ExceptionContext) -> None:
 
 
 def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
-    """Replace the pool's connections if one is read-only.
+    """Treat a read-only connection as lost: SQLAlchemy then replaces the whole pool.
 
     After a failover, a read-only connection leads to the former primary. On SQLite, a
     connection that was opened while the file was not writable stays read-only.
@@ -872,8 +872,6 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
     sqlite_error = getattr(error, "sqlite_errorname", "")
     is_read_only = isinstance(error, psycopg.errors.ReadOnlySqlTransaction)
     if is_read_only or sqlite_error.startswith("SQLITE_READONLY"):
-        # SQLAlchemy then replaces all connections that the pool has now, as if this one
-        # were lost.
         context.is_disconnect = True
 
 
@@ -1101,8 +1099,8 @@ class Database(MonitoredBackend):
             sync_session_class=Session if writes else ReadOnlySession,
             # Objects are read after the commit, so they must not expire.
             expire_on_commit=False,
-            # Using a closed session is an error. By default, it would open again, and
-            # in a StreamingResponse take a connection that nobody gives back.
+            # Using a closed session is an error. By default, it would open again: if a
+            # StreamingResponse used it, it would take a connection and never return it.
             close_resets_only=False,
         )
 
@@ -1143,9 +1141,10 @@ class Database(MonitoredBackend):
             await self.create_missing_tables()
 
     async def ping(self) -> None:
-        # One statement checks three things: the database answers, it has all columns of
-        # all tables, and it is not read-only. (A read-only server refuses FOR UPDATE.
-        # SQLAlchemy omits it on SQLite.) With LIMIT 0, no row is read or locked.
+        # One statement checks that the database answers, that it has all columns of all
+        # tables, and, on PostgreSQL, that it is not read-only: then it would refuse FOR
+        # UPDATE. (On SQLite, SQLAlchemy omits this.) With LIMIT 0, no row is read or
+        # locked.
         query = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
         async with self.check_engine.connect() as connection:
             await connection.execute(query)
@@ -1183,9 +1182,9 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     # PostgreSQL has refused the statement as too large.
     if isinstance(driver_error, TOO_LARGE_ERRORS):
         return False
-    # PostgreSQL sends an SQLSTATE with each error. Without one, psycopg itself has
-    # raised the error: it has refused the statement, for example for its 70,000
-    # parameters, or, if there is no statement, it could not connect.
+    # An error without an SQLSTATE is psycopg's own, not PostgreSQL's. If it has a
+    # statement, psycopg has refused this, for example for its 70,000 parameters. If it
+    # has none, psycopg could not connect. (A connection that was lost: see above.)
     is_refused_by_psycopg = (
         isinstance(driver_error, psycopg.Error)
         and driver_error.sqlstate is None
@@ -1253,7 +1252,8 @@ NextCursor = Annotated[
 ]
 
 
-# If your code makes one of a wrong value, pydantic's error would quote it in the log.
+# hide_input_in_errors: if your own code makes a body of a wrong value, the traceback in
+# the log does not show this value, which can be a password.
 class RequestBody(BaseModel, extra="forbid", hide_input_in_errors=True):
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -1365,10 +1365,9 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # Between this check and joining the queue, no other request may run. Otherwise, all
+    # No other request may run between this check and joining the queue. Otherwise, all
     # requests of a burst would see a short queue, and join it. `async with` joins at
-    # once. The usual `run_sync(…, limiter=…)` would first let other requests run (in
-    # AnyIO, by a checkpoint).
+    # once, but `run_sync(…, limiter=…)` would first let other requests run.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1463,15 +1462,15 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
 # Both queries find the same items. Each makes its database start at the first one in
-# the index items_of_owner, so the last page costs what the first does.
+# the index items_of_owner, so the last page costs what the first does. With the other
+# query, SQLite would read all items of the owner, and PostgreSQL could scan the primary
+# key, past the items of all other owners.
 LIST_ITEMS_QUERIES = {
     # owner_id = :owner AND id > :after
-    # (With the second query, SQLite would read all items of the owner.)
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
     # The first condition also finds the items of later owners; the second excludes
-    # them. (With the first query, PostgreSQL could scan the primary key, past the items
-    # of all other owners.)
+    # them.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -2043,7 +2042,11 @@ def warn_of_untrusted_proxy() -> None:
 
 
 class RequestLoggingMiddleware:
-    """Set the request's root path, id and client; measure its time; log it."""
+    """Log each request, with its time.
+
+    It is the outermost, so it also prepares what the others need: the root path, the id
+    and the client.
+    """
 
     def __init__(self, app: ASGIApp, root_path: str) -> None:
         self.app = app
@@ -2203,9 +2206,11 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    A CancelledError has three possible sources. A task's cancelling(), which counts the
-    calls of its cancel(), is 1 only after uvicorn's. (asyncio.timeout undoes its own
-    call by uncancel(). A route that awaits a cancelled task is not cancelled itself.)
+    A task's cancelling() counts the calls of its cancel(). A CancelledError comes from
+
+        uvicorn          cancelling() is 1
+        asyncio.timeout  cancelling() is 0 again, because it also calls uncancel()
+        the route        cancelling() is 0: for example, it awaits a cancelled task
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2371,7 +2376,7 @@ health_router = APIRouter(
     # /health also answer 503 with a body of their own: so they document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app sets it, too, but not for these routes, which it passes as `routes=`.)
+    # (The application's own setting has no effect on these routes: see create_app.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2658,8 +2663,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
         # Not include_router, which would make a health check a fifth slower (since
-        # FastAPI 0.137). The price: dependency_overrides has no effect on these routes,
-        # because only include_router passes it on. So they must have no dependencies.
+        # FastAPI 0.137). The price: these routes ignore app.dependency_overrides, so
+        # they must have no dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
