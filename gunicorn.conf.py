@@ -80,7 +80,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def refuse_slow(self) -> None:
         if not self.cycle or self.cycle.response_complete:
-            self.refuse(408)  # (during a response: the keep-alive timer after it will)
+            self.refuse(408)  # (else the keep-alive timer after the response closes)
 
     def data_received(self, data: bytes) -> None:  # in place of uvicorn's: see `parse`
         if not self.is_in_body:
@@ -88,7 +88,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # `parse` raises HttpParserUpgrade for a CONNECT
+            self.refuse(400)  # (repeated headers of a CONNECT raise again)
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -164,11 +164,11 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
         # uvicorn has its own handler while it runs. After its shutdown, it raises
-        # SIGTERM again, which would kill the worker. Instead, handle_quit exits with 0.
+        # SIGTERM again, which would kill the worker: gunicorn's handle_quit exits (0).
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # at Ctrl+C: gunicorn sends SIGQUIT
+    def handle_exit(self, *_: object) -> None:  # UvicornWorker's, for SIGQUIT (Ctrl+C)
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

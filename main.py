@@ -250,8 +250,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A text of spaces only counts as not set, as an empty one does.
-        (env_ignore_empty ignores only an empty one.)
+        If a text has only spaces, the default counts, even if .env has a value.
+        (env_ignore_empty ignores only empty texts.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -288,18 +288,17 @@ def get_settings() -> Settings:
     # which must not read it. (pydantic-settings warns if it is missing, so pass None.)
     folder = SECRETS_FOLDER if os.path.isdir(SECRETS_FOLDER) else None
     try:
-        # If a secret is no file, pydantic-settings only warns, and uses the default.
+        # If a secret is no file, pydantic-settings only warns, and goes on without it.
         # (Docker makes a folder in place of a file that is missing.)
         with warnings.catch_warnings(action="error", category=UserWarning):
             # Without pydantic's plugin, mypy does not know this argument.
             return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
     except pydantic.ValidationError as error:
         reason = "; ".join(describe_invalid_value(e) for e in error.errors())
-    except SettingsError as error:  # invalid JSON, or a secret that cannot be read
+    except SettingsError as error:
+        # Invalid JSON, or a secret that is no file or cannot be read.
         # The error names the variable; its cause says what is wrong.
         reason = f"{error}: {error.__cause__}"
-    except UserWarning as error:  # it names the file, and so the variable
-        reason = str(error)
     except (OSError, UnicodeDecodeError) as error:  # .env cannot be read, or decoded
         reason = f"{error}: in .env"
     raise SystemExit(f"bad settings: {reason}")
@@ -587,9 +586,9 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # A 405 can also come from a mounted application: StaticFiles at /api gets PUT
-    # /api/v1/items, because Starlette prefers it to a route of another method. But its
-    # Mount has added /api to root_path. Our routes match only without that.
+    # A 405 can also come from a mounted application, for example from StaticFiles at
+    # /api for PUT /api/v1/items: no route has this method, so Starlette chooses the
+    # Mount, which adds /api to root_path. Our routes match only with the original one.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -863,7 +862,7 @@ def cut_message(context: sa.engine.ExceptionContext) -> None:
 
 
 def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
-    """Treat a read-only connection as lost: SQLAlchemy then replaces the whole pool.
+    """Treat a read-only connection as lost: then SQLAlchemy replaces all in the pool.
 
     After a failover, a read-only connection leads to the former primary. On SQLite, a
     connection that was opened while the file was not writable stays read-only.
@@ -1129,8 +1128,8 @@ class Database(MonitoredBackend):
     async def recover(self) -> None:
         # After a failover, replace the connections to the former primary. On
         # PostgreSQL, read_engine and write_engine share this pool. check_engine needs
-        # nothing: SQLAlchemy replaces its connection when `ping` fails. (On SQLite,
-        # this is not needed, but harmless.)
+        # nothing: SQLAlchemy replaces its connection if it is lost or read-only. (On
+        # SQLite, this is not needed, but harmless.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1142,8 +1141,8 @@ class Database(MonitoredBackend):
 
     async def ping(self) -> None:
         # One statement checks that the database answers, that it has all columns of all
-        # tables, and, on PostgreSQL, that it is not read-only: then it would refuse FOR
-        # UPDATE. (On SQLite, SQLAlchemy omits this.) With LIMIT 0, no row is read or
+        # tables, and, on PostgreSQL, that it is not read-only. (A read-only one refuses
+        # FOR UPDATE, which SQLAlchemy omits on SQLite.) With LIMIT 0, no row is read or
         # locked.
         query = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
         async with self.check_engine.connect() as connection:
@@ -1182,9 +1181,9 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     # PostgreSQL has refused the statement as too large.
     if isinstance(driver_error, TOO_LARGE_ERRORS):
         return False
-    # An error without an SQLSTATE is psycopg's own, not PostgreSQL's. If it has a
-    # statement, psycopg has refused this, for example for its 70,000 parameters. If it
-    # has none, psycopg could not connect. (A connection that was lost: see above.)
+    # Without an SQLSTATE, the error is psycopg's own, not PostgreSQL's. If there is a
+    # statement, psycopg has refused to send it, for example for its 70,000 parameters.
+    # If there is none, psycopg could not connect. (For a lost connection, see above.)
     is_refused_by_psycopg = (
         isinstance(driver_error, psycopg.Error)
         and driver_error.sqlstate is None
@@ -1367,7 +1366,7 @@ async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
     # No other request may run between this check and joining the queue. Otherwise, all
     # requests of a burst would see a short queue, and join it. `async with` joins at
-    # once, but `run_sync(…, limiter=…)` would first let other requests run.
+    # once, but AnyIO's `run_sync(…, limiter=…)` would first let other requests run.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -2206,7 +2205,7 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    A task's cancelling() counts the calls of its cancel(). A CancelledError comes from
+    A task's cancelling() counts the calls of its cancel(). After a cancellation by
 
         uvicorn          cancelling() is 1
         asyncio.timeout  cancelling() is 0 again, because it also calls uncancel()
