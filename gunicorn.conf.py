@@ -80,7 +80,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def refuse_slow(self) -> None:
         if not self.cycle or self.cycle.response_complete:
-            self.refuse(408)  # (else the keep-alive timer after the response closes)
+            self.refuse(408)  # else the keep-alive timer closes it, after that response
 
     def data_received(self, data: bytes) -> None:  # in place of uvicorn's: see `parse`
         if not self.is_in_body:
@@ -88,7 +88,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # (repeated headers of a CONNECT raise again)
+            self.refuse(400)  # a CONNECT is an upgrade, even without `Upgrade`
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -117,7 +117,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        if self.header_timer.cancelled():  # stopped by earlier headers
+        if self.header_timer.cancelled():  # by an earlier request's headers
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -134,7 +134,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # again: a response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # a new list: uvicorn would add trailers to the scope's one
+        self.headers = []  # a new list, because uvicorn adds trailers to self.headers
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else wait for the new parser's call
@@ -163,12 +163,12 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn has its own handler while it runs. After its shutdown, it raises
-        # SIGTERM again, which would kill the worker: gunicorn's handle_quit exits (0).
-        signal.signal(signal.SIGTERM, self.handle_quit)
+        # uvicorn handles SIGTERM itself while it runs. After its shutdown, it raises it
+        # again, for this handler. (The default one would kill the worker.)
+        signal.signal(signal.SIGTERM, self.handle_quit)  # gunicorn's: exits with 0
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # UvicornWorker's, for SIGQUIT (Ctrl+C)
+    def handle_exit(self, *_: object) -> None:  # called at SIGQUIT (Ctrl+C)
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

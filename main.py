@@ -250,8 +250,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        If a text has only spaces, the default counts, even if .env has a value.
-        (env_ignore_empty ignores only empty texts.)
+        A variable of only spaces has replaced the value of .env before this runs, so
+        the default counts. (env_ignore_empty ignores only an empty one.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -587,8 +587,9 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
     # A 405 can also come from a mounted application, for example from StaticFiles at
-    # /api for PUT /api/v1/items: no route has this method, so Starlette chooses the
-    # Mount, which adds /api to root_path. Our routes match only with the original one.
+    # /api for PUT /api/v1/items: a route matches only the path, the Mount matches the
+    # method, too, so it is chosen, and changes root_path. Our routes match only with
+    # the original one.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -919,9 +920,9 @@ class MonitoredBackend:
     After a failure, it is checked every second until it is available again. In normal
     operation, nothing runs in the background. A check calls these methods:
 
-        start, then ping    until `start` has succeeded once
-        recover, then ping  in an outage
-        ping                otherwise
+        start, then ping    before the first success of `start`
+        recover, then ping  later, in an outage
+        ping                later, otherwise
     """
 
     name: str
@@ -1155,6 +1156,8 @@ class Database(MonitoredBackend):
             await engine.dispose()
 
 
+# PostgreSQL's errors for a statement that is too large. In psycopg, they are kinds of
+# OperationalError.
 TOO_LARGE_ERRORS = (
     psycopg.errors.StatementTooComplex,
     psycopg.errors.TooManyArguments,
@@ -1181,9 +1184,9 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     # PostgreSQL has refused the statement as too large.
     if isinstance(driver_error, TOO_LARGE_ERRORS):
         return False
-    # Without an SQLSTATE, the error is psycopg's own, not PostgreSQL's. If there is a
-    # statement, psycopg has refused to send it, for example for its 70,000 parameters.
-    # If there is none, psycopg could not connect. (For a lost connection, see above.)
+    # psycopg itself has refused the statement, for example for its 70,000 parameters:
+    # only PostgreSQL's errors have an SQLSTATE. (If psycopg cannot connect, there is no
+    # SQLSTATE, either, but no statement.)
     is_refused_by_psycopg = (
         isinstance(driver_error, psycopg.Error)
         and driver_error.sqlstate is None
@@ -1461,15 +1464,15 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
 # Both queries find the same items. Each makes its database start at the first one in
-# the index items_of_owner, so the last page costs what the first does. With the other
-# query, SQLite would read all items of the owner, and PostgreSQL could scan the primary
-# key, past the items of all other owners.
+# the index items_of_owner, so the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     # owner_id = :owner AND id > :after
+    # With a comparison of rows, as below, SQLite would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
     # The first condition also finds the items of later owners; the second excludes
-    # them.
+    # them. With the plain conditions above, PostgreSQL could scan the primary key, past
+    # the items of all other owners.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1702,7 +1705,7 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 # shared memory, RedisRateLimiter in Redis, and RateLimiter chooses one of them.
 
 SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
-ROWS_IN_BUCKET = 16  # see SlidingWindowRateLimiter
+ROWS_IN_BUCKET = 16  # more would use the table more evenly, but take longer to search
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `start`, which opens all connections at once
@@ -2164,7 +2167,7 @@ class OriginCORSMiddleware(CORSMiddleware):
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if b"origin" in dict(scope.get("headers", ())):
+        if b"origin" in dict(scope.get("headers", ())):  # the lifespan has no headers
             await super().__call__(scope, receive, send)
         else:
             await self.app(scope, receive, send)
@@ -2205,11 +2208,11 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    A task's cancelling() counts the calls of its cancel(). After a cancellation by
+    A task's cancelling() counts the calls of its cancel(). It is
 
-        uvicorn          cancelling() is 1
-        asyncio.timeout  cancelling() is 0 again, because it also calls uncancel()
-        the route        cancelling() is 0: for example, it awaits a cancelled task
+        1  if uvicorn has called cancel()
+        0  after asyncio.timeout, which has also called uncancel()
+        0  if the route only awaits another task, which was cancelled
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2219,9 +2222,9 @@ def is_cancelled_by_server(error: BaseException) -> bool:
 class LimitsAndErrorsMiddleware:
     """Limit a request's body and time (not its rate), and answer what goes wrong.
 
-    404 for a path that ends with a line break, 413 for a body that is too large, 504
-    for a request that takes too long, 500 for an unhandled exception, 503 for a request
-    that a shutdown interrupts.
+    400 for a form in another charset than UTF-8, 404 for a path that ends with a line
+    break, 413 for a body that is too large, 504 for a request that takes too long, 500
+    for an unhandled exception, 503 for a request that a shutdown interrupts.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -2375,7 +2378,7 @@ health_router = APIRouter(
     # /health also answer 503 with a body of their own: so they document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (The application's own setting has no effect on these routes: see create_app.)
+    # (The application's own setting reaches only routes added by include_router.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2661,9 +2664,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router, which would make a health check a fifth slower (since
-        # FastAPI 0.137). The price: these routes ignore app.dependency_overrides, so
-        # they must have no dependencies.
+        # Not include_router: since FastAPI 0.137, it adds the router itself, and the
+        # search for a route in it makes a health check a fifth slower. The price: these
+        # routes ignore app.dependency_overrides, so they must have no dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
