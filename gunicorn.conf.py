@@ -1,7 +1,6 @@
 """gunicorn reads this file at its start. Its values come from the environment only."""
 
 import gc
-import logging
 import math
 import os
 import re
@@ -57,7 +56,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heart
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not logging.getLogger().handlers:  # such as for gunicorn 'main:create_app()'
+    if not main.logger.hasHandlers():  # unlike main:app, create_app() sets up none
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -69,7 +68,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), with limits on headers, and without `Upgrade`."""
 
     is_in_body = False  # True between the end of the headers and the end of the body
-    header_bytes = 0  # received since a request began; 0 again after its headers
+    header_bytes = 0  # received while headers are incomplete; can include some body
     is_stopping = False  # True when the worker ends
 
     def connection_made(self, transport: Any) -> None:
@@ -79,8 +78,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
+        # During a response, do nothing. After it, the keep-alive timer will close.
         if not self.cycle or self.cycle.response_complete:
-            self.refuse(408)  # else the keep-alive timer closes it, after that response
+            self.refuse(408)
 
     def data_received(self, data: bytes) -> None:  # in place of uvicorn's: see `parse`
         if not self.is_in_body:
@@ -88,7 +88,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # a CONNECT is an upgrade, even without `Upgrade`
+            self.refuse(400)  # `parse` handles `Upgrade`, but not a CONNECT
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -110,8 +110,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
-        self.parser = parser = httptools.HttpRequestParser(self)
-        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
+        self.parser = parser = httptools.HttpRequestParser(self)  # set up as uvicorn's
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)
         parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
@@ -123,7 +123,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
-        # Count again: header_bytes may include a part of the body. (4: ": ", "\r\n".)
+        # The exact size: header_bytes can include some body. (4: for ": " and "\r\n".)
         size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
@@ -131,10 +131,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # again: a response may have started it
+        self._unset_keepalive_if_required()  # again: a response may have ended since
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # a new list, because uvicorn adds trailers to self.headers
+        self.headers = []  # not the request's list: uvicorn adds trailers to this
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else wait for the new parser's call
@@ -153,7 +153,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_stopping = True
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        self.loop.call_later(0.5, super().shutdown)  # first answer what is on its way
+        self.loop.call_later(0.5, super().shutdown)  # requests may be on their way
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
@@ -163,12 +163,12 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn handles SIGTERM itself while it runs. After its shutdown, it raises it
-        # again, for this handler. (The default one would kill the worker.)
-        signal.signal(signal.SIGTERM, self.handle_quit)  # gunicorn's: exits with 0
+        # When uvicorn has shut down, it raises SIGTERM again. Python's default handler
+        # would kill the worker then; gunicorn's handle_quit exits with 0.
+        signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # called at SIGQUIT (Ctrl+C)
+    def handle_exit(self, *_: object) -> None:  # for SIGQUIT, sent at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

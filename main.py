@@ -119,8 +119,9 @@ def parse_database_url(value: str) -> sa.URL:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
-            # Check the names of the options: create_connect_args reads them off the
-            # URL, and make_conninfo raises an error for one that libpq does not know.
+            # Let libpq check the names of the options, as it does at a connect:
+            # create_connect_args takes them from the URL, and make_conninfo raises an
+            # error for an unknown one.
             dialect_class = url.get_dialect()
             _, options = dialect_class().create_connect_args(url)
             make_conninfo(**options)
@@ -250,8 +251,9 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A variable of only spaces has replaced the value of .env before this runs, so
-        the default counts. (env_ignore_empty ignores only an empty one.)
+        If a variable has only spaces, the field's default counts, even if .env has a
+        value: pydantic-settings has already chosen the variable. (env_ignore_empty
+        ignores only empty ones.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -488,6 +490,7 @@ class UnauthorizedException(AppException):
     status_code = 401
     message = "The access token is not valid."
     # RFC 6750 § 3.1 has this one code for every invalid token.
+    # (RUF012: ruff wants a ClassVar, but mypy does not, because the base has none.)
     headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
 
@@ -882,8 +885,9 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
     with suppress(sqlite3.OperationalError):
         connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA foreign_keys = ON")
-    # With None, sqlite3 sends no BEGIN of its own. For write_engine, begin_immediate
-    # sends it, as SQLAlchemy's documentation advises. read_engine needs none.
+    # This is sqlite3's isolation_level, not SQLAlchemy's. With None, sqlite3 sends no
+    # BEGIN of its own. For write_engine, begin_immediate sends it, as SQLAlchemy's
+    # documentation advises. read_engine needs none.
     connection.isolation_level = None
 
 
@@ -988,6 +992,7 @@ class MonitoredBackend:
             return False
         task = self.start_check()
         await asyncio.wait({task}, timeout=HEALTH_CHECK_TIMEOUT_SECONDS)
+        # run_check does not raise an exception: in_outage tells of a failure.
         return task.done() and not self.in_outage
 
     async def stop_checks(self) -> None:
@@ -1110,7 +1115,7 @@ class Database(MonitoredBackend):
         return set(names)
 
     async def create_missing_tables(self) -> None:
-        """Any number of workers and hosts may call this at once: a lock orders them."""
+        """Create them under a lock: many workers and hosts may do so at once."""
         async with self.write_engine.begin() as connection:
             if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
                 lock = sa.func.pg_advisory_xact_lock(7411)  # an arbitrary number
@@ -1185,8 +1190,8 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     if isinstance(driver_error, TOO_LARGE_ERRORS):
         return False
     # psycopg itself has refused the statement, for example for its 70,000 parameters:
-    # only PostgreSQL's errors have an SQLSTATE. (If psycopg cannot connect, there is no
-    # SQLSTATE, either, but no statement.)
+    # only PostgreSQL's errors have an SQLSTATE. (Without a statement, psycopg could not
+    # connect. If the connection was lost during a statement, this has returned above.)
     is_refused_by_psycopg = (
         isinstance(driver_error, psycopg.Error)
         and driver_error.sqlstate is None
@@ -1254,8 +1259,8 @@ NextCursor = Annotated[
 ]
 
 
-# hide_input_in_errors: if your own code makes a body of a wrong value, the traceback in
-# the log does not show this value, which can be a password.
+# hide_input_in_errors: if your own code makes, for example, a UserIn with an invalid
+# password, the traceback in the log does not show it.
 class RequestBody(BaseModel, extra="forbid", hide_input_in_errors=True):
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -1389,8 +1394,9 @@ async def verify_password(password: str, stored_hash: str) -> tuple[bool, str | 
         )
 
 
-# python-jose decodes a signature by Python's base64, which ignores characters outside
-# its alphabet. Without this pattern, a token with such characters would still be valid.
+# python-jose (the guides' library) decodes a signature by Python's base64. This ignores
+# characters outside its alphabet. Without this pattern, a token with such characters
+# would still be valid.
 TOKEN_PATTERN = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")
 
 
@@ -1415,9 +1421,9 @@ class TokenClaims(BaseModel):
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    If the key is a text, python-jose's decode first tries to parse it as JSON, but its
-    encode does not. With a secret that is JSON, such as a text in quotes, the two would
-    use different keys, and no token would be valid.
+    If the key is a text, python-jose's encode uses it as it is, but its decode first
+    tries to parse it as JSON. For a secret that is JSON, such as a text in quotes, the
+    two would use different keys, and no token would be valid.
     """
     # SECRET_KEY may have bytes that are not UTF-8: in a SecretStr, pydantic does not
     # check that. Python reads them as surrogates; surrogateescape restores the bytes.
@@ -1467,12 +1473,12 @@ AFTER = sa.bindparam("after", type_=BigInt)
 # the index items_of_owner, so the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     # owner_id = :owner AND id > :after
-    # With a comparison of rows, as below, SQLite would read all items of the owner.
+    # A comparison of rows would make SQLite read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
     # The first condition also finds the items of later owners; the second excludes
-    # them. With the plain conditions above, PostgreSQL could scan the primary key, past
-    # the items of all other owners.
+    # them. (The plain conditions could make PostgreSQL scan the primary key, past the
+    # items of all other owners.)
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1881,8 +1887,9 @@ class RedisRateLimiter(MonitoredBackend):
     async def start(self) -> None:
         """Open all connections, before a burst of requests has to wait for that."""
         pool = self.client.connection_pool
-        # After an outage, idle connections may be dead: close them. Connections in use
-        # can stay: if one is dead, its command fails, and redis-py closes it.
+        # `recover` calls this, too. After an outage, idle connections may be dead, so
+        # close them. Connections in use can stay: if one is dead, its command fails,
+        # and redis-py closes it.
         await pool.disconnect(inuse_connections=False)
         try:
             await self.open_connections()
@@ -1972,7 +1979,7 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
     requests, such as logins, count in several limits: the headers show the limit that
     refused, else the one with the fewest requests remaining.
     """
-    state = scope["state"]  # RequestLoggingMiddleware has put `client` there
+    state = scope["state"]  # RequestLoggingMiddleware (below) sets `client` in it
     result = await limiter.hit(name, state["client"])
     previous: RateLimitResult | None = state.get("rate_limit")
     if not result.allowed:
@@ -2243,8 +2250,8 @@ class LimitsAndErrorsMiddleware:
             not_found = await http_exception_handler(Request(scope), error)
             return await not_found(scope, receive, send)
         # Drop a Content-Type that is too long, because it is slow to parse. A route
-        # that expects JSON then answers 422, as it does without this header. Other
-        # routes do not need it.
+        # with a body, JSON or form, then answers 422, as it does without this header.
+        # Other routes do not need it.
         scope["headers"] = [
             (name, value)
             for name, value in scope["headers"]
@@ -2374,8 +2381,8 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 health_router = APIRouter(
     prefix="/health",
     tags=["health"],
-    # LimitsAndErrorsMiddleware can answer these on every route. /health/ready and
-    # /health also answer 503 with a body of their own: so they document both bodies.
+    # Every route can get 500, 503 and 504 from LimitsAndErrorsMiddleware. /health/ready
+    # and /health also have a 503 of their own: theirs documents both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
     # (The application's own setting reaches only routes added by include_router.)
@@ -2395,7 +2402,7 @@ async def check_database(request: Request) -> CheckResult:
 async def check_redis(request: Request) -> CheckResult | MISSING:
     redis: RedisRateLimiter | None = request.app.state.rate_limiter.redis
     if redis is None:
-        return MISSING  # it is not configured, and the response does not name it
+        return MISSING  # not configured: the field is left out of the response
     # Do not set `reason`: the log line would be a WARNING, but this is still a 200.
     return HEALTHY if await redis.is_ready() else UNHEALTHY
 
@@ -2664,9 +2671,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router: since FastAPI 0.137, it adds the router itself, and the
-        # search for a route in it makes a health check a fifth slower. The price: these
-        # routes ignore app.dependency_overrides, so they must have no dependencies.
+        # Not include_router: since FastAPI 0.137, it adds the router as one route, and
+        # the search in it makes a health check a fifth slower. The price: these routes
+        # ignore app.dependency_overrides, so they must have no dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
