@@ -56,7 +56,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heart
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not main.logger.hasHandlers():  # unlike main:app, create_app() sets up none
+    if not main.logger.hasHandlers():  # create_app() alone sets up no logging
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -78,7 +78,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # During a response, do nothing. After it, the keep-alive timer will close.
+        # During a response, leave a pipelined request to the keep-alive timer after it.
         if not self.cycle or self.cycle.response_complete:
             self.refuse(408)
 
@@ -88,7 +88,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # `parse` handles `Upgrade`, but not a CONNECT
+            self.refuse(400)  # a CONNECT also raises HttpParserUpgrade
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -96,7 +96,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Feed the parser, but ignore `Upgrade`, which Java's HttpClient always offers.
 
         After headers with `Upgrade`, httptools calls on_headers_complete and
-        on_message_complete, which do nothing then, and raises HttpParserUpgrade. So a
+        on_message_complete (ours return at once), and raises HttpParserUpgrade. Then a
         new parser gets the same headers without `Upgrade`, and after them the rest.
         """
         while data:  # once more after an Upgrade, with the new parser
@@ -117,7 +117,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        if self.header_timer.cancelled():  # by an earlier request's headers
+        if self.header_timer.cancelled():  # so this is not the first request
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -127,14 +127,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stop parsing; refuse(400) will do nothing
+            raise httptools.HttpParserError  # ends feed_data; refuse(400) does nothing
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # again: a response may have ended since
+        self._unset_keepalive_if_required()  # again: an earlier response may have ended
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # not the request's list: uvicorn adds trailers to this
+        self.headers = []  # or uvicorn would add trailers to the request's list
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else wait for the new parser's call
@@ -168,7 +168,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # for SIGQUIT, sent at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # UvicornWorker's, for SIGQUIT (Ctrl+C)
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

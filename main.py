@@ -227,7 +227,7 @@ class Settings(BaseSettings):
     # The prefix that a reverse proxy strips from the path.
     ROOT_PATH: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
     # The random default is for development only: see refuse_unsafe_values. All workers
-    # have the same, because gunicorn imports this module before it forks.
+    # have the same key, because gunicorn imports this module before it forks.
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
@@ -251,9 +251,9 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        If a variable has only spaces, the field's default counts, even if .env has a
-        value: pydantic-settings has already chosen the variable. (env_ignore_empty
-        ignores only empty ones.)
+        A variable of only spaces hides the value in .env, because pydantic-settings has
+        chosen it before this runs. So the default is used. (An empty variable hides
+        nothing: see env_ignore_empty.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -290,8 +290,9 @@ def get_settings() -> Settings:
     # which must not read it. (pydantic-settings warns if it is missing, so pass None.)
     folder = SECRETS_FOLDER if os.path.isdir(SECRETS_FOLDER) else None
     try:
-        # If a secret is no file, pydantic-settings only warns, and goes on without it.
-        # (Docker makes a folder in place of a file that is missing.)
+        # If a secret is not a file, pydantic-settings only warns, and goes on without
+        # it. (Docker makes a folder in place of a file that is missing.) As an error,
+        # the warning becomes a SettingsError.
         with warnings.catch_warnings(action="error", category=UserWarning):
             # Without pydantic's plugin, mypy does not know this argument.
             return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
@@ -417,7 +418,7 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
     for name in SERVER_LOGGERS:
         server_logger = logging.getLogger(name)
-        server_logger.handlers = [handler]
+        server_logger.handlers = [handler]  # UvicornWorker copies it to uvicorn.error
         server_logger.setLevel("NOTSET")  # then it has the root logger's level
         server_logger.propagate = False  # or the root's handler would write it, too
     # uvicorn writes its access log only if this logger or a parent has a handler. So
@@ -589,10 +590,10 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # A 405 can also come from a mounted application, for example from StaticFiles at
-    # /api for PUT /api/v1/items: a route matches only the path, the Mount matches the
-    # method, too, so it is chosen, and changes root_path. Our routes match only with
-    # the original one.
+    # A mounted application can also answer 405. For example, StaticFiles at /api gets
+    # PUT /api/v1/items, because our route matches only the path, but the Mount matches
+    # the method, too. Then the Mount has changed root_path. Use the original one, or
+    # our routes do not match.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -924,9 +925,9 @@ class MonitoredBackend:
     After a failure, it is checked every second until it is available again. In normal
     operation, nothing runs in the background. A check calls these methods:
 
-        start, then ping    before the first success of `start`
-        recover, then ping  later, in an outage
-        ping                later, otherwise
+        start, then ping    until `start` has succeeded once
+        recover, then ping  after that, in an outage
+        ping                after that, if there is no outage
     """
 
     name: str
@@ -1017,39 +1018,6 @@ class Database(MonitoredBackend):
         self.write_engine = self.create_write_engine()
         self.check_engine = self.create_engine(1)
 
-    def create_write_engine(self) -> AsyncEngine:
-        if self.is_sqlite:
-            # SQLite has one writer at a time: they take turns with one connection.
-            engine = self.create_engine(1)
-            event.listen(engine.sync_engine, "begin", begin_immediate)
-            return engine
-        # A copy of read_engine, with the same pool, but with transactions: this level
-        # replaces the AUTOCOMMIT of driver_arguments.
-        return self.read_engine.execution_options(isolation_level="READ COMMITTED")
-
-    def create_engine(self, pool_size: int) -> AsyncEngine:
-        url = self.settings.DATABASE_URL
-        if not self.is_sqlite:
-            url = url.set(query=self.postgresql_parameters())
-        engine = create_async_engine(
-            url,
-            **self.driver_arguments(),
-            poolclass=FairPool,
-            pool_size=pool_size,
-            # pool_size includes DATABASE_MAX_OVERFLOW, so all connections stay open. To
-            # close and reopen some of them under load would be slow.
-            max_overflow=0,
-            pool_timeout=self.settings.DATABASE_TIMEOUT_SECONDS,
-            hide_parameters=True,  # or every error would log them
-            # Database.ping selects from all tables without a join: do not warn of it.
-            enable_from_linting=False,
-        )
-        event.listen(engine.sync_engine, "handle_error", cut_message)
-        event.listen(engine.sync_engine, "handle_error", drop_read_only_connections)
-        if self.is_sqlite:
-            event.listen(engine.sync_engine, "connect", prepare_sqlite_connection)
-        return engine
-
     def driver_arguments(self) -> dict[str, Any]:
         """Return the arguments of create_async_engine that depend on the database."""
         if self.is_sqlite:  # the timeout is for its lock
@@ -1091,6 +1059,39 @@ class Database(MonitoredBackend):
             # If there are two -c for one setting, the last one counts.
             "options": f"{defaults} {url_parameters.get('options', '')}".rstrip(),
         }
+
+    def create_engine(self, pool_size: int) -> AsyncEngine:
+        url = self.settings.DATABASE_URL
+        if not self.is_sqlite:
+            url = url.set(query=self.postgresql_parameters())
+        engine = create_async_engine(
+            url,
+            **self.driver_arguments(),
+            poolclass=FairPool,
+            pool_size=pool_size,
+            # pool_size includes DATABASE_MAX_OVERFLOW, so all connections stay open. To
+            # close and reopen some of them under load would be slow.
+            max_overflow=0,
+            pool_timeout=self.settings.DATABASE_TIMEOUT_SECONDS,
+            hide_parameters=True,  # or every error would log them
+            # Database.ping selects from all tables without a join: do not warn of it.
+            enable_from_linting=False,
+        )
+        event.listen(engine.sync_engine, "handle_error", cut_message)
+        event.listen(engine.sync_engine, "handle_error", drop_read_only_connections)
+        if self.is_sqlite:
+            event.listen(engine.sync_engine, "connect", prepare_sqlite_connection)
+        return engine
+
+    def create_write_engine(self) -> AsyncEngine:
+        if self.is_sqlite:
+            # SQLite has one writer at a time: they take turns with one connection.
+            engine = self.create_engine(1)
+            event.listen(engine.sync_engine, "begin", begin_immediate)
+            return engine
+        # A copy of read_engine, with the same pool, but with transactions: this level
+        # replaces the AUTOCOMMIT of driver_arguments.
+        return self.read_engine.execution_options(isolation_level="READ COMMITTED")
 
     def session(self, writes: bool) -> AsyncSession:
         """Return a new session.
@@ -1183,15 +1184,15 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     sqlite_error = getattr(driver_error, "sqlite_errorname", "")
     if sqlite_error in {"SQLITE_ERROR", "SQLITE_SCHEMA"}:
         return False
-    # The connection was lost, or drop_read_only_connections has replaced it.
+    # The connection was lost, or drop_read_only_connections has marked it as lost.
     if getattr(error, "connection_invalidated", False):
         return True
     # PostgreSQL has refused the statement as too large.
     if isinstance(driver_error, TOO_LARGE_ERRORS):
         return False
-    # psycopg itself has refused the statement, for example for its 70,000 parameters:
-    # only PostgreSQL's errors have an SQLSTATE. (Without a statement, psycopg could not
-    # connect. If the connection was lost during a statement, this has returned above.)
+    # psycopg has refused to send the statement, for example for its 70,000 parameters:
+    # the error is psycopg's own, because it has no SQLSTATE, and it is not of a failed
+    # connect, because there is a statement. (A lost connection was handled above.)
     is_refused_by_psycopg = (
         isinstance(driver_error, psycopg.Error)
         and driver_error.sqlstate is None
@@ -1372,9 +1373,9 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # No other request may run between this check and joining the queue. Otherwise, all
-    # requests of a burst would see a short queue, and join it. `async with` joins at
-    # once, but AnyIO's `run_sync(…, limiter=…)` would first let other requests run.
+    # If other requests could run between this check and joining the queue, all requests
+    # of a burst would see a short queue. `async with` lets none run before it joins.
+    # AnyIO's `run_sync(…, limiter=…)` does.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1394,9 +1395,8 @@ async def verify_password(password: str, stored_hash: str) -> tuple[bool, str | 
         )
 
 
-# python-jose (the guides' library) decodes a signature by Python's base64. This ignores
-# characters outside its alphabet. Without this pattern, a token with such characters
-# would still be valid.
+# python-jose decodes a signature by Python's base64, which ignores characters outside
+# its alphabet. Without this pattern, a token with such characters would still be valid.
 TOKEN_PATTERN = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")
 
 
@@ -1477,8 +1477,8 @@ LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
     # The first condition also finds the items of later owners; the second excludes
-    # them. (The plain conditions could make PostgreSQL scan the primary key, past the
-    # items of all other owners.)
+    # them. (The plain conditions could make PostgreSQL scan the primary key, and skip
+    # the items of all other owners one by one.)
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1887,7 +1887,7 @@ class RedisRateLimiter(MonitoredBackend):
     async def start(self) -> None:
         """Open all connections, before a burst of requests has to wait for that."""
         pool = self.client.connection_pool
-        # `recover` calls this, too. After an outage, idle connections may be dead, so
+        # After an outage, `recover` calls this. Idle connections may be dead then, so
         # close them. Connections in use can stay: if one is dead, its command fails,
         # and redis-py closes it.
         await pool.disconnect(inuse_connections=False)
@@ -1902,7 +1902,8 @@ class RedisRateLimiter(MonitoredBackend):
 
     async def open_connections(self) -> None:
         # redis-py cannot fill its pool, but it opens a connection for each command that
-        # runs at the same time. So run one for each: SCRIPT LOAD, which is needed once.
+        # runs at the same time. So run as many commands at once: SCRIPT LOAD, because
+        # it must run once anyway.
         commands = [
             self.client.script_load(REDIS_SCRIPT) for _ in range(REDIS_CONNECTIONS)
         ]
@@ -2294,7 +2295,7 @@ class LimitsAndErrorsMiddleware:
 
         async def receive_limited() -> Message:
             nonlocal received_bytes
-            if received_bytes == 0:  # no part of the body has been read
+            if received_bytes == 0:  # before the first part of the body
                 self.check_body_headers(Headers(scope=scope))
             message = await receive()
             received_bytes += len(message.get("body", b""))
@@ -2382,7 +2383,7 @@ health_router = APIRouter(
     prefix="/health",
     tags=["health"],
     # Every route can get 500, 503 and 504 from LimitsAndErrorsMiddleware. /health/ready
-    # and /health also have a 503 of their own: theirs documents both bodies.
+    # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
     # (The application's own setting reaches only routes added by include_router.)
@@ -2687,9 +2688,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# Servers import `main:app`. Importing this module must read no settings, because tests
-# set no variables. So `app` is built at its first use: Python calls a module's
-# __getattr__ for a name that is missing (PEP 562). The first call adds the name `app`.
+# `main:app` is built when a server first asks for it, not when this module is imported:
+# tests import it, but set no variables. Python calls a module's __getattr__ for a name
+# that is missing (PEP 562). `global app` adds the name, so this happens only once.
 if TYPE_CHECKING:
     app: FastAPI  # for mypy: if it saw __getattr__, it would accept any name
 else:
