@@ -52,11 +52,12 @@ timeout = graceful_timeout + 30  # a worker sends no heartbeats during a shutdow
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
 control_socket_disable = True  # its socket (for `gunicornc`) needs a writable home
-worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heartbeats
+# Workers write heartbeats to a file here: in memory, because a disk can be slow.
+worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not main.logger.hasHandlers():  # create_app() alone sets up no logging
+    if not main.logger.hasHandlers():  # for gunicorn 'main:create_app()'
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -65,7 +66,7 @@ def when_ready(server: Any) -> None:  # before the workers are forked
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol (0.54), with limits on headers, and without `Upgrade`."""
+    """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain."""
 
     is_in_body = False  # True between the end of the headers and the end of the body
     header_bytes = 0  # received while headers are incomplete; can include some body
@@ -78,7 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # During a response, leave a pipelined request to the keep-alive timer after it.
+        # (For a pipelined request, the keep-alive timer will start after the response.)
         if not self.cycle or self.cycle.response_complete:
             self.refuse(408)
 
@@ -88,7 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # a CONNECT also raises HttpParserUpgrade
+            self.refuse(400)  # in `parse`, a CONNECT raises HttpParserUpgrade twice
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -96,7 +97,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Feed the parser, but ignore `Upgrade`, which Java's HttpClient always offers.
 
         After headers with `Upgrade`, httptools calls on_headers_complete and
-        on_message_complete (ours return at once), and raises HttpParserUpgrade. Then a
+        on_message_complete, which return at once, and raises HttpParserUpgrade. Then a
         new parser gets the same headers without `Upgrade`, and after them the rest.
         """
         while data:  # once more after an Upgrade, with the new parser
@@ -117,7 +118,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        if self.header_timer.cancelled():  # so this is not the first request
+        if self.header_timer.cancelled():  # at an earlier request's on_headers_complete
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -131,10 +132,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # again: an earlier response may have ended
+        self._unset_keepalive_if_required()  # again, for a response that has just ended
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # or uvicorn would add trailers to the request's list
+        self.headers = []  # a new list: uvicorn adds trailers to self.headers
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else wait for the new parser's call
@@ -142,8 +143,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.is_in_body = False
 
     def refuse(self, status: int) -> None:
-        """Answer, unless another refusal has been sent, and close the connection."""
-        if not self.transport.is_closing():
+        if not self.transport.is_closing():  # no other refusal has been sent
             lines = [b"%s: %s\r\n" % pair for pair in self.server_state.default_headers]
             ending = b"content-length: 0\r\nconnection: close\r\n\r\n"
             self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)
@@ -168,8 +168,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # UvicornWorker's, for SIGQUIT (Ctrl+C)
-        signal.raise_signal(signal.SIGTERM)
+    def handle_exit(self, *_: object) -> None:  # UvicornWorker calls it at SIGQUIT
+        signal.raise_signal(signal.SIGTERM)  # (at Ctrl+C, gunicorn sends SIGQUIT)
 
     async def callback_notify(self) -> None:
         await super().callback_notify()

@@ -251,9 +251,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A variable of only spaces hides the value in .env, because pydantic-settings has
-        chosen it before this runs. So the default is used. (An empty variable hides
-        nothing: see env_ignore_empty.)
+        A variable of only spaces gives the default, not the value in .env, because
+        pydantic-settings has already preferred the variable. (It ignores an empty one.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -291,8 +290,8 @@ def get_settings() -> Settings:
     folder = SECRETS_FOLDER if os.path.isdir(SECRETS_FOLDER) else None
     try:
         # If a secret is not a file, pydantic-settings only warns, and goes on without
-        # it. (Docker makes a folder in place of a file that is missing.) As an error,
-        # the warning becomes a SettingsError.
+        # it. (Docker makes a folder in place of a file that is missing.) So make the
+        # warning an exception, which pydantic-settings turns into a SettingsError.
         with warnings.catch_warnings(action="error", category=UserWarning):
             # Without pydantic's plugin, mypy does not know this argument.
             return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
@@ -334,9 +333,9 @@ LIBRARY_LEVELS = {
     # if a request is cancelled while it returns its connection.
     f"{__name__}.FairPool": "CRITICAL",
 }
-# The servers' loggers. setup_logging replaces the handlers that they have, which would
-# write lines in another format. (Without gunicorn, uvicorn adds a handler to the logger
-# uvicorn. With it, UvicornWorker copies gunicorn.error's handlers to uvicorn.error.)
+# The servers' loggers. setup_logging replaces their handlers, which would write lines
+# in another format. It gives gunicorn.error a handler, too, because UvicornWorker
+# copies gunicorn.error's handlers to uvicorn.error when a worker starts.
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
@@ -418,7 +417,7 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
     for name in SERVER_LOGGERS:
         server_logger = logging.getLogger(name)
-        server_logger.handlers = [handler]  # UvicornWorker copies it to uvicorn.error
+        server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # then it has the root logger's level
         server_logger.propagate = False  # or the root's handler would write it, too
     # uvicorn writes its access log only if this logger or a parent has a handler. So
@@ -590,10 +589,8 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # A mounted application can also answer 405. For example, StaticFiles at /api gets
-    # PUT /api/v1/items, because our route matches only the path, but the Mount matches
-    # the method, too. Then the Mount has changed root_path. Use the original one, or
-    # our routes do not match.
+    # If a mounted application has answered 405, its Mount has changed the root_path in
+    # this scope. Our routes match only with the original one.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -925,9 +922,9 @@ class MonitoredBackend:
     After a failure, it is checked every second until it is available again. In normal
     operation, nothing runs in the background. A check calls these methods:
 
-        start, then ping    until `start` has succeeded once
-        recover, then ping  after that, in an outage
-        ping                after that, if there is no outage
+        not yet started  start, then ping
+        in an outage     recover, then ping
+        otherwise        ping
     """
 
     name: str
@@ -1141,8 +1138,8 @@ class Database(MonitoredBackend):
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
         # If there is no table at all, the database is a new one: create all tables. If
-        # only some are missing, a migration may be running now: leave that alone.
-        # (`start` creates them, because migrations run before the service starts.)
+        # only some are missing, a migration may be running: leave that alone. (`start`
+        # creates missing ones, because migrations run before the service starts.)
         if not await self.table_names():
             await self.create_missing_tables()
 
@@ -1190,9 +1187,8 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     # PostgreSQL has refused the statement as too large.
     if isinstance(driver_error, TOO_LARGE_ERRORS):
         return False
-    # psycopg has refused to send the statement, for example for its 70,000 parameters:
-    # the error is psycopg's own, because it has no SQLSTATE, and it is not of a failed
-    # connect, because there is a statement. (A lost connection was handled above.)
+    # psycopg has refused to send the statement, for example for its 70,000 parameters.
+    # (PostgreSQL's own errors have an SQLSTATE. A failed connect has no statement.)
     is_refused_by_psycopg = (
         isinstance(driver_error, psycopg.Error)
         and driver_error.sqlstate is None
@@ -1373,9 +1369,9 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # If other requests could run between this check and joining the queue, all requests
-    # of a burst would see a short queue. `async with` lets none run before it joins.
-    # AnyIO's `run_sync(…, limiter=…)` does.
+    # No other request may run between this check and joining the queue, or all requests
+    # of a burst would see a short queue. `async with` joins at once. AnyIO's
+    # `run_sync(…, limiter=…)` lets other requests run first.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1473,7 +1469,8 @@ AFTER = sa.bindparam("after", type_=BigInt)
 # the index items_of_owner, so the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     # owner_id = :owner AND id > :after
-    # A comparison of rows would make SQLite read all items of the owner.
+    # (For a comparison of rows, SQLite uses only the first column of the index: it
+    # would read all items of the owner.)
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
     # The first condition also finds the items of later owners; the second excludes
@@ -1879,9 +1876,9 @@ class RedisRateLimiter(MonitoredBackend):
         self.slots = asyncio.Semaphore(REDIS_CONNECTIONS - 1)
 
     async def ping(self) -> None:
-        # The result does not matter, but run_script raises an exception if Redis is
-        # slow (its timeout), or read-only (ZREMRANGEBYSCORE writes). A ping takes no
-        # slot, because it must not wait behind requests.
+        # The result does not matter, but run_script raises an exception if Redis needs
+        # more than REDIS_TIMEOUT_SECONDS, or is read-only (ZREMRANGEBYSCORE writes). A
+        # ping takes no slot, because it must not wait behind requests.
         await self.run_script("ping", limit=1, seconds=1)
 
     async def start(self) -> None:
@@ -2105,8 +2102,8 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # uvicorn replaces the address by one from this header only if it trusts the
-            # peer. So if the address is not in the header, the peer is not trusted.
+            # If uvicorn trusts the peer, it has replaced the address by one from this
+            # header. So if the address is not in the header, the peer is not trusted.
             # (Look in the text, because an entry can be "address:port".)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
@@ -2126,7 +2123,7 @@ class RequestLoggingMiddleware:
         optional = ("client", "user_id", "trace_id", "reason")
         fields |= {name: state[name] for name in optional if name in state}
         # A response that fails after its headers were sent keeps its status, such as
-        # 200. Then, only `reason` (of LimitsAndErrorsMiddleware) shows the failure.
+        # 200. Then, `reason` or `exception` (of LimitsAndErrorsMiddleware) shows it.
         is_warning = status_code >= 500 or "reason" in state
         level = logging.WARNING if is_warning else logging.INFO
         if exception:
@@ -2216,11 +2213,9 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    A task's cancelling() counts the calls of its cancel(). It is
-
-        1  if uvicorn has called cancel()
-        0  after asyncio.timeout, which has also called uncancel()
-        0  if the route only awaits another task, which was cancelled
+    A task's cancelling() counts the calls of its cancel(). It is 1 only after uvicorn's
+    call: asyncio.timeout undoes its own by uncancel(), and if a route awaits another
+    task that is cancelled, its own task is not.
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2672,9 +2667,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
-        # Not include_router: since FastAPI 0.137, it adds the router as one route, and
-        # the search in it makes a health check a fifth slower. The price: these routes
-        # ignore app.dependency_overrides, so they must have no dependencies.
+        # Not include_router: since FastAPI 0.137, it nests the router, which makes a
+        # health check a fifth slower. The price: these routes ignore the application's
+        # dependency_overrides, so they must have no dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
