@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def when_ready(server: Any) -> None:  # before the workers are forked
-    if not main.logger.hasHandlers():  # for gunicorn 'main:create_app()'
+    if not main.logger.hasHandlers():  # create_app() does not set up logging
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -79,7 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # (For a pipelined request, the keep-alive timer will start after the response.)
+        # (A 408 would get into a response. The keep-alive timer will start after this.)
         if not self.cycle or self.cycle.response_complete:
             self.refuse(408)
 
@@ -89,7 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # in `parse`, a CONNECT raises HttpParserUpgrade twice
+            self.refuse(400)  # a CONNECT raises HttpParserUpgrade again in `parse`
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -118,7 +118,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        if self.header_timer.cancelled():  # at an earlier request's on_headers_complete
+        if self.header_timer.cancelled():  # by an earlier request's complete headers
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -132,7 +132,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # again, for a response that has just ended
+        self._unset_keepalive_if_required()  # again: a response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
         self.headers = []  # a new list: uvicorn adds trailers to self.headers

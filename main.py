@@ -128,7 +128,8 @@ def parse_database_url(value: str) -> sa.URL:
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
     # In user:pass@word@host, the password should have %40 for its @. SQLAlchemy takes
-    # word@host for the host, which drivers write into the log.
+    # word@host for the host, which drivers write into the log. (An @ in the options is
+    # refused, too: write %40.)
     if url.get_backend_name() == "postgresql" and value.count("@") > 1:
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
@@ -251,8 +252,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A variable of only spaces gives the default, not the value in .env, because
-        pydantic-settings has already preferred the variable. (It ignores an empty one.)
+        An empty variable is ignored, so the value in .env counts. A variable of only
+        spaces has replaced that value before this runs, so the default counts.
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -329,13 +330,13 @@ LIBRARY_LEVELS = {
     # These repeat what the request's own line says.
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
-    # SQLAlchemy's logger of the class FairPool (see Database). It logs a harmless ERROR
-    # if a request is cancelled while it returns its connection.
+    # SQLAlchemy names the logger of a pool after its module and class (see Database). It
+    # logs a harmless ERROR if a request is cancelled while it returns its connection.
     f"{__name__}.FairPool": "CRITICAL",
 }
-# The servers' loggers. setup_logging replaces their handlers, which would write lines
-# in another format. It gives gunicorn.error a handler, too, because UvicornWorker
-# copies gunicorn.error's handlers to uvicorn.error when a worker starts.
+# The servers' loggers. Each gets our handler in place of its own, which would write
+# lines in another format. gunicorn.error could use the root logger's handler, but
+# UvicornWorker copies gunicorn.error's handlers to uvicorn.error when a worker starts.
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
@@ -366,7 +367,7 @@ class JsonFormatter(logging.Formatter):
         except ValueError:  # text that is not valid Unicode
             return json.dumps(fields, default=str)
 
-    def format_message(self, record: logging.LogRecord) -> str:
+    def safe_message(self, record: logging.LogRecord) -> str:
         try:
             return record.getMessage()
         except Exception:  # noqa: BLE001 - such as logger.info("%d", "a")
@@ -377,7 +378,7 @@ class JsonFormatter(logging.Formatter):
             "timestamp": datetime.fromtimestamp(record.created, UTC),
             "level": record.levelname,
             "logger": record.name,
-            "message": self.format_message(record),
+            "message": self.safe_message(record),
             "request_id": request_id_context.get(),
         }
         fields |= {k: v for k, v in vars(record).items() if k not in STANDARD_FIELDS}
@@ -407,8 +408,8 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # A logger with a level of its own ignores the root logger's. So without this,
-    # LOG_LEVEL=ERROR would still show warnings of the loggers in LIBRARY_LEVELS.
+    # A logger with a level of its own, as in LIBRARY_LEVELS, ignores the root logger's
+    # level. Without a level of the handler, LOG_LEVEL=ERROR would show its warnings.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
@@ -589,8 +590,8 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # If a mounted application has answered 405, its Mount has changed the root_path in
-    # this scope. Our routes match only with the original one.
+    # If a mounted application has raised the 405, its Mount has changed the root_path
+    # of this scope. Our routes match only with what RequestLoggingMiddleware has set.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -609,7 +610,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     """
     if exc.status_code in {204, 304}:  # must not have a body
         return Response(None, exc.status_code, exc.headers)
-    error = AppException(exc.detail)  # the text is the reason in a 5xx's log line
+    error = AppException(exc.detail)  # for a 5xx's log line; clients get `message`
     error.status_code = exc.status_code
     error.headers = exc.headers
     if exc.status_code != 500:
@@ -842,10 +843,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    A failed connect leaves a reference cycle (psycopg 3.3, SQLAlchemy 2.1): exception,
-    traceback, frames, local variables, exception. The local variables also hold the
-    connection. So its socket would stay open until the garbage collector runs, maybe
-    for minutes. clear_frames empties the local variables.
+    A failed connect leaves a reference cycle (psycopg 3.3, SQLAlchemy 2.1). The
+    exception refers to its traceback, this to frames, and their local variables to the
+    exception and to the connection. So its socket would stay open until the garbage
+    collector runs, maybe for minutes. clear_frames empties the local variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -905,15 +906,18 @@ class ReadOnlySession(Session):
     """
 
 
+WRITE_REFUSED = "a ReadSession cannot write: the route needs a WriteSession"
+
+
 @event.listens_for(ReadOnlySession, "before_flush")
-def refuse_write(*_: object) -> None:
-    raise RuntimeError("a ReadSession cannot write: the route needs a WriteSession")
+def refuse_flush(*_: object) -> None:
+    raise RuntimeError(WRITE_REFUSED)
 
 
 @event.listens_for(ReadOnlySession, "do_orm_execute")
 def refuse_write_statement(state: orm.ORMExecuteState) -> None:
     if state.is_insert or state.is_update or state.is_delete:
-        refuse_write()
+        raise RuntimeError(WRITE_REFUSED)
 
 
 class MonitoredBackend:
@@ -1181,7 +1185,8 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     sqlite_error = getattr(driver_error, "sqlite_errorname", "")
     if sqlite_error in {"SQLITE_ERROR", "SQLITE_SCHEMA"}:
         return False
-    # The connection was lost, or drop_read_only_connections has marked it as lost.
+    # The connection was lost, or drop_read_only_connections has marked it as lost. (Ask
+    # this before the size of the statement: such an error has no SQLSTATE, either.)
     if getattr(error, "connection_invalidated", False):
         return True
     # PostgreSQL has refused the statement as too large.
@@ -1369,9 +1374,9 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # No other request may run between this check and joining the queue, or all requests
-    # of a burst would see a short queue. `async with` joins at once. AnyIO's
-    # `run_sync(…, limiter=…)` lets other requests run first.
+    # There must be no await that yields between this check and joining the queue, or
+    # all requests of a burst would see a short queue. `async with` joins before it
+    # yields. AnyIO's `run_sync(…, limiter=…)` yields first.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1400,7 +1405,8 @@ TOKEN_OPTIONS = {
     "require_sub": True,
     "require_iat": True,
     "require_exp": True,
-    # With 0, python-jose accepts a token at `exp`. RFC 7519 § 4.1.4 forbids that.
+    # With 0, python-jose accepts a token when the time is `exp`, which RFC 7519 § 4.1.4
+    # forbids. With -1 second, it does not.
     "leeway": -1,
 }
 
@@ -1484,7 +1490,7 @@ LIST_ITEMS_QUERIES = {
 
 
 async def add_row(db: AsyncSession, row: Base) -> None:
-    """Send the INSERT. Raises IntegrityError."""
+    """Send the INSERT now, and not at the commit. Raises IntegrityError."""
     db.add(row)
     await db.flush()
 
@@ -1505,8 +1511,8 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
 async def update_password_hash(db: AsyncSession, user: User, new_hash: str) -> bool:
     """Return False if the password has been changed since `user` was read.
 
-    The condition on the old hash makes one of two simultaneous changes fail. It does
-    not compare token_version: a simultaneous logout must not make a change fail.
+    The query compares the old hash, so that one of two simultaneous changes fails. It
+    does not compare token_version: a simultaneous logout must not make a change fail.
     """
     condition = (User.id == user.id) & (User.password_hash == user.password_hash)
     query = sa.update(User).where(condition).values(password_hash=new_hash)
@@ -1720,7 +1726,8 @@ local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
--- Keep only the newest `limit` times: there can be more if the limit was lowered.
+-- Keep only the newest `limit` times: there can be more if the limit was lowered. (Rank
+-- -1 is the newest, so -limit - 1 is the newest one that is too many.)
 redis.call('ZREMRANGEBYRANK', key, 0, -limit - 1)
 local count = redis.call('ZCARD', key)
 local allowed = count < limit
@@ -1990,7 +1997,7 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
 # --- Middleware -----------------------------------------------------------------------
 # Pure ASGI, because BaseHTTPMiddleware is several times slower. Middleware and routes
 # share data in scope["state"], which is `request.state`: request_id, client, trace_id,
-# user_id, rate_limit, status_code, and for the log line `reason` and `exception`.
+# user_id, rate_limit, status_code, and also reason and exception for the log line.
 
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context § 3.2. The version "ff" and ids of zeros are invalid.
@@ -2063,9 +2070,9 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # With ROOT_PATH=/shop, the proxy turns /shop/health into /health. ASGI wants
-        # the prefix in root_path, and also in path. (FastAPI's argument root_path would
-        # only set the first.)
+        # With ROOT_PATH=/shop, the proxy turns /shop/health into /health. Put the
+        # prefix back: in ASGI, `path` includes root_path. (FastAPI's argument root_path
+        # would set only root_path.)
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -2103,15 +2110,15 @@ class RequestLoggingMiddleware:
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
             # If uvicorn trusts the peer, it has replaced the address by one from this
-            # header. So if the address is not in the header, the peer is not trusted.
-            # (Look in the text, because an entry can be "address:port".)
+            # header. So an address that is not in the header is that of a peer that is
+            # not trusted. (Look in the text: an entry can be "address:port".)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
 
     def log(self, scope: Scope, state: dict[str, Any], seconds: float) -> None:
-        # Without a status, a middleware has raised an exception, and Starlette is about
-        # to answer 500.
+        # Without a status, no response has started: a middleware has raised an
+        # exception, and Starlette is about to answer 500.
         status_code = state.get("status_code", 500)
         exception = state.get("exception")
         fields = {
@@ -2213,9 +2220,9 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    A task's cancelling() counts the calls of its cancel(). It is 1 only after uvicorn's
-    call: asyncio.timeout undoes its own by uncancel(), and if a route awaits another
-    task that is cancelled, its own task is not.
+    A task's cancelling() counts the calls of its cancel(). Only uvicorn's call is left
+    here: asyncio.timeout has undone its own by uncancel(), and a cancelled task that
+    the route awaits has a count of its own.
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2381,7 +2388,8 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (The application's own setting reaches only routes added by include_router.)
+    # (create_app does not add these routes by include_router. So the application's own
+    # setting does not reach them.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2594,8 +2602,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Start the first checks of the database and Redis: wait at most a second."""
     database = Database(app.state.settings)
     app.state.database = database
-    redis = app.state.rate_limiter.redis  # None without REDIS_URL
-    checks = {backend.start_check() for backend in (database, redis) if backend}
+    checks = {database.start_check()}
+    if app.state.rate_limiter.redis:
+        checks.add(app.state.rate_limiter.redis.start_check())
     await asyncio.wait(checks, timeout=LIFESPAN_TIMEOUT_SECONDS)
     try:
         yield
@@ -2625,8 +2634,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
 
 
 def register_exception_handlers(app: FastAPI) -> None:
-    # Not app.add_exception_handler: its type demands a handler for any Exception, so
-    # mypy refuses these.
+    # Not app.add_exception_handler: its type wants handlers that accept any Exception,
+    # so mypy refuses these, which accept one class each.
     app.exception_handler(AppException)(app_exception_handler)
     app.exception_handler(HTTPException)(http_exception_handler)
     app.exception_handler(RequestValidationError)(validation_exception_handler)
@@ -2683,9 +2692,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# `main:app` is built when a server first asks for it, not when this module is imported:
-# tests import it, but set no variables. Python calls a module's __getattr__ for a name
-# that is missing (PEP 562). `global app` adds the name, so this happens only once.
+# The name `app` does not exist until a server asks for `main:app`: tests import this
+# module, but set no variables. Python calls a module's __getattr__ for a name that is
+# missing (PEP 562). It builds the application, and adds the name by `global app`.
 if TYPE_CHECKING:
     app: FastAPI  # for mypy: if it saw __getattr__, it would accept any name
 else:
