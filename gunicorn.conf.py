@@ -56,7 +56,7 @@ control_socket_disable = True  # its socket (for `gunicornc`) needs a writable h
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-def when_ready(server: Any) -> None:  # before the workers are forked
+def on_starting(server: Any) -> None:  # before the workers are forked
     if not main.logger.hasHandlers():  # create_app() does not set up logging
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files

@@ -330,8 +330,8 @@ LIBRARY_LEVELS = {
     # These repeat what the request's own line says.
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
-    # SQLAlchemy names the logger of a pool after its module and class (see Database). It
-    # logs a harmless ERROR if a request is cancelled while it returns its connection.
+    # SQLAlchemy names a pool's logger after its module and class (see Database). This
+    # one logs a harmless ERROR if a request is cancelled while it returns a connection.
     f"{__name__}.FairPool": "CRITICAL",
 }
 # The servers' loggers. Each gets our handler in place of its own, which would write
@@ -856,12 +856,16 @@ async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
 
 
 def cut_message(context: sa.engine.ExceptionContext) -> None:
-    """Keep the first line of a message. PostgreSQL's second line can quote a row."""
+    """Keep the first line of a message. PostgreSQL's second line can quote a row.
+
+    sqlite3 quotes a value that is not UTF-8, after "with text".
+    """
     # SQLAlchemy copies the driver's message, and a traceback shows both exceptions.
     # Both have it in args[0].
     for error in (context.original_exception, context.sqlalchemy_exception):
         if error is not None and error.args:
-            error.args = (str(error.args[0]).partition("\n")[0],)
+            line = str(error.args[0]).partition("\n")[0]
+            error.args = (line.partition(" with text ")[0],)
 
 
 def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
@@ -1163,45 +1167,38 @@ class Database(MonitoredBackend):
             await engine.dispose()
 
 
-# PostgreSQL's errors for a statement that is too large. In psycopg, they are kinds of
-# OperationalError.
-TOO_LARGE_ERRORS = (
-    psycopg.errors.StatementTooComplex,
-    psycopg.errors.TooManyArguments,
-    psycopg.errors.TooManyColumns,
-)
+# SQLSTATEs, or their first two characters, by which PostgreSQL tells that it cannot
+# serve now: no connection, no access, a deadlock, no room, a lock that is not free, a
+# shutdown or a timeout, an error of its system.
+OUTAGE_STATES = ("08", "28", "40", "53", "55P03", "57", "58")
 
 
 def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     """Return True if the database cannot serve now, False for any other error.
 
-    In an outage, drivers raise OperationalError. But they also raise it for some bugs:
-    for wrong SQL (sqlite3), and for a statement that is too large (psycopg). (No
-    statement of this file can be too large, but one of yours can.)
+    In an outage, drivers raise OperationalError. But they also raise it for some bugs,
+    such as wrong SQL (sqlite3), or a text that is too long for its index (psycopg).
     """
     driver_error = getattr(error, "orig", None)
-    # Wrong SQL. (SQLITE_SCHEMA takes the place of SQLITE_ERROR if the tables have
-    # changed.)
-    sqlite_error = getattr(driver_error, "sqlite_errorname", "")
-    if sqlite_error in {"SQLITE_ERROR", "SQLITE_SCHEMA"}:
-        return False
-    # The connection was lost, or drop_read_only_connections has marked it as lost. (Ask
-    # this before the size of the statement: such an error has no SQLSTATE, either.)
+    if isinstance(driver_error, sqlite3.Error):
+        # SQLITE_ERROR means wrong SQL. (SQLITE_SCHEMA takes its place if the tables
+        # have changed.) Without a name, the error is Python's, not SQLite's: for
+        # example, a stored text is not UTF-8.
+        sqlite_error = getattr(driver_error, "sqlite_errorname", "")
+        if sqlite_error in {"SQLITE_ERROR", "SQLITE_SCHEMA", ""}:
+            return False
+    # The connection was lost, or drop_read_only_connections has marked it as lost.
     if getattr(error, "connection_invalidated", False):
         return True
-    # PostgreSQL has refused the statement as too large.
-    if isinstance(driver_error, TOO_LARGE_ERRORS):
-        return False
-    # psycopg has refused to send the statement, for example for its 70,000 parameters.
-    # (PostgreSQL's own errors have an SQLSTATE. A failed connect has no statement.)
-    is_refused_by_psycopg = (
-        isinstance(driver_error, psycopg.Error)
-        and driver_error.sqlstate is None
-        and getattr(error, "statement", None) is not None
-    )
-    if is_refused_by_psycopg:
-        return False
-    # The server is not reachable, full or too slow, or no connection was free in time.
+    if isinstance(driver_error, psycopg.Error):
+        if driver_error.sqlstate is not None:
+            return driver_error.sqlstate.startswith(OUTAGE_STATES)
+        # Without an SQLSTATE, psycopg itself has raised the error. It has refused the
+        # statement, for example for its 70,000 parameters, or it could not connect.
+        if getattr(error, "statement", None) is not None:
+            return False
+    # psycopg could not connect, no connection was free in time, or SQLite's file is
+    # locked, full or not there.
     return isinstance(error, sa_exc.OperationalError | sa_exc.TimeoutError)
 
 

@@ -364,14 +364,11 @@ async def let_others_run() -> None:
 # --- Map ------------------------------------------------------------------------------
 
 
-def banners(path: str) -> list[str]:
-    return re.findall(r"^# --- .*", Path(path).read_text(), re.MULTILINE)
-
-
 def test_docstring_names_the_sections_in_their_order() -> None:
     rows = re.findall(r"\n    (\w.*?)  +\w", str(main.__doc__))
     names = [name for name in rows if not name.endswith(":")]
-    assert names == [banner.strip("# -") for banner in banners(main.__file__)]
+    text = Path(main.__file__).read_text()
+    assert names == re.findall("^# --- (.*?) -+$", text, re.MULTILINE)
 
 
 # --- Settings -------------------------------------------------------------------------
@@ -666,8 +663,7 @@ async def test_logging_with_debug_shows_no_secret(log: Log, database_url: str) -
 
 
 def test_description_of_an_error_is_one_line() -> None:
-    error_of_driver = sa.exc.DBAPIError("SELECT 1", {}, OSError("away"))
-    assert main.summarize_error(error_of_driver) == "away"
+    assert main.summarize_error(sa.exc.DBAPIError("", {}, OSError("away"))) == "away"
     assert main.summarize_error(TimeoutError()) == "TimeoutError"
     long = ValueError("no\nroute" + "x" * 500)
     assert main.summarize_error(long) == "no route" + "x" * 492
@@ -1205,23 +1201,28 @@ async def test_old_table_is_500_and_unready(database_url: str, caplog: CapLog) -
         assert not any([await database.is_ready() for _ in range(2)])
         assert error_of(await ada.get("/items"))["error"] == "internal_error"
     outage, request = [r for r in caplog.records if r.name == "main"]
-    assert "title" in vars(outage)["reason"]
-    assert request.exc_info
+    assert "title" in vars(outage)["reason"] and request.exc_info
 
 
-@pytest.mark.parametrize("count", [2000, 70_000])
-async def test_statement_over_a_limit_is_no_outage(count: int, pg_ada: Any) -> None:
+SQLITE_BUGS = {"no such column": "absent", "UTF-8": "'hunter2' || x'ff' AS c"}
+BUGS = [("SELECT", 2000), ("SELECT", 70_000), ("SELECT currval('items_id_seq'),", 0)]
+
+
+@pytest.mark.parametrize("sql, count", BUGS)
+async def test_bug_is_no_outage(sql: str, count: int, pg_ada: Any) -> None:
     async with pg_ada.app.state.database.read_engine.connect() as connection:
         with pytest.raises(sa.exc.OperationalError) as error:
-            await connection.exec_driver_sql(f"SELECT {'%s,' * count} 1", (1,) * count)
+            await connection.exec_driver_sql(f"{sql} {'%s,' * count} 1", (1,) * count)
     assert not main.is_outage(error.value)
 
 
-async def test_sqlite_statement_without_a_table_is_no_outage() -> None:
+@pytest.mark.parametrize("reason, value", SQLITE_BUGS.items())
+async def test_sqlite_bug_is_no_outage(reason: str, value: str) -> None:
     async with connected(**ONE_CONNECTION) as database, database.session(False) as db:
-        with pytest.raises(sa.exc.OperationalError, match="no such column") as error:
-            await db.execute(sa.text("SELECT absent"))
+        with pytest.raises(sa.exc.OperationalError, match=reason) as error:
+            await db.execute(sa.text(f"SELECT {value}"))
     assert not main.is_outage(error.value)
+    assert "hunter2" not in f"{error.value.orig} {error.value.args}"
 
 
 async def test_alter_table_breaks_nothing(pg_ada: Client, postgresql_url: str) -> None:
@@ -1604,8 +1605,7 @@ PARAMETERS = "$argon2id$v=19$m=19456,t=2,p=1$"
 
 def test_dummy_hash_takes_as_long_as_a_real_one() -> None:
     assert main.DUMMY_HASH.startswith(PARAMETERS)
-    lengths = [[*map(len, h.split("$"))] for h in (main.DUMMY_HASH, KNOWN_HASH)]
-    assert lengths[0] == lengths[1]
+    assert [*map(len, main.DUMMY_HASH.split("$"))] == [*map(len, KNOWN_HASH.split("$"))]
     with pytest.raises(argon2.exceptions.VerifyMismatchError):  # computed to the end
         argon2.PasswordHasher().verify(main.DUMMY_HASH, PASSWORD)
 
@@ -2745,12 +2745,12 @@ UNHEALTHY = {"status": "unhealthy"}
 
 
 async def test_health_tells_status_version_time_and_checks() -> None:
-    async with serve(VERSION="9.8.7") as guest:
+    async with serve(VERSION="9") as guest:
         before = main.now()
         body = (await guest.get(HEALTH)).json()
     assert before <= datetime.fromisoformat(body.pop("timestamp")) <= main.now()
     checks = {"database": HEALTHY}
-    assert body == {"status": "healthy", "version": "9.8.7", "checks": checks}
+    assert body == {"status": "healthy", "version": "9", "checks": checks}
 
 
 async def test_liveness_needs_no_database() -> None:
@@ -2815,9 +2815,8 @@ async def test_health_is_told_while_servers_are_silent(monkeypatch: Patch) -> No
 async def test_registration_answers_the_user_and_the_location(guest: Client) -> None:
     response = await guest.register("Ada")
     user = response.json()
-    assert response.status_code == 201
     assert list(user) == ["id", "username", "created_at"]
-    assert user["username"] == "ada"
+    assert (response.status_code, user["username"]) == (201, "ada")
     assert response.headers["Location"] == f"/api/v1/users/{user['id']}"
 
 
@@ -2887,8 +2886,7 @@ MAX_ID = 2**63 - 1
 BOUNDS = {
     200: ["?limit=1", "?limit=100", "?after=0", f"?after={MAX_ID}"],
     404: ["/9", f"/{MAX_ID}"],
-    422: ["?limit=0", "?limit=101", "?after=-1", f"?after={MAX_ID + 1}"]
-    + ["/0", f"/{MAX_ID + 1}"],
+    422: f"?limit=0 ?limit=101 ?after=-1 ?after={MAX_ID + 1} /0 /{MAX_ID + 1}".split(),
 }
 
 
@@ -2903,8 +2901,10 @@ async def test_pagination_has_bounds(status: int, endings: Any, ada: Client) -> 
 async def test_405_names_all_methods_of_the_path(mount: str) -> None:
     guest = Client(main.create_app(make_settings()))
     guest.app.mount(mount, StaticFiles(directory="."))
-    for path, methods in openapi_document()["paths"].items():
-        allowed = {method.upper() for method in methods}
+    paths = openapi_document()["paths"]
+    for path in paths:
+        same = [p for p in paths if re.fullmatch(re.sub("{.*?}", "[^/]+", p), path)]
+        allowed = {method.upper() for p in same for method in paths[p]}
         allowed |= {"HEAD"} if path.startswith("/health") else set()
         response = await guest.request("TRACE", url_of(path))
         assert error_of(response)["error"] == "method_not_allowed"
@@ -3101,8 +3101,7 @@ async def test_docs_load(page: str, root_path: str, prefix: str) -> None:
     policy = response.headers["Content-Security-Policy"].replace(";", "")
     sources = tuple(word for word in policy.split() if word.startswith("https:"))
     urls = re.findall(r'(?:src|href)="(.*?)"', response.text)
-    assert response.status_code == 200
-    assert all(url.startswith(sources) for url in urls)
+    assert response.status_code == 200 and all(u.startswith(sources) for u in urls)
     document = f"{root_path}{prefix}/openapi.json"
     paths = set(re.findall(r"[\"'](/.*?)[\"']", response.text))
     assert paths <= {document, f"{root_path}/docs/oauth2-redirect"}
@@ -3171,7 +3170,7 @@ def test_open_file_limit_is_raised_to_the_hard_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
     try:
-        load_config().when_ready(None)
+        load_config().on_starting(None)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         gc.unfreeze()
