@@ -79,7 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # (A 408 would get into a response. The keep-alive timer will start after this.)
+        # (A 408 would corrupt a running response. After it, the keep-alive timer starts.)
         if not self.cycle or self.cycle.response_complete:
             self.refuse(408)
 
@@ -124,7 +124,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
-        # The exact size: header_bytes can include some body. (4: for ": " and "\r\n".)
+        # Count again: header_bytes can include some body. (4: for ": " and "\r\n".)
         size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
@@ -135,7 +135,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # again: a response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # a new list: uvicorn adds trailers to self.headers
+        self.headers = []  # the scope keeps the old list: trailers go into this one
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else wait for the new parser's call
@@ -163,8 +163,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # When uvicorn has shut down, it raises SIGTERM again. Python's default handler
-        # would kill the worker then; gunicorn's handle_quit exits with 0.
+        # When uvicorn has shut down, it raises SIGTERM again. The signal's default
+        # action would kill the worker then; gunicorn's handle_quit exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 

@@ -128,8 +128,8 @@ def parse_database_url(value: str) -> sa.URL:
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
     # In user:pass@word@host, the password should have %40 for its @. SQLAlchemy takes
-    # word@host for the host, which drivers write into the log. (An @ in the options is
-    # refused, too: write %40.)
+    # word@host for the host, which drivers write into the log. (Beside that of a user,
+    # an @ in the options is refused, too: write %40.)
     if url.get_backend_name() == "postgresql" and value.count("@") > 1:
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
@@ -592,6 +592,7 @@ def allowed_methods(request: Request) -> str:
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
     # If a mounted application has raised the 405, its Mount has changed the root_path
     # of this scope. Our routes match only with what RequestLoggingMiddleware has set.
+    # (StaticFiles at /api gets PUT /api/v1/items: a Mount wins over another method.)
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -1168,9 +1169,16 @@ class Database(MonitoredBackend):
 
 
 # SQLSTATEs, or their first two characters, by which PostgreSQL tells that it cannot
-# serve now: no connection, no access, a deadlock, no room, a lock that is not free, a
-# shutdown or a timeout, an error of its system.
-OUTAGE_STATES = ("08", "28", "40", "53", "55P03", "57", "58")
+# serve now.
+OUTAGE_STATES = (
+    "08",  # no connection
+    "28",  # no access
+    "40",  # a deadlock, or a conflict of transactions
+    "53",  # no room for data or connections
+    "55P03",  # a lock was not free in time
+    "57",  # a shutdown or a timeout
+    "58",  # an error of its system
+)
 
 
 def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
@@ -1179,6 +1187,9 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     In an outage, drivers raise OperationalError. But they also raise it for some bugs,
     such as wrong SQL (sqlite3), or a text that is too long for its index (psycopg).
     """
+    # The connection was lost, or drop_read_only_connections has marked it as lost.
+    if getattr(error, "connection_invalidated", False):
+        return True
     driver_error = getattr(error, "orig", None)
     if isinstance(driver_error, sqlite3.Error):
         # SQLITE_ERROR means wrong SQL. (SQLITE_SCHEMA takes its place if the tables
@@ -1187,9 +1198,6 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
         sqlite_error = getattr(driver_error, "sqlite_errorname", "")
         if sqlite_error in {"SQLITE_ERROR", "SQLITE_SCHEMA", ""}:
             return False
-    # The connection was lost, or drop_read_only_connections has marked it as lost.
-    if getattr(error, "connection_invalidated", False):
-        return True
     if isinstance(driver_error, psycopg.Error):
         if driver_error.sqlstate is not None:
             return driver_error.sqlstate.startswith(OUTAGE_STATES)
@@ -2229,8 +2237,8 @@ def is_cancelled_by_server(error: BaseException) -> bool:
 class LimitsAndErrorsMiddleware:
     """Limit a request's body and time (not its rate), and answer what goes wrong.
 
-    400 for a form in another charset than UTF-8, 404 for a path that ends with a line
-    break, 413 for a body that is too large, 504 for a request that takes too long, 500
+    400 for a multipart form in another charset than UTF-8, 404 for a path that ends
+    with a line break, 413 for a large body, 504 for a request that takes too long, 500
     for an unhandled exception, 503 for a request that a shutdown interrupts.
     """
 
