@@ -79,7 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # (A 408 would corrupt a running response. After it, the keep-alive timer starts.)
+        # (A 408 would corrupt a response; when that ends, the keep-alive timer starts.)
         if not self.cycle or self.cycle.response_complete:
             self.refuse(408)
 
