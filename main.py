@@ -128,8 +128,7 @@ def parse_database_url(value: str) -> sa.URL:
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
     # In user:pass@word@host, the password should have %40 for its @. SQLAlchemy takes
-    # word@host for the host, which drivers write into the log. (Beside that of a user,
-    # an @ in the options is refused, too: write %40.)
+    # word@host for the host, which drivers write into the log.
     if url.get_backend_name() == "postgresql" and value.count("@") > 1:
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
@@ -252,8 +251,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        An empty variable is ignored, so the value in .env counts. A variable of only
-        spaces has replaced that value before this runs, so the default counts.
+        If a text has only spaces, the default counts, even if .env has a value.
+        (env_ignore_empty ignores only empty texts.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -334,9 +333,9 @@ LIBRARY_LEVELS = {
     # one logs a harmless ERROR if a request is cancelled while it returns a connection.
     f"{__name__}.FairPool": "CRITICAL",
 }
-# The servers' loggers. Each gets our handler in place of its own, which would write
-# lines in another format. gunicorn.error could use the root logger's handler, but
-# UvicornWorker copies gunicorn.error's handlers to uvicorn.error when a worker starts.
+# The servers' loggers. setup_logging replaces the handlers that they have, which would
+# write lines in another format. (Without gunicorn, uvicorn adds a handler to the logger
+# uvicorn. With it, UvicornWorker copies gunicorn.error's handlers to uvicorn.error.)
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
@@ -859,7 +858,7 @@ async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
 def cut_message(context: sa.engine.ExceptionContext) -> None:
     """Keep the first line of a message. PostgreSQL's second line can quote a row.
 
-    sqlite3 quotes a value that is not UTF-8, after "with text".
+    sqlite3's message ends with "with text '…'" if a stored text is not UTF-8.
     """
     # SQLAlchemy copies the driver's message, and a traceback shows both exceptions.
     # Both have it in args[0].
@@ -1379,9 +1378,9 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # There must be no await that yields between this check and joining the queue, or
-    # all requests of a burst would see a short queue. `async with` joins before it
-    # yields. AnyIO's `run_sync(…, limiter=…)` yields first.
+    # No other request may run between this check and joining the queue. Otherwise, all
+    # requests of a burst would see a short queue, and join it. `async with` joins at
+    # once, but AnyIO's `run_sync(…, limiter=…)` would first let other requests run.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1731,8 +1730,7 @@ local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
--- Keep only the newest `limit` times: there can be more if the limit was lowered. (Rank
--- -1 is the newest, so -limit - 1 is the newest one that is too many.)
+-- Keep only the newest `limit` times: there can be more if the limit was lowered.
 redis.call('ZREMRANGEBYRANK', key, 0, -limit - 1)
 local count = redis.call('ZCARD', key)
 local allowed = count < limit
@@ -2114,9 +2112,9 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, it has replaced the address by one from this
-            # header. So an address that is not in the header is that of a peer that is
-            # not trusted. (Look in the text: an entry can be "address:port".)
+            # uvicorn replaces the address by one from this header only if it trusts the
+            # peer. So if the address is not in the header, the peer is not trusted.
+            # (Look in the text, because an entry can be "address:port".)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2225,9 +2223,11 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    A task's cancelling() counts the calls of its cancel(). Only uvicorn's call is left
-    here: asyncio.timeout has undone its own by uncancel(), and a cancelled task that
-    the route awaits has a count of its own.
+    A task's cancelling() counts the calls of its cancel(). After a cancellation by
+
+        uvicorn          cancelling() is 1
+        asyncio.timeout  cancelling() is 0 again, because it also calls uncancel()
+        the route        cancelling() is 0: for example, it awaits a cancelled task
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
