@@ -209,9 +209,6 @@ RequestCount = Annotated[int, Field(ge=1, le=10_000)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
-SECRETS_FOLDER = "/run/secrets"  # a file for each variable
-
-
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_file=".env",
@@ -280,6 +277,9 @@ def describe_invalid_value(error: ErrorDetails) -> str:
     names = [str(part) for part in error["loc"]]
     message = error["msg"].removeprefix("Value error, ")  # pydantic adds it
     return ": ".join([*names, message])
+
+
+SECRETS_FOLDER = "/run/secrets"  # a file for each variable
 
 
 @lru_cache
@@ -865,7 +865,7 @@ def cut_message(context: sa.engine.ExceptionContext) -> None:
     for error in (context.original_exception, context.sqlalchemy_exception):
         if error is not None and error.args:
             line = str(error.args[0]).partition("\n")[0]
-            error.args = (line.partition(" with text ")[0],)
+            error.args = (line.partition(" with text '")[0],)
 
 
 def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:

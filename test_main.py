@@ -1213,6 +1213,9 @@ async def test_bug_is_no_outage(sql: str, count: int, pg_ada: Any) -> None:
         with pytest.raises(sa.exc.OperationalError) as error:
             await connection.exec_driver_sql(f"{sql} {'%s,' * count} 1", (1,) * count)
     assert not main.is_outage(error.value)
+
+
+def test_outage_is_told_by_the_sqlstate() -> None:
     for state in ("08006", "28000", "40P01", "53100", "55P03", "57014", "58030"):
         assert main.is_outage(sa.exc.DBAPIError("", {}, psycopg.errors.lookup(state)()))
 
@@ -2027,10 +2030,6 @@ def make_limiter(
     return limiter
 
 
-def admissions(limiter: main.SlidingWindowRateLimiter, client: str, tries: int) -> int:
-    return sum(limiter.hit(client).allowed for _ in range(tries))
-
-
 ADDRESS = "192.0.2.1"
 BUDGETS = ("api", "login")
 RATE_LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
@@ -2132,7 +2131,7 @@ def test_rate_limit_is_shared_by_all_workers() -> None:
 
     def count(number: int) -> None:
         limiter.clock_ns = clock_ns
-        counts[number] = admissions(limiter, "a", 300)
+        counts[number] = sum(limiter.hit("a").allowed for _ in range(300))
 
     run_processes(count, 4)
     assert sum(counts[:]) == 500
@@ -2148,7 +2147,7 @@ def test_rate_limit_goes_on_when_a_process_is_killed_with_the_lock() -> None:
         limiter.hit("a")
 
     assert run_processes(be_killed, 1) == [-signal.SIGKILL]
-    assert admissions(limiter, "a", 9) == 5
+    assert sum(limiter.hit("a").allowed for _ in range(9)) == 5
 
 
 CLIENTS = {
