@@ -459,6 +459,7 @@ ERROR_CODES = {  # status code: the `error` in the body
     405: "method_not_allowed",
     409: "conflict",
     413: "payload_too_large",
+    415: "unsupported_media_type",  # no route here gives it, but yours may
     422: "validation_error",
     429: "rate_limited",
     500: "internal_error",

@@ -284,8 +284,8 @@ async def database(database_url: str) -> AsyncIterator[main.Database]:
 
 SLUGS_TEXT = """
 400 bad_request 401 unauthorized 403 forbidden 404 not_found 405 method_not_allowed
-409 conflict 413 payload_too_large 422 validation_error 429 rate_limited
-500 internal_error 503 service_unavailable 504 timeout
+409 conflict 413 payload_too_large 415 unsupported_media_type 422 validation_error
+429 rate_limited 500 internal_error 503 service_unavailable 504 timeout
 """
 SLUGS = {int(code): slug for code, slug in re.findall(r"(\d+) (\w+)", SLUGS_TEXT)}
 
@@ -693,6 +693,7 @@ FAILURES: dict[str, tuple[BaseException, int, str]] = {
     "own-retry": (HTTPException(503, headers={"retry-after": "9"}), 503, "Service Un"),
     "own-allow": (HTTPException(405, headers={"allow": "TRACE"}), 405, "Method Not"),
     "own-status": (HTTPException(418, "It is tea."), 418, "It is tea."),
+    "own-media-type": (HTTPException(415), 415, "Unsupported Media Type"),
     "own-fault": (HTTPException(500, "hunter2"), 500, USUAL_500),
     "cancelled": (asyncio.CancelledError("hunter2"), 500, USUAL_500),
     "crash": (RuntimeError("hunter2"), 500, USUAL_500),
