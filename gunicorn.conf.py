@@ -79,7 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # (A 408 would corrupt a response; when that ends, the keep-alive timer starts.)
+        # (A 408 would corrupt a response, whose end starts uvicorn's keep-alive timer.)
         if not self.cycle or self.cycle.response_complete:
             self.refuse(408)
 
@@ -89,7 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # a CONNECT raises HttpParserUpgrade again in `parse`
+            self.refuse(400)  # HttpParserUpgrade gets here for CONNECT: see `parse`
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -118,7 +118,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        if self.header_timer.cancelled():  # by an earlier request's complete headers
+        if self.header_timer.cancelled():  # else connection_made's still runs
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -128,14 +128,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # ends feed_data; refuse(400) does nothing
+            raise httptools.HttpParserError  # ends feed_data; no 400 follows the 431
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # again: a response may have started it
+        self._unset_keepalive_if_required()  # an earlier response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # the scope keeps the old list: trailers go into this one
+        self.headers = []  # for trailers: these must not get into the scope's list
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else wait for the new parser's call

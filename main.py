@@ -845,9 +845,9 @@ async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
     A failed connect leaves a reference cycle (psycopg 3.3, SQLAlchemy 2.1). The
-    exception refers to its traceback, this to frames, and their local variables to the
-    exception and to the connection. So its socket would stay open until the garbage
-    collector runs, maybe for minutes. clear_frames empties the local variables.
+    exception refers to its traceback, the traceback to frames, and the local variables
+    of these to the exception and to the connection. So its socket would stay open until
+    the garbage collector runs, maybe for minutes. clear_frames empties the variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)

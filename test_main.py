@@ -834,7 +834,7 @@ async def test_validation_detail_names_field_and_rule(odd: Client) -> None:
 # --- Models ---------------------------------------------------------------------------
 
 
-def test_columns_have_room_for_the_longest_texts() -> None:
+def test_columns_have_room() -> None:
     columns: Any = (main.User.username, main.Item.title, main.Item.description)
     assert [column.type.length for column in columns] == [32, 200, 2000]
 
