@@ -71,7 +71,7 @@ from fastapi.exceptions import RequestValidationError, ResponseValidationError
 from fastapi.security import OAuth2PasswordBearer
 from jose import jwt
 from jose.utils import base64url_encode
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import make_conninfo, timeout_from_conninfo
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
 from pydantic import (
@@ -125,6 +125,7 @@ def parse_database_url(value: str) -> sa.URL:
             dialect_class = url.get_dialect()
             _, options = dialect_class().create_connect_args(url)
             make_conninfo(**options)
+            timeout_from_conninfo({**options})  # checks connect_timeout
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
     # In user:pass@word@host, the password should have %40 for its @. SQLAlchemy takes
@@ -133,8 +134,8 @@ def parse_database_url(value: str) -> sa.URL:
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
-    # libpq checks the values of options only when it connects. The option sslmode is
-    # the most usual one, so check its value here.
+    # libpq checks the values of other options only when it connects. sslmode is the most
+    # usual one, so check its value here.
     if url.query.get("sslmode", "prefer") not in SSL_MODES:
         raise ValueError(f"has an sslmode that is not one of {', '.join(SSL_MODES)}")
     if url.get_backend_name() == "sqlite":
