@@ -134,8 +134,8 @@ def parse_database_url(value: str) -> sa.URL:
         raise ValueError("has an @ that is not encoded as %40")
     if not 0 <= (url.port or 0) <= 65535:
         raise ValueError("has a bad port")
-    # libpq checks the values of other options only when it connects. sslmode is the most
-    # usual one, so check its value here.
+    # libpq checks the values of other options only when it connects. sslmode is the
+    # most usual one, so check its value here.
     if url.query.get("sslmode", "prefer") not in SSL_MODES:
         raise ValueError(f"has an sslmode that is not one of {', '.join(SSL_MODES)}")
     if url.get_backend_name() == "sqlite":
