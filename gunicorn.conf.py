@@ -44,7 +44,7 @@ for address in bind:  # checked here, because gunicorn's message would not name 
         raise SystemExit(f"bad settings: BIND: {address!r}: no host:port, unix: or fd:")
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 errorlog = None  # gunicorn adds no handler of its own: main.setup_logging adds ours
-preload_app = True  # bad settings end gunicorn; workers share the rate limits
+preload_app = True  # before the fork: bad settings end gunicorn, limits are shared
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 max_requests_jitter = max_requests // 10  # or all workers would be replaced at once
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def on_starting(server: Any) -> None:  # before the workers are forked
-    if not main.logger.hasHandlers():  # create_app() does not set up logging
+    if not main.logger.hasHandlers():  # if wsgi_app is main:create_app()
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -79,7 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # (A 408 would corrupt a response, whose end starts uvicorn's keep-alive timer.)
+        # A 408 would corrupt a response. (Its end starts uvicorn's keep-alive timer.)
         if not self.cycle or self.cycle.response_complete:
             self.refuse(408)
 
@@ -89,7 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade gets here for CONNECT: see `parse`
+            self.refuse(400)  # a CONNECT's repeated headers raise HttpParserUpgrade
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -160,11 +160,11 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
     def run(self) -> None:
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
+        self.config.lifespan = "on"  # "auto" would hide an exception of a middleware
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # When uvicorn has shut down, it raises SIGTERM again. The signal's default
-        # action would kill the worker then; gunicorn's handle_quit exits with 0.
+        # At its end, uvicorn raises SIGTERM again: gunicorn's handle_quit exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 

@@ -99,6 +99,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.routing import Host, Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -125,7 +126,7 @@ def parse_database_url(value: str) -> sa.URL:
             dialect_class = url.get_dialect()
             _, options = dialect_class().create_connect_args(url)
             make_conninfo(**options)
-            timeout_from_conninfo({**options})  # checks connect_timeout
+            timeout_from_conninfo({**options})  # connect_timeout (a dict for mypy)
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
     # In user:pass@word@host, the password should have %40 for its @. SQLAlchemy takes
@@ -229,8 +230,11 @@ class Settings(BaseSettings):
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
+    # exclude: if your code logs the settings, JsonFormatter leaves out these passwords.
     # (The default is parsed, because mypy wants it to have the field's type.)
-    DATABASE_URL: DatabaseUrl = parse_database_url("sqlite:///./app.db")
+    DATABASE_URL: DatabaseUrl = Field(
+        default=parse_database_url("sqlite:///./app.db"), exclude=True
+    )
     DATABASE_POOL_SIZE: int = Field(default=5, ge=1)
     DATABASE_MAX_OVERFLOW: int = Field(default=10, ge=0)
     DATABASE_TIMEOUT_SECONDS: Seconds = 5
@@ -239,7 +243,7 @@ class Settings(BaseSettings):
     # The limiter counts nanoseconds in 64 bits: 10**9 seconds still fit.
     RATE_LIMIT_WINDOW_SECONDS: int = Field(default=60, gt=0, le=10**9)
     RATE_LIMIT_LOGIN_REQUESTS: RequestCount = 10
-    REDIS_URL: RedisUrl | None = None
+    REDIS_URL: RedisUrl | None = Field(default=None, exclude=True, repr=False)
     MAX_BODY_BYTES: int = Field(default=64 * 1024, gt=0)
     REQUEST_TIMEOUT_SECONDS: Seconds = 30
     LOG_LEVEL: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
@@ -356,6 +360,14 @@ def shorten_traceback(text: str) -> str:
     return text
 
 
+def safe_text(value: object) -> str:
+    """Return str(value), or the name of the value's class if str() fails."""
+    try:
+        return str(value)
+    except Exception:  # noqa: BLE001 - a __repr__ can raise anything
+        return f"<{type(value).__name__}>"
+
+
 class JsonFormatter(logging.Formatter):
     """Write a record as one JSON object, with the fields of its `extra`."""
 
@@ -364,14 +376,19 @@ class JsonFormatter(logging.Formatter):
         try:  # four times as fast as json.dumps
             line = to_json(fields, ensure_ascii=True, fallback=str, inf_nan_mode="null")
             return line.decode()
-        except ValueError:  # text that is not valid Unicode
-            return json.dumps(fields, default=str)
+        except ValueError:  # invalid Unicode, a cycle, or a __str__ that fails
+            scalars = (str, int, float, type(None))
+            texts = {
+                name: value if isinstance(value, scalars) else safe_text(value)
+                for name, value in fields.items()
+            }
+            return json.dumps(texts)
 
     def safe_message(self, record: logging.LogRecord) -> str:
         try:
             return record.getMessage()
         except Exception:  # noqa: BLE001 - such as logger.info("%d", "a")
-            return f"{record.msg} {record.args}"
+            return f"{safe_text(record.msg)} {safe_text(record.args)}"
 
     def collect_fields(self, record: logging.LogRecord) -> dict[str, Any]:
         fields = {
@@ -381,7 +398,13 @@ class JsonFormatter(logging.Formatter):
             "message": self.safe_message(record),
             "request_id": request_id_context.get(),
         }
-        fields |= {k: v for k, v in vars(record).items() if k not in STANDARD_FIELDS}
+        for name, value in vars(record).items():
+            if name in STANDARD_FIELDS:
+                continue
+            # An extra field such as "level" must not replace the record's own.
+            key = f"{name}_" if name in fields else name
+            # A sa.URL is a tuple with the password. Its text hides the password.
+            fields[key] = str(value) if isinstance(value, sa.URL) else value
         if record.exc_info:
             traceback = self.formatException(record.exc_info)
             fields["exception"] = shorten_traceback(traceback)
@@ -395,7 +418,7 @@ class TextFormatter(JsonFormatter):
         fields = self.collect_fields(record)
         traceback = str(fields.pop("exception", "")).splitlines()
         parts = [str(fields.pop(name)) for name in ("timestamp", "level", "message")]
-        parts += [f"{name}={value}" for name, value in fields.items()]
+        parts += [f"{name}={safe_text(value)}" for name, value in fields.items()]
         # ascii() escapes control characters, and adds quotes, which [1:-1] removes.
         lines = [ascii(line)[1:-1] for line in [" ".join(parts), *traceback]]
         # With "    | ", no line of a traceback can look like a record.
@@ -591,9 +614,10 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # If a mounted application has raised the 405, its Mount has changed the root_path
-    # of this scope. Our routes match only with what RequestLoggingMiddleware has set.
-    # (StaticFiles at /api gets PUT /api/v1/items: a Mount wins over another method.)
+    # A mounted application can have raised the 405: StaticFiles at /api gets PUT
+    # /api/v1/items, because the router prefers a Mount to a route that has the path but
+    # not the method. The Mount has changed this scope's root_path, so our routes would
+    # not match. So use the one that RequestLoggingMiddleware has set.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -908,7 +932,7 @@ def begin_immediate(connection: sa.Connection) -> None:
 class ReadOnlySession(Session):
     """Refuses to write: in autocommit, a write could not be rolled back.
 
-    A write in sa.text() is not noticed.
+    A write in sa.text(), or one of `await db.connection()`, is not noticed.
     """
 
 
@@ -1158,7 +1182,8 @@ class Database(MonitoredBackend):
         # tables, and, on PostgreSQL, that it is not read-only. (A read-only one refuses
         # FOR UPDATE, which SQLAlchemy omits on SQLite.) With LIMIT 0, no row is read or
         # locked.
-        query = sa.select(*Base.metadata.sorted_tables).limit(0).with_for_update()
+        tables = Base.metadata.tables.values()
+        query = sa.select(*tables).limit(0).with_for_update()
         async with self.check_engine.connect() as connection:
             await connection.execute(query)
 
@@ -1202,8 +1227,9 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     if isinstance(driver_error, psycopg.Error):
         if driver_error.sqlstate is not None:
             return driver_error.sqlstate.startswith(OUTAGE_STATES)
-        # Without an SQLSTATE, psycopg itself has raised the error. It has refused the
-        # statement, for example for its 70,000 parameters, or it could not connect.
+        # Without an SQLSTATE, psycopg itself has raised the error. If there is a
+        # statement, psycopg has refused it, for example for its 70,000 parameters: a
+        # bug. If there is none, psycopg could not connect.
         if getattr(error, "statement", None) is not None:
             return False
     # psycopg could not connect, no connection was free in time, or SQLite's file is
@@ -2288,6 +2314,8 @@ class LimitsAndErrorsMiddleware:
             # The server cancels a task only once, so this response can still be sent.
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
+        if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
+            return await http_exception_handler(request, HTTPException(400))
         if is_late:
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
             return await app_exception_handler(request, late)
@@ -2669,7 +2697,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or get_settings()
     if "SECRET_KEY" not in settings.model_fields_set:
         # This warning is not in Settings, because they are read before setup_logging.
-        logger.warning("SECRET_KEY is not set: tokens will not outlive a restart")
+        logger.warning("SECRET_KEY is not set: no token will outlive a restart")
     rate_limiter = RateLimiter(settings)
     app = FastAPI(
         title=settings.PROJECT_NAME,
@@ -2711,5 +2739,9 @@ else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         global app
         setup_logging(get_settings())
-        app = create_app()
+        try:
+            app = create_app()
+        except AttributeError as error:
+            # Python would say that there is no `app`, and not tell of this error.
+            raise RuntimeError("create_app has failed") from error
         return app

@@ -72,6 +72,7 @@ from jose import jwt
 from redis import Redis, RedisError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_
+from starlette.requests import ClientDisconnect
 from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
@@ -86,7 +87,6 @@ Environment = Callable[..., main.Settings]
 PASSWORD = "correct horse battery staple"
 KEY = "k" * 32  # of tokens
 PATIENCE_SECONDS = 10  # for what another task or process does, before its test fails
-UVICORN_VARIABLES = ("WEB_CONCURRENCY", "FORWARDED_ALLOW_IPS")
 ADDRESSES = (f"198.18.{n >> 8}.{n & 255}" for n in itertools.count(1))
 
 
@@ -98,8 +98,9 @@ def anyio_backend() -> str:
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch: Patch, tmp_path: Path) -> None:
     """No variable, no `.env` and no database of the developer's reaches a test."""
-    for name in [*main.Settings.model_fields, *UVICORN_VARIABLES]:
+    for name in [*main.Settings.model_fields, "WEB_CONCURRENCY", "FORWARDED_ALLOW_IPS"]:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(main, "LIFESPAN_TIMEOUT_SECONDS", PATIENCE_SECONDS)
     main.get_settings.cache_clear()
@@ -282,11 +283,10 @@ async def database(database_url: str) -> AsyncIterator[main.Database]:
         yield database
 
 
-SLUGS_TEXT = """
-400 bad_request 401 unauthorized 403 forbidden 404 not_found 405 method_not_allowed
-409 conflict 413 payload_too_large 415 unsupported_media_type 422 validation_error
-429 rate_limited 500 internal_error 503 service_unavailable 504 timeout
-"""
+SLUGS_TEXT = """400 bad_request 401 unauthorized 403 forbidden 404 not_found
+405 method_not_allowed 409 conflict 413 payload_too_large 415 unsupported_media_type
+422 validation_error 429 rate_limited 500 internal_error 503 service_unavailable
+504 timeout"""
 SLUGS = {int(code): slug for code, slug in re.findall(r"(\d+) (\w+)", SLUGS_TEXT)}
 
 
@@ -528,12 +528,12 @@ def failed_record(message: str = "first line\nsecond line") -> logging.LogRecord
 
 def test_json_line_has_its_fields_in_order_and_those_of_the_record() -> None:
     token = main.request_id_context.set("an-id")
-    record = make_record("%s of 2", args=("one",), size=3, color_message="hello")
+    record = make_record("%s of 2", args=("one",), size=3, level=4, color_message="x")
     line = main.JsonFormatter().format(record)
     main.request_id_context.reset(token)
     assert line == (
         '{"timestamp":"1970-01-01T00:00:00.250000Z","level":"INFO",'
-        '"logger":"main","message":"one of 2","request_id":"an-id","size":3}'
+        '"logger":"main","message":"one of 2","request_id":"an-id","size":3,"level_":4}'
     )
 
 
@@ -583,6 +583,7 @@ HOSTILE_VALUES = {
     "bytes-that-are-not-utf-8": b"\xff",
     "object-and-lone-surrogate": [object(), "\ud800"],
     "great-number": 10**400,
+    "object-without-a-text": object.__new__(pydantic.SecretStr),
 }
 
 
@@ -655,6 +656,9 @@ async def test_logging_with_debug_shows_no_secret(log: Log, database_url: str) -
         client.use_token((await client.login()).json()["access_token"])
         await client.get("/items?after=0&hunter2=1")
         assert (await client.patch("/users/me", json=change)).status_code == 403
+    urls = {"DATABASE_URL": "postgres://u:hunter2@h", "REDIS_URL": "redis://:hunter2@h"}
+    settings = make_settings(**urls)
+    main.logger.info("%s", settings, extra={"a": settings, "b": settings.DATABASE_URL})
     text = log.text()
     assert "INSERT INTO users" in text
     assert "FairPool" not in text  # the pool chatters
@@ -697,6 +701,7 @@ FAILURES: dict[str, tuple[BaseException, int, str]] = {
     "own-fault": (HTTPException(500, "hunter2"), 500, USUAL_500),
     "cancelled": (asyncio.CancelledError("hunter2"), 500, USUAL_500),
     "crash": (RuntimeError("hunter2"), 500, USUAL_500),
+    "disconnect": (ClientDisconnect(), 400, "Bad Request"),
     "timeout": (TimeoutError("hunter2"), 500, USUAL_500),
     "response": (ResponseValidationError([{"input": "hunter2"}]), 500, USUAL_500),
 }
@@ -1152,13 +1157,12 @@ async def test_readiness_check_may_go_on(postgresql_url: str, caplog: CapLog) ->
 
 
 async def test_tables_are_made_once(database_url: str, statements: list[Any]) -> None:
-    settings = make_settings(DATABASE_URL=database_url)
-    databases = [main.Database(settings) for _ in range(4)]
-    await asyncio.gather(*(database.start_check() for database in databases))
+    hosts = [main.Database(make_settings(DATABASE_URL=database_url)) for _ in range(4)]
+    await asyncio.gather(*(host.start_check() for host in hosts))
     made = [statement for statement, _ in statements if "CREATE TABLE" in statement]
     assert len(made) == len(main.Base.metadata.tables)
-    for database in databases:
-        await database.close()
+    for host in hosts:
+        await host.close()
 
 
 async def execute(database: main.Database, statement: str) -> None:
@@ -1266,9 +1270,7 @@ OWN = {"application_name": "x", "options": f"{OPTIONS['options']} -c work_mem=8M
 
 
 @cases("own", {"ours": {}, "own": OWN})
-async def test_connection_has_options_and_those_of_its_url(
-    own: dict[str, str], postgresql_url: str
-) -> None:
+async def test_connection_has_options(own: dict[str, str], postgresql_url: str) -> None:
     query = own and {**OWN, "options": "-c work_mem=8MB"}
     url = sa.make_url(postgresql_url).update_query_dict(query)
     changes = {"DATABASE_URL": url, "DATABASE_TIMEOUT_SECONDS": 2.5}
@@ -2467,8 +2469,7 @@ Cross-Origin-Resource-Policy: same-origin
 Cross-Origin-Embedder-Policy: require-corp
 X-XSS-Protection: 0
 Cache-Control: no-store
-Strict-Transport-Security: max-age=63072000
-"""
+Strict-Transport-Security: max-age=63072000"""
 SECURITY = dict(line.split(": ", 1) for line in SECURE.strip().splitlines())
 WIDER_IN_DOCS = ("Content-Security-Policy", "Cross-Origin-Embedder-Policy")
 BREAKS = [("ERROR", b"seconds=0", "hunter2"), ("WARNING", b"seconds=999", "TIMEOUT")]
@@ -2960,8 +2961,7 @@ def test_create_app_leaves_logging_alone(caplog: CapLog) -> None:
     main.create_app(main.Settings(ENVIRONMENT="development", LOG_LEVEL="DEBUG"))
     main.create_app(make_settings(ENVIRONMENT="development"))
     assert (root.level, root.handlers) == before
-    warning = "SECRET_KEY is not set: tokens will not outlive a restart"
-    assert caplog.messages == [warning]
+    assert caplog.messages == ["SECRET_KEY is not set: no token will outlive a restart"]
 
 
 async def test_lifespan_leaves_no_task_and_no_connection() -> None:
@@ -3029,9 +3029,9 @@ def test_openapi_operation_has_a_name_and_a_description() -> None:
 def test_openapi_schema_is_a_model_with_a_name() -> None:
     for name, schema in openapi_document()["components"]["schemas"].items():
         text = json.dumps(schema)
-        assert issubclass(getattr(main, name), pydantic.BaseModel)
+        assert name.startswith("Body_") or isinstance(getattr(main, name), type)
         assert '"additionalProperties": {' not in text
-        assert "id" not in schema["properties"] or '"format": "int64"' in text
+        assert "id" not in schema.get("properties", "") or '"format": "int64"' in text
         assert '"default": ""' not in text  # which would break its own minLength
         for pattern in re.findall(r'"pattern": "(.*?)"', text):
             assert not re.search(r"\\[AzZ]|\(\?", pattern)  # unknown to ECMA-262
