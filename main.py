@@ -2743,5 +2743,5 @@ else:
             app = create_app()
         except AttributeError as error:
             # Python would say that there is no `app`, and not tell of this error.
-            raise RuntimeError("create_app has failed") from error
+            raise ImportError("create_app has failed") from error
         return app
