@@ -79,7 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # A 408 would corrupt a response. (Its end starts uvicorn's keep-alive timer.)
+        # `cycle` is uvicorn's latest request. A 408 would corrupt its response.
         if not self.cycle or self.cycle.response_complete:
             self.refuse(408)
 
@@ -111,8 +111,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
-        self.parser = parser = httptools.HttpRequestParser(self)  # set up as uvicorn's
-        parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.parser = parser = httptools.HttpRequestParser(self)
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
         parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
@@ -168,8 +168,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # UvicornWorker calls it at SIGQUIT
-        signal.raise_signal(signal.SIGTERM)  # (at Ctrl+C, gunicorn sends SIGQUIT)
+    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, gunicorn's for Ctrl+C
+        signal.raise_signal(signal.SIGTERM)  # then uvicorn finishes the requests
 
     async def callback_notify(self) -> None:
         await super().callback_notify()

@@ -338,9 +338,9 @@ LIBRARY_LEVELS = {
     # one logs a harmless ERROR if a request is cancelled while it returns a connection.
     f"{__name__}.FairPool": "CRITICAL",
 }
-# The servers' loggers. setup_logging replaces the handlers that they have, which would
-# write lines in another format. (Without gunicorn, uvicorn adds a handler to the logger
-# uvicorn. With it, UvicornWorker copies gunicorn.error's handlers to uvicorn.error.)
+# The servers' loggers. They can have handlers that write lines in another format, so
+# setup_logging replaces these. (uvicorn adds one to the logger uvicorn. UvicornWorker
+# copies those of gunicorn.error to uvicorn.error.)
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
@@ -432,7 +432,7 @@ def setup_logging(settings: Settings) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
     # A logger with a level of its own, as in LIBRARY_LEVELS, ignores the root logger's
-    # level. Without a level of the handler, LOG_LEVEL=ERROR would show its warnings.
+    # level. Without a level of the handler, LOG_LEVEL=ERROR would show warnings of it.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
@@ -515,7 +515,7 @@ class UnauthorizedException(AppException):
     status_code = 401
     message = "The access token is not valid."
     # RFC 6750 § 3.1 has this one code for every invalid token.
-    # (RUF012: ruff wants a ClassVar, but mypy does not, because the base has none.)
+    # (RUF012: ruff wants a ClassVar. mypy refuses it: AppException's is not one.)
     headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
 
@@ -1198,7 +1198,7 @@ class Database(MonitoredBackend):
 # serve now.
 OUTAGE_STATES = (
     "08",  # no connection
-    "28",  # no access
+    "28",  # the login is refused: a fault of the setup, not of the code
     "40",  # a deadlock, or a conflict of transactions
     "53",  # no room for data or connections
     "55P03",  # a lock was not free in time
@@ -1506,14 +1506,14 @@ AFTER = sa.bindparam("after", type_=BigInt)
 # Both queries find the same items. Each makes its database start at the first one in
 # the index items_of_owner, so the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
-    # owner_id = :owner AND id > :after
-    # (For a comparison of rows, SQLite uses only the first column of the index: it
-    # would read all items of the owner.)
+    # For a comparison of rows, SQLite uses only the first column of an index: it would
+    # read all items of the owner. So compare column by column:
+    #     owner_id = :owner AND id > :after
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # (owner_id, id) > (:owner, :after) AND owner_id <= :owner
-    # The first condition also finds the items of later owners; the second excludes
-    # them. (The plain conditions could make PostgreSQL scan the primary key, and skip
-    # the items of all other owners one by one.)
+    # With the conditions of SQLite, PostgreSQL may scan the primary key, and skip the
+    # items of all other owners one by one. So compare rows:
+    #     (owner_id, id) > (:owner, :after) AND owner_id <= :owner
+    # The second condition excludes the items of later owners.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1614,8 +1614,8 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # No user has the name now: the one who had it was deleted before this SELECT.
-        # Insert again. (After rollback(), `user` can be added again.) A second
+        # The name is free now: its user was deleted between the INSERT and this SELECT.
+        # So insert again. (After rollback(), `user` can be added again.) A second
         # IntegrityError is a bug.
         await add_row(db, user)
     await db.commit()
@@ -1872,7 +1872,7 @@ class SlidingWindowRateLimiter:
         index = client_hash % len(self.buckets)
         bucket: Iterable[ctypes.Structure] = self.buckets[index]
         for row in bucket:
-            if row.client_hash == client_hash:  # in 64 bits, two equal ones are rare
+            if row.client_hash == client_hash:  # two clients with one hash are rare
                 return row
         # An unused row (its last_seen_ns is 0), else the one that was idle for longest.
         row = min(bucket, key=attrgetter("last_seen_ns"))
@@ -2140,8 +2140,8 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # uvicorn replaces the address by one from this header only if it trusts the
-            # peer. So if the address is not in the header, the peer is not trusted.
+            # If uvicorn trusts the peer, it has replaced the address by one from this
+            # header. So if the address is not in the header, the peer is not trusted.
             # (Look in the text, because an entry can be "address:port".)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
