@@ -79,7 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # `cycle` is uvicorn's latest request. A 408 would corrupt its response.
+        # No 408 into the response of `cycle`, which is uvicorn's latest request.
         if not self.cycle or self.cycle.response_complete:
             self.refuse(408)
 
@@ -89,7 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # a CONNECT's repeated headers raise HttpParserUpgrade
+            self.refuse(400)  # HttpParserUpgrade: CONNECT upgrades without that header
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -118,7 +118,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        if self.header_timer.cancelled():  # else connection_made's still runs
+        if self.header_timer.cancelled():  # connection_made's runs for the first one
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -135,7 +135,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # an earlier response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # for trailers: these must not get into the scope's list
+        self.headers = []  # a new list for trailers: the scope keeps the old one
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else wait for the new parser's call
@@ -160,15 +160,15 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
     def run(self) -> None:
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
-        self.config.lifespan = "on"  # "auto" would hide an exception of a middleware
+        self.config.lifespan = "on"  # with "auto", an exception at the start is hidden
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # At its end, uvicorn raises SIGTERM again: gunicorn's handle_quit exits with 0.
+        # After its shutdown, uvicorn raises SIGTERM again: handle_quit exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, gunicorn's for Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # SIGQUIT, sent at Ctrl+C
         signal.raise_signal(signal.SIGTERM)  # then uvicorn finishes the requests
 
     async def callback_notify(self) -> None:

@@ -126,7 +126,7 @@ def parse_database_url(value: str) -> sa.URL:
             dialect_class = url.get_dialect()
             _, options = dialect_class().create_connect_args(url)
             make_conninfo(**options)
-            timeout_from_conninfo({**options})  # connect_timeout (a dict for mypy)
+            timeout_from_conninfo({**options})  # connect_timeout; mypy wants a dict
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
     # In user:pass@word@host, the password should have %40 for its @. SQLAlchemy takes
@@ -230,7 +230,8 @@ class Settings(BaseSettings):
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
-    # exclude: if your code logs the settings, JsonFormatter leaves out these passwords.
+    # exclude=True: if your code logs the settings, JsonFormatter leaves out this field
+    # and REDIS_URL, because they can have passwords.
     # (The default is parsed, because mypy wants it to have the field's type.)
     DATABASE_URL: DatabaseUrl = Field(
         default=parse_database_url("sqlite:///./app.db"), exclude=True
@@ -243,6 +244,7 @@ class Settings(BaseSettings):
     # The limiter counts nanoseconds in 64 bits: 10**9 seconds still fit.
     RATE_LIMIT_WINDOW_SECONDS: int = Field(default=60, gt=0, le=10**9)
     RATE_LIMIT_LOGIN_REQUESTS: RequestCount = 10
+    # repr=False, because a str shows its password. (The text of a sa.URL hides it.)
     REDIS_URL: RedisUrl | None = Field(default=None, exclude=True, repr=False)
     MAX_BODY_BYTES: int = Field(default=64 * 1024, gt=0)
     REQUEST_TIMEOUT_SECONDS: Seconds = 30
@@ -432,7 +434,8 @@ def setup_logging(settings: Settings) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
     # A logger with a level of its own, as in LIBRARY_LEVELS, ignores the root logger's
-    # level. Without a level of the handler, LOG_LEVEL=ERROR would show warnings of it.
+    # level. So the handler has the level, too: otherwise, LOG_LEVEL=ERROR would let
+    # through the warnings of these libraries.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
@@ -515,7 +518,7 @@ class UnauthorizedException(AppException):
     status_code = 401
     message = "The access token is not valid."
     # RFC 6750 § 3.1 has this one code for every invalid token.
-    # (RUF012: ruff wants a ClassVar. mypy refuses it: AppException's is not one.)
+    # (RUF012: ruff wants a ClassVar. mypy refuses it, because AppException has none.)
     headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
 
@@ -843,7 +846,7 @@ class FairPool(AsyncAdaptedQueuePool):
 
         A silent server would not answer a request to cancel it. So shut down the
         socket: this wakes psycopg, which then raises OperationalError. (SQLite has no
-        server. The wait for its lock has a timeout in create_engine.)
+        server. The wait for its lock has a timeout in driver_arguments.)
         """
         del self.timers[record]
         # If SQLAlchemy's first statements have failed, it has closed the connection
@@ -2727,9 +2730,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# The name `app` does not exist until a server asks for `main:app`: tests import this
-# module, but set no variables. Python calls a module's __getattr__ for a name that is
-# missing (PEP 562). It builds the application, and adds the name by `global app`.
+# `app` is built when a server asks for `main:app`, and not at the import: tests import
+# this module, but set no variables. Python calls a module's __getattr__ for a name that
+# is missing (PEP 562). `global app` adds the name, so this happens once.
 if TYPE_CHECKING:
     app: FastAPI  # for mypy: if it saw __getattr__, it would accept any name
 else:
