@@ -126,7 +126,8 @@ def parse_database_url(value: str) -> sa.URL:
             dialect_class = url.get_dialect()
             _, options = dialect_class().create_connect_args(url)
             make_conninfo(**options)
-            timeout_from_conninfo({**options})  # connect_timeout; mypy wants a dict
+            # This checks connect_timeout. Without one, it checks PGCONNECT_TIMEOUT.
+            timeout_from_conninfo({"connect_timeout": "2", **options})
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
     # In user:pass@word@host, the password should have %40 for its @. SQLAlchemy takes
@@ -418,7 +419,7 @@ class TextFormatter(JsonFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = self.collect_fields(record)
-        traceback = str(fields.pop("exception", "")).splitlines()
+        traceback = safe_text(fields.pop("exception", "")).splitlines()
         parts = [str(fields.pop(name)) for name in ("timestamp", "level", "message")]
         parts += [f"{name}={safe_text(value)}" for name, value in fields.items()]
         # ascii() escapes control characters, and adds quotes, which [1:-1] removes.
@@ -2318,6 +2319,8 @@ class LimitsAndErrorsMiddleware:
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
+            if "status_code" in request.scope["state"]:  # its response has begun
+                request.state.reason = "the client has disconnected"
             return await http_exception_handler(request, HTTPException(400))
         if is_late:
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
@@ -2745,6 +2748,6 @@ else:
         try:
             app = create_app()
         except AttributeError as error:
-            # Python would say that there is no `app`, and not tell of this error.
+            # uvicorn and `from main import app` would only say that there is no `app`.
             raise ImportError("create_app has failed") from error
         return app

@@ -100,7 +100,7 @@ def bare_environment(monkeypatch: Patch, tmp_path: Path) -> None:
     """No variable, no `.env` and no database of the developer's reaches a test."""
     for name in [*main.Settings.model_fields, "WEB_CONCURRENCY", "FORWARDED_ALLOW_IPS"]:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(main, "LIFESPAN_TIMEOUT_SECONDS", PATIENCE_SECONDS)
     main.get_settings.cache_clear()
