@@ -79,7 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # No 408 into the response of `cycle`, which is uvicorn's latest request.
+        # `cycle` is uvicorn's latest request: send no 408 into its response.
         if not self.cycle or self.cycle.response_complete:
             self.refuse(408)
 
@@ -89,7 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: CONNECT upgrades without that header
+            self.refuse(400)  # HttpParserUpgrade: CONNECT needs no such header
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -118,13 +118,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        if self.header_timer.cancelled():  # else one still runs
+        if self.header_timer.cancelled():  # the first request has the connect's timer
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
-        # Count again: header_bytes can include some body. (4: for ": " and "\r\n".)
+        # header_bytes may include some body: count exactly. (4: for ": " and "\r\n".)
         size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
@@ -135,7 +135,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # an earlier response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # a new list for trailers: the scope keeps the old one
+        self.headers = []  # or trailers would be added to the list that the scope has
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else wait for the new parser's call

@@ -126,8 +126,8 @@ def parse_database_url(value: str) -> sa.URL:
             dialect_class = url.get_dialect()
             _, options = dialect_class().create_connect_args(url)
             make_conninfo(**options)
-            # This checks connect_timeout. (Without the "2", it would check the variable
-            # PGCONNECT_TIMEOUT, which postgresql_parameters overrides.)
+            # This checks connect_timeout. If the URL has none, it checks the "2": else
+            # it would check PGCONNECT_TIMEOUT, which postgresql_parameters overrides.
             timeout_from_conninfo({"connect_timeout": "2", **options})
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
@@ -232,8 +232,8 @@ class Settings(BaseSettings):
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
-    # exclude=True: if your code logs the settings, JsonFormatter leaves out this field
-    # and REDIS_URL, because they can have passwords.
+    # exclude=True leaves this field, and REDIS_URL, out of the JSON that is written if
+    # your code logs the settings: they can have passwords.
     # (The default is parsed, because mypy wants it to have the field's type.)
     DATABASE_URL: DatabaseUrl = Field(
         default=parse_database_url("sqlite:///./app.db"), exclude=True
@@ -257,8 +257,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        If a text has only spaces, the default counts, even if .env has a value.
-        (env_ignore_empty ignores only empty texts.)
+        The sources are already merged here. So a variable that has only spaces hides
+        the value of .env, and the default counts.
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -518,7 +518,7 @@ class UnauthorizedException(AppException):
     status_code = 401
     message = "The access token is not valid."
     # RFC 6750 § 3.1 has this one code for every invalid token.
-    # (RUF012: ruff wants a ClassVar. mypy refuses it, because AppException has none.)
+    # (Not a ClassVar, as ruff wants: RateLimitedException sets it on the instance.)
     headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
 
@@ -617,10 +617,10 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # A mounted application can have raised the 405: StaticFiles at /api gets PUT
-    # /api/v1/items, because the router prefers a Mount to a route that has the path but
-    # not the method. The Mount has changed this scope's root_path, so our routes would
-    # not match. So use the one that RequestLoggingMiddleware has set.
+    # A mounted application may have raised the 405. For example, with StaticFiles at
+    # /api, it gets PUT /api/v1/items, because the router prefers a Mount to a route
+    # that has the path but not the method. A Mount changes root_path in the scope.
+    # Restore it, or none of our routes would match.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -783,9 +783,10 @@ class FairPool(AsyncAdaptedQueuePool):
         # A timer for each connection. A ConnectionPoolEntry, or record, is a place in
         # the pool. If its connection is lost, it opens a new one.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # A request holds a connection from "checkout" to "checkin". The timer starts at
-        # "connect", too: on an engine's first connection, SQLAlchemy sends statements
-        # of its own before "checkout", and these can hang.
+        # A request holds a connection from "checkout" to "checkin". A new connection
+        # has a timer from "connect" on, which that of "checkout" replaces: on an
+        # engine's first connection, SQLAlchemy sends statements of its own in between,
+        # and these can hang.
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -1230,9 +1231,9 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     if isinstance(driver_error, psycopg.Error):
         if driver_error.sqlstate is not None:
             return driver_error.sqlstate.startswith(OUTAGE_STATES)
-        # Without an SQLSTATE, psycopg itself has raised the error. If there is a
-        # statement, psycopg has refused it, for example for its 70,000 parameters: a
-        # bug. If there is none, psycopg could not connect.
+        # Without an SQLSTATE, psycopg itself has raised the error. With a statement, it
+        # has refused to send that, for example for its 70,000 parameters: a bug.
+        # Without a statement, it could not connect.
         if getattr(error, "statement", None) is not None:
             return False
     # psycopg could not connect, no connection was free in time, or SQLite's file is
@@ -1411,7 +1412,7 @@ async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
     # No other request may run between this check and joining the queue. Otherwise, all
     # requests of a burst would see a short queue, and join it. `async with` joins at
-    # once, but AnyIO's `run_sync(…, limiter=…)` would first let other requests run.
+    # once. `run_sync(…, limiter=…)` does not: AnyIO first lets other requests run.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1762,6 +1763,7 @@ local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
 -- Keep only the newest `limit` times: there can be more if the limit was lowered.
+-- (They are in the order of time, and -1 stands for the last one.)
 redis.call('ZREMRANGEBYRANK', key, 0, -limit - 1)
 local count = redis.call('ZCARD', key)
 local allowed = count < limit
@@ -2143,8 +2145,8 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, it has replaced the address by one from this
-            # header. So if the address is not in the header, the peer is not trusted.
+            # If uvicorn trusts the peer, `address` is one of this header. So if it is
+            # not in the header, it is the peer's own, and the peer is not trusted.
             # (Look in the text, because an entry can be "address:port".)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
@@ -2318,7 +2320,9 @@ class LimitsAndErrorsMiddleware:
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
-            if "status_code" in request.scope["state"]:  # its response has begun
+            # Nobody receives this 400, but it gives the log line a status. If a
+            # response has begun, the line keeps its status, so it needs a reason.
+            if "status_code" in request.scope["state"]:
                 request.state.reason = "the client has disconnected"
             return await http_exception_handler(request, HTTPException(400))
         if is_late:
@@ -2428,8 +2432,8 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app does not add these routes by include_router. So the application's own
-    # setting does not reach them.)
+    # (create_app sets this for the application, too. But that does not reach these
+    # routes, because create_app does not add them by include_router.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2735,8 +2739,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 # `app` is built when a server asks for `main:app`, and not at the import: tests import
 # this module, but set no variables. Python calls a module's __getattr__ for a name that
 # is missing (PEP 562). `global app` adds the name, so this happens once.
-if TYPE_CHECKING:
-    app: FastAPI  # for mypy: if it saw __getattr__, it would accept any name
+if TYPE_CHECKING:  # for mypy: if it saw __getattr__, it would accept any name
+    app: FastAPI
 else:
 
     def __getattr__(name: str) -> FastAPI:
@@ -2747,6 +2751,7 @@ else:
         try:
             app = create_app()
         except AttributeError as error:
-            # uvicorn and `from main import app` would only say that there is no `app`.
+            # An AttributeError of __getattr__ means that there is no `app`: servers and
+            # `from main import app` would say that, and nothing of the real error.
             raise ImportError("create_app has failed") from error
         return app
