@@ -74,15 +74,8 @@ from jose.utils import base64url_encode
 from psycopg.conninfo import make_conninfo, timeout_from_conninfo
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
-from pydantic import (
-    MISSING,
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    Field,
-    SecretStr,
-    StringConstraints,
-)
+from pydantic import MISSING, AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic.types import SecretStr, StringConstraints
 from pydantic_core import ErrorDetails, PydanticCustomError, to_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 from python_multipart.multipart import parse_options_header
@@ -1221,23 +1214,21 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     if getattr(error, "connection_invalidated", False):
         return True
     driver_error = getattr(error, "orig", None)
-    if isinstance(driver_error, sqlite3.Error):
-        # SQLITE_ERROR means wrong SQL. (SQLITE_SCHEMA takes its place if the tables
-        # have changed.) Without a name, the error is Python's, not SQLite's: for
-        # example, a stored text is not UTF-8.
-        sqlite_error = getattr(driver_error, "sqlite_errorname", "")
-        if sqlite_error in {"SQLITE_ERROR", "SQLITE_SCHEMA", ""}:
-            return False
-    if isinstance(driver_error, psycopg.Error):
-        if driver_error.sqlstate is not None:
-            return driver_error.sqlstate.startswith(OUTAGE_STATES)
-        # Without an SQLSTATE, psycopg itself has raised the error. With a statement, it
-        # has refused to send that, for example for its 70,000 parameters: a bug.
-        # Without a statement, it could not connect.
-        if getattr(error, "statement", None) is not None:
-            return False
-    # psycopg could not connect, no connection was free in time, or SQLite's file is
-    # locked, full or not there.
+    sqlstate: str | None = getattr(driver_error, "sqlstate", None)
+    if sqlstate is not None:
+        return sqlstate.startswith(OUTAGE_STATES)
+    sqlite_error: str | None = getattr(driver_error, "sqlite_errorname", None)
+    # SQLITE_ERROR means wrong SQL. (SQLITE_SCHEMA takes its place if the tables have
+    # changed.)
+    if sqlite_error in {"SQLITE_ERROR", "SQLITE_SCHEMA"}:
+        return False
+    # If the database has given no code, the driver itself has failed: at a connect, or
+    # at a statement. The latter is a bug: for example, the statement has 70,000
+    # parameters, or a stored text is not UTF-8.
+    if sqlite_error is None and getattr(error, "statement", None) is not None:
+        return False
+    # Nothing to connect to, no connection was free in time, or SQLite's file is locked,
+    # full or not there.
     return isinstance(error, sa_exc.OperationalError | sa_exc.TimeoutError)
 
 
