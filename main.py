@@ -200,6 +200,7 @@ Origin = Annotated[str, AfterValidator(parse_origin)]
 # (A lone surrogate is invalid. It comes from "\ud800" in JSON, or from a variable that
 # is not UTF-8.) The length is arbitrary.
 ValidText = Annotated[str, Field(max_length=1000)]
+PATH_SEGMENT = "/[A-Za-z0-9_~-][A-Za-z0-9._~-]*"  # no "..", which clients resolve
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
 # At most a day, because more is surely a mistake.
@@ -217,9 +218,9 @@ class Settings(BaseSettings):
     VERSION: ValidText = "1.0.0"
     ENVIRONMENT: Literal["development", "test", "production"] = "production"
     DEBUG: bool = False
-    API_V1_PREFIX: str = Field(default="/api/v1", pattern=r"^(/[A-Za-z0-9._~-]+)+$")
+    API_V1_PREFIX: str = Field(default="/api/v1", pattern=rf"^({PATH_SEGMENT})+$")
     # The prefix that a reverse proxy strips from the path.
-    ROOT_PATH: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
+    ROOT_PATH: str = Field(default="", pattern=rf"^({PATH_SEGMENT})*$")
     # The random default is for development only: see refuse_unsafe_values. All workers
     # have the same key, because gunicorn imports this module before it forks.
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
@@ -375,8 +376,8 @@ class JsonFormatter(logging.Formatter):
             line = to_json(fields, ensure_ascii=True, fallback=str, inf_nan_mode="null")
             return line.decode()
         try:
-            return json.dumps(fields, default=str)
-        except Exception:  # noqa: BLE001 - a cycle, or a __str__ that fails
+            return json.dumps(fields, default=str, allow_nan=False)
+        except Exception:  # noqa: BLE001 - a NaN, a cycle, or a __str__ that fails
             return json.dumps({name: safe_text(v) for name, v in fields.items()})
 
     def safe_message(self, record: logging.LogRecord) -> str:
@@ -386,8 +387,9 @@ class JsonFormatter(logging.Formatter):
             return f"{safe_text(record.msg)} {safe_text(record.args)}"
 
     def collect_fields(self, record: logging.LogRecord) -> dict[str, Any]:
+        moment = datetime.fromtimestamp(record.created, UTC)
         fields = {
-            "timestamp": datetime.fromtimestamp(record.created, UTC),
+            "timestamp": f"{moment:%Y-%m-%dT%H:%M:%S.%fZ}",
             "level": record.levelname,
             "logger": record.name,
             "message": self.safe_message(record),
@@ -929,7 +931,7 @@ def begin_immediate(connection: sa.Connection) -> None:
 class ReadOnlySession(Session):
     """Refuses to write: in autocommit, a write could not be rolled back.
 
-    A write in sa.text(), or one of `await db.connection()`, is not noticed.
+    A write in sa.text() or in a CTE, or of `await db.connection()`, is not noticed.
     """
 
 
@@ -2311,9 +2313,7 @@ class LimitsAndErrorsMiddleware:
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
-            # Nobody receives this 400, but it gives the log line a status. If a
-            # response has begun, the line keeps its status, so it needs a reason.
-            if "status_code" in request.scope["state"]:
+            if "status_code" in request.scope["state"]:  # begun, so not logged as 400
                 request.state.reason = "the client has disconnected"
             return await http_exception_handler(request, HTTPException(400))
         if is_late:
@@ -2375,6 +2375,9 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that only reads: in autocommit, which is cheaper."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
+        # If the route has changed objects, refuse_flush raises an error now. Otherwise,
+        # the changes would be lost without a trace.
+        session.sync_session.flush()
 
 
 async def get_current_user(request: Request, token: BearerToken) -> User:
