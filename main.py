@@ -119,8 +119,8 @@ def parse_database_url(value: str) -> sa.URL:
             dialect_class = url.get_dialect()
             _, options = dialect_class().create_connect_args(url)
             make_conninfo(**options)
-            # This checks connect_timeout. If the URL has none, it checks the "2": else
-            # it would check PGCONNECT_TIMEOUT, which postgresql_parameters overrides.
+            # This checks connect_timeout, or the "2" if the URL has none. (Without the
+            # "2", it would check PGCONNECT_TIMEOUT, which the service does not use.)
             timeout_from_conninfo({"connect_timeout": "2", **options})
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
@@ -200,7 +200,7 @@ Origin = Annotated[str, AfterValidator(parse_origin)]
 # (A lone surrogate is invalid. It comes from "\ud800" in JSON, or from a variable that
 # is not UTF-8.) The length is arbitrary.
 ValidText = Annotated[str, Field(max_length=1000)]
-PATH_SEGMENT = "/[A-Za-z0-9_~-][A-Za-z0-9._~-]*"  # no "..", which clients resolve
+PATH_SEGMENT = r"/\.?[A-Za-z0-9_~-][A-Za-z0-9._~-]*"  # no "..": clients resolve it
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
 # At most a day, because more is surely a mistake.
@@ -251,8 +251,9 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        The sources are already merged here. So a variable that has only spaces hides
-        the value of .env, and the default counts.
+        The sources are already merged here, and env_ignore_empty does not ignore
+        spaces. So a variable that has only spaces hides the value of .env, and the
+        default counts.
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -513,7 +514,7 @@ class UnauthorizedException(AppException):
     status_code = 401
     message = "The access token is not valid."
     # RFC 6750 § 3.1 has this one code for every invalid token.
-    # (Not a ClassVar, as ruff wants: RateLimitedException sets it on the instance.)
+    # (RUF012: ruff wants a ClassVar, but RateLimitedException sets it on the instance.)
     headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
 
@@ -931,7 +932,7 @@ def begin_immediate(connection: sa.Connection) -> None:
 class ReadOnlySession(Session):
     """Refuses to write: in autocommit, a write could not be rolled back.
 
-    A write in sa.text() or in a CTE, or of `await db.connection()`, is not noticed.
+    A write in sa.text(), in a CTE, or through `await db.connection()` is not noticed.
     """
 
 
@@ -939,8 +940,11 @@ WRITE_REFUSED = "a ReadSession cannot write: the route needs a WriteSession"
 
 
 @event.listens_for(ReadOnlySession, "before_flush")
-def refuse_flush(*_: object) -> None:
-    raise RuntimeError(WRITE_REFUSED)
+def refuse_flush(session: Session, *_: object) -> None:
+    # (`dirty` also has objects of which an attribute was set to the value that it had.)
+    is_changed = any(session.is_modified(row) for row in session.dirty)
+    if is_changed or session.new or session.deleted:
+        raise RuntimeError(WRITE_REFUSED)
 
 
 @event.listens_for(ReadOnlySession, "do_orm_execute")
@@ -1219,18 +1223,19 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     sqlstate: str | None = getattr(driver_error, "sqlstate", None)
     if sqlstate is not None:
         return sqlstate.startswith(OUTAGE_STATES)
-    sqlite_error: str | None = getattr(driver_error, "sqlite_errorname", None)
-    # SQLITE_ERROR means wrong SQL. (SQLITE_SCHEMA takes its place if the tables have
-    # changed.)
-    if sqlite_error in {"SQLITE_ERROR", "SQLITE_SCHEMA"}:
+    if isinstance(driver_error, sqlite3.Error):
+        # SQLITE_ERROR, and names that begin with it, mean wrong SQL. (SQLITE_SCHEMA
+        # takes its place if the tables have changed.) Without a name, the error is
+        # Python's, not SQLite's: for example, a stored text is not UTF-8.
+        name: str = getattr(driver_error, "sqlite_errorname", "")
+        if not name or name.startswith(("SQLITE_ERROR", "SQLITE_SCHEMA")):
+            return False
+    elif getattr(error, "statement", None) is not None:
+        # Without an SQLSTATE, psycopg itself has refused the statement, for example
+        # for its 70,000 parameters: a bug.
         return False
-    # If the database has given no code, the driver itself has failed: at a connect, or
-    # at a statement. The latter is a bug: for example, the statement has 70,000
-    # parameters, or a stored text is not UTF-8.
-    if sqlite_error is None and getattr(error, "statement", None) is not None:
-        return False
-    # Nothing to connect to, no connection was free in time, or SQLite's file is locked,
-    # full or not there.
+    # The driver could not connect, no connection was free in time, or SQLite's file is
+    # locked, full or not there.
     return isinstance(error, sa_exc.OperationalError | sa_exc.TimeoutError)
 
 
@@ -2308,12 +2313,16 @@ class LimitsAndErrorsMiddleware:
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
+        """Return the response to an error, with its reason for the log line.
+
+        Nobody receives the 400 of a client that has disconnected: it is for the log.
+        """
         if is_cancelled_by_server(error):
             # The server cancels a task only once, so this response can still be sent.
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
-            if "status_code" in request.scope["state"]:  # begun, so not logged as 400
+            if "status_code" in request.scope["state"]:  # a response has begun
                 request.state.reason = "the client has disconnected"
             return await http_exception_handler(request, HTTPException(400))
         if is_late:
@@ -2375,8 +2384,8 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that only reads: in autocommit, which is cheaper."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
-        # If the route has changed objects, refuse_flush raises an error now. Otherwise,
-        # the changes would be lost without a trace.
+        # If the route has changed objects, refuse_flush raises an error now, before any
+        # SQL. (So nothing is awaited.) Otherwise, the changes would be lost silently.
         session.sync_session.flush()
 
 
@@ -2730,9 +2739,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-# `app` is built when a server asks for `main:app`, and not at the import: tests import
-# this module, but set no variables. Python calls a module's __getattr__ for a name that
-# is missing (PEP 562). `global app` adds the name, so this happens once.
+# `app = create_app()` would read the settings at the import. But tests import this
+# module, and set no variables. So `app` is built when a server asks for `main:app`:
+# Python calls a module's __getattr__ for a name that is missing (PEP 562). `global app`
+# adds the name, so this happens once.
 if TYPE_CHECKING:  # for mypy: if it saw __getattr__, it would accept any name
     app: FastAPI
 else:
