@@ -1220,9 +1220,6 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     if getattr(error, "connection_invalidated", False):
         return True
     driver_error = getattr(error, "orig", None)
-    sqlstate: str | None = getattr(driver_error, "sqlstate", None)
-    if sqlstate is not None:
-        return sqlstate.startswith(OUTAGE_STATES)
     if isinstance(driver_error, sqlite3.Error):
         # SQLITE_ERROR, and names that begin with it, mean wrong SQL. (SQLITE_SCHEMA
         # takes its place if the tables have changed.) Without a name, the error is
@@ -1230,10 +1227,14 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
         name: str = getattr(driver_error, "sqlite_errorname", "")
         if not name or name.startswith(("SQLITE_ERROR", "SQLITE_SCHEMA")):
             return False
-    elif getattr(error, "statement", None) is not None:
-        # Without an SQLSTATE, psycopg itself has refused the statement, for example
-        # for its 70,000 parameters: a bug.
-        return False
+    if isinstance(driver_error, psycopg.Error):
+        if driver_error.sqlstate is not None:
+            return driver_error.sqlstate.startswith(OUTAGE_STATES)
+        # Without an SQLSTATE, psycopg itself has raised the error. If there is a
+        # statement, psycopg has refused it, for example for its 70,000 parameters: a
+        # bug. If there is none, psycopg could not connect.
+        if getattr(error, "statement", None) is not None:
+            return False
     # The driver could not connect, no connection was free in time, or SQLite's file is
     # locked, full or not there.
     return isinstance(error, sa_exc.OperationalError | sa_exc.TimeoutError)
