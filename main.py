@@ -119,8 +119,8 @@ def parse_database_url(value: str) -> sa.URL:
             dialect_class = url.get_dialect()
             _, options = dialect_class().create_connect_args(url)
             make_conninfo(**options)
-            # This checks connect_timeout, or the "2" if the URL has none. (Without the
-            # "2", it would check PGCONNECT_TIMEOUT, which the service does not use.)
+            # Check connect_timeout, too. (The "2" is any valid value. Without it, this
+            # would check PGCONNECT_TIMEOUT if the URL has no connect_timeout.)
             timeout_from_conninfo({"connect_timeout": "2", **options})
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
@@ -200,7 +200,8 @@ Origin = Annotated[str, AfterValidator(parse_origin)]
 # (A lone surrogate is invalid. It comes from "\ud800" in JSON, or from a variable that
 # is not UTF-8.) The length is arbitrary.
 ValidText = Annotated[str, Field(max_length=1000)]
-PATH_SEGMENT = r"/\.?[A-Za-z0-9_~-][A-Za-z0-9._~-]*"  # no "..": clients resolve it
+# A segment may begin with a dot, but is never "." or "..", which clients resolve.
+PATH_SEGMENT = r"/\.?[A-Za-z0-9_~-][A-Za-z0-9._~-]*"
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
 # At most a day, because more is surely a mistake.
@@ -251,9 +252,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        The sources are already merged here, and env_ignore_empty does not ignore
-        spaces. So a variable that has only spaces hides the value of .env, and the
-        default counts.
+        If a variable has only spaces, and .env has a value, the default counts: the
+        sources are merged before this runs, and env_ignore_empty keeps spaces.
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -337,9 +337,8 @@ LIBRARY_LEVELS = {
     # one logs a harmless ERROR if a request is cancelled while it returns a connection.
     f"{__name__}.FairPool": "CRITICAL",
 }
-# The servers' loggers. They can have handlers that write lines in another format, so
-# setup_logging replaces these. (uvicorn adds one to the logger uvicorn. UvicornWorker
-# copies those of gunicorn.error to uvicorn.error.)
+# The servers' loggers. Their own handlers write another format, so setup_logging
+# replaces these handlers.
 SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 
 
@@ -440,6 +439,8 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
     for name in SERVER_LOGGERS:
         server_logger = logging.getLogger(name)
+        # Not []: UvicornWorker, which starts later, copies the handlers of
+        # gunicorn.error to uvicorn.error, and stops that from propagating.
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # then it has the root logger's level
         server_logger.propagate = False  # or the root's handler would write it, too
@@ -613,10 +614,10 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # A mounted application may have raised the 405. For example, with StaticFiles at
-    # /api, it gets PUT /api/v1/items, because the router prefers a Mount to a route
-    # that has the path but not the method. A Mount changes root_path in the scope.
-    # Restore it, or none of our routes would match.
+    # Restore root_path, or none of our routes would match if a mounted application has
+    # raised the 405: a Mount changes root_path in the scope. (StaticFiles at /api gets
+    # PUT /api/v1/items, because the router prefers a Mount to a route that has the path
+    # but not the method.)
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -779,10 +780,9 @@ class FairPool(AsyncAdaptedQueuePool):
         # A timer for each connection. A ConnectionPoolEntry, or record, is a place in
         # the pool. If its connection is lost, it opens a new one.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # A request holds a connection from "checkout" to "checkin". A new connection
-        # has a timer from "connect" on, which that of "checkout" replaces: on an
-        # engine's first connection, SQLAlchemy sends statements of its own in between,
-        # and these can hang.
+        # A request holds a connection from "checkout" to "checkin". Start the timer at
+        # "connect", too, because SQLAlchemy's own first statements, which it sends
+        # before an engine's first "checkout", can also hang. "checkout" restarts it.
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -884,7 +884,7 @@ async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
 def cut_message(context: sa.engine.ExceptionContext) -> None:
     """Keep the first line of a message. PostgreSQL's second line can quote a row.
 
-    sqlite3's message ends with "with text '…'" if a stored text is not UTF-8.
+    If a stored text is not UTF-8, sqlite3's message quotes it after "with text '".
     """
     # SQLAlchemy copies the driver's message, and a traceback shows both exceptions.
     # Both have it in args[0].
@@ -1230,9 +1230,9 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     if isinstance(driver_error, psycopg.Error):
         if driver_error.sqlstate is not None:
             return driver_error.sqlstate.startswith(OUTAGE_STATES)
-        # Without an SQLSTATE, psycopg itself has raised the error. If there is a
-        # statement, psycopg has refused it, for example for its 70,000 parameters: a
-        # bug. If there is none, psycopg could not connect.
+        # Without an SQLSTATE, psycopg itself has raised the error. A failed connect has
+        # no statement. If there is one, psycopg has refused it, for example for its
+        # 70,000 parameters: a bug.
         if getattr(error, "statement", None) is not None:
             return False
     # The driver could not connect, no connection was free in time, or SQLite's file is
@@ -1409,8 +1409,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # No other request may run between this check and joining the queue. Otherwise, all
-    # requests of a burst would see a short queue, and join it. `async with` joins at
+    # Between this check and joining the queue, nothing may let other requests run.
+    # Otherwise, all requests of a burst would pass the check. `async with` joins at
     # once. `run_sync(…, limiter=…)` does not: AnyIO first lets other requests run.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
@@ -2105,9 +2105,9 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # With ROOT_PATH=/shop, the proxy turns /shop/health into /health. Put the
-        # prefix back: in ASGI, `path` includes root_path. (FastAPI's argument root_path
-        # would set only root_path.)
+        # Put back the prefix that the proxy has stripped, such as /shop of /shop/health:
+        # in ASGI, `path` includes root_path. (FastAPI's argument root_path would set
+        # only root_path.)
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -2144,8 +2144,8 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, `address` is one of this header. So if it is
-            # not in the header, it is the peer's own, and the peer is not trusted.
+            # uvicorn replaces the address by one from this header only if it trusts the
+            # peer. So if the address is not in the header, the peer is not trusted.
             # (Look in the text, because an entry can be "address:port".)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
@@ -2385,8 +2385,8 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that only reads: in autocommit, which is cheaper."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
-        # If the route has changed objects, refuse_flush raises an error now, before any
-        # SQL. (So nothing is awaited.) Otherwise, the changes would be lost silently.
+        # Fail if the route has changed objects: the changes would be lost silently.
+        # (Not awaited, because refuse_flush raises its error before any SQL.)
         session.sync_session.flush()
 
 
@@ -2756,7 +2756,7 @@ else:
         try:
             app = create_app()
         except AttributeError as error:
-            # An AttributeError of __getattr__ means that there is no `app`: servers and
-            # `from main import app` would say that, and nothing of the real error.
+            # Python takes an AttributeError of __getattr__ for "there is no such name":
+            # servers and `from main import app` would hide the real error.
             raise ImportError("create_app has failed") from error
         return app
