@@ -2105,7 +2105,7 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # Put back the prefix that the proxy has stripped, such as /shop of /shop/health:
+        # Put back the prefix that the proxy has stripped, as /shop from /shop/health:
         # in ASGI, `path` includes root_path. (FastAPI's argument root_path would set
         # only root_path.)
         scope["root_path"] = self.root_path
