@@ -168,7 +168,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # UvicornWorker's for SIGQUIT (Ctrl+C)
+    def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn sends it at Ctrl+C
         signal.raise_signal(signal.SIGTERM)  # then uvicorn finishes the requests
 
     async def callback_notify(self) -> None:

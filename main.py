@@ -439,8 +439,8 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
     for name in SERVER_LOGGERS:
         server_logger = logging.getLogger(name)
-        # Not []: UvicornWorker, which starts later, copies the handlers of
-        # gunicorn.error to uvicorn.error, and stops that from propagating.
+        # Not an empty list: UvicornWorker starts later, copies gunicorn.error's handlers
+        # to uvicorn.error, and sets propagate to False there.
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # then it has the root logger's level
         server_logger.propagate = False  # or the root's handler would write it, too
@@ -884,7 +884,8 @@ async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
 def cut_message(context: sa.engine.ExceptionContext) -> None:
     """Keep the first line of a message. PostgreSQL's second line can quote a row.
 
-    If a stored text is not UTF-8, sqlite3's message quotes it after "with text '".
+    If a stored text is not UTF-8, sqlite3's message quotes it after "with text '": cut
+    this, too.
     """
     # SQLAlchemy copies the driver's message, and a traceback shows both exceptions.
     # Both have it in args[0].
