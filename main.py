@@ -439,8 +439,8 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
     for name in SERVER_LOGGERS:
         server_logger = logging.getLogger(name)
-        # Not an empty list: UvicornWorker starts later, copies gunicorn.error's handlers
-        # to uvicorn.error, and sets propagate to False there.
+        # Not an empty list: UvicornWorker starts later, copies the handlers of
+        # gunicorn.error to uvicorn.error, and sets propagate to False there.
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # then it has the root logger's level
         server_logger.propagate = False  # or the root's handler would write it, too
