@@ -2145,9 +2145,9 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # uvicorn replaces the address by one from this header only if it trusts the
-            # peer. So if the address is not in the header, the peer is not trusted.
-            # (Look in the text, because an entry can be "address:port".)
+            # If uvicorn trusts the peer, it replaces the address by one of this header.
+            # So if the address is not in the header, the peer is not trusted. (Look in
+            # the text, because an entry can be "address:port".)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2315,7 +2315,7 @@ class LimitsAndErrorsMiddleware:
     async def answer_error(
         self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
-        """Return the response to an error, with its reason for the log line.
+        """Return the response to an error, and set `reason` or `exception` for the log.
 
         Nobody receives the 400 of a client that has disconnected: it is for the log.
         """
@@ -2324,7 +2324,7 @@ class LimitsAndErrorsMiddleware:
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
-            if "status_code" in request.scope["state"]:  # a response has begun
+            if "status_code" in request.scope["state"]:  # begun: logged with its status
                 request.state.reason = "the client has disconnected"
             return await http_exception_handler(request, HTTPException(400))
         if is_late:
@@ -2386,9 +2386,9 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that only reads: in autocommit, which is cheaper."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
-        # Fail if the route has changed objects: the changes would be lost silently.
-        # (Not awaited, because refuse_flush raises its error before any SQL.)
-        session.sync_session.flush()
+        # Fail if the route has changed objects: the changes would be lost silently. (No
+        # flush: even with nothing to write, it may ask for a connection.)
+        refuse_flush(session.sync_session)
 
 
 async def get_current_user(request: Request, token: BearerToken) -> User:

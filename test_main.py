@@ -391,7 +391,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ENVIRONMENT": {"": "production"},
     "DEBUG": {"": False, "true": True},
     "API_V1_PREFIX": {"": "/api/v1", "/my-items/v1": "/my-items/v1"},
-    "ROOT_PATH": {"": "", "/some/where": "/some/where"},
+    "ROOT_PATH": {"": "", "/some/.where": "/some/.where"},
     "SECRET_KEY": {key: pydantic.SecretStr(key) for key in ("k" * 32, "\udce9" * 32)},
     "ACCESS_TOKEN_EXPIRE_MINUTES": {"": 30, "1": 1},
     "ALGORITHM": {"": "HS256", "HS384": "HS384", "HS512": "HS512"},
@@ -861,7 +861,7 @@ async def test_id_of_a_deleted_user_is_not_given_again(database: main.Database) 
 # --- Database -------------------------------------------------------------------------
 
 
-class DatabaseOfTest(main.MonitoredBackend):  # away, if the test says so
+class DatabaseOfTest(main.MonitoredBackend):  # away, unless the test says otherwise
     name = "the database"
     is_away = True
     checks = 0
@@ -1336,17 +1336,19 @@ async def test_sqlite_file_that_becomes_writable_is_written() -> None:
 
 
 async def test_read_session_refuses_to_write(ada: Client) -> None:
-    sessions = main.get_read_db(Request({"type": "http", "app": ada.app}))
+    sessions: Any = main.get_read_db(Request({"type": "http", "app": ada.app}))
     db = await anext(sessions)
     user = await db.get_one(main.User, 1)
     user.username = "ada"  # as before: nothing to write
     await db.flush()
-    change = main.update_password_hash(db, user, "")
-    end: Any = anext(sessions)
-    new = main.add_row(db, main.User(id=2))
-    for write in (change, main.remove_user(db, 1), new, end):
+    change, new = main.update_password_hash(db, user, ""), main.User(id=2)
+    for write in (change, main.remove_user(db, 1), main.add_row(db, new)):
         with pytest.raises(RuntimeError, match="WriteSession"):
             await write
+    db.expunge(new)
+    user.username = "bob"
+    with pytest.raises(RuntimeError, match="WriteSession"):
+        await anext(sessions)
 
 
 async def test_transaction_without_commit_is_undone(database: main.Database) -> None:
@@ -2286,9 +2288,7 @@ async def test_rate_limit_of_many_requests_at_once_asks_a_silent_redis_seldom() 
         assert main.REDIS_CONNECTIONS > len(connections) > 0
 
 
-class OwnRedis:
-    """A redis-server of the test's own, which fails in each of these ways."""
-
+class OwnRedis:  # a redis-server of the test's own, which fails in each of these ways
     def __init__(self, port: int) -> None:
         self.port = port
         self.url = f"redis://127.0.0.1:{port}"
