@@ -389,7 +389,7 @@ class JsonFormatter(logging.Formatter):
     def collect_fields(self, record: logging.LogRecord) -> dict[str, Any]:
         moment = datetime.fromtimestamp(record.created, UTC)
         fields = {
-            "timestamp": f"{moment:%Y-%m-%dT%H:%M:%S.%fZ}",
+            "timestamp": moment.isoformat().replace("+00:00", "Z"),
             "level": record.levelname,
             "logger": record.name,
             "message": self.safe_message(record),
