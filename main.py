@@ -941,7 +941,7 @@ WRITE_REFUSED = "a ReadSession cannot write: the route needs a WriteSession"
 
 
 @event.listens_for(ReadOnlySession, "before_flush")
-def refuse_flush(session: Session, *_: object) -> None:
+def refuse_changes(session: Session, *_: object) -> None:
     # (`dirty` also has objects of which an attribute was set to the value that it had.)
     is_changed = any(session.is_modified(row) for row in session.dirty)
     if is_changed or session.new or session.deleted:
@@ -2386,9 +2386,9 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that only reads: in autocommit, which is cheaper."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
-        # Fail if the route has changed objects: the changes would be lost silently. (No
-        # flush: even with nothing to write, it may ask for a connection.)
-        refuse_flush(session.sync_session)
+        # Otherwise, changes that were not flushed would be lost silently. (No flush:
+        # even with nothing to write, that may ask for a connection.)
+        refuse_changes(session.sync_session)
 
 
 async def get_current_user(request: Request, token: BearerToken) -> User:
