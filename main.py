@@ -119,9 +119,9 @@ def parse_database_url(value: str) -> sa.URL:
             dialect_class = url.get_dialect()
             _, options = dialect_class().create_connect_args(url)
             make_conninfo(**options)
-            # Check connect_timeout, too. (The "2" is any valid value. Without it, this
-            # would check PGCONNECT_TIMEOUT if the URL has no connect_timeout.)
-            timeout_from_conninfo({"connect_timeout": "2", **options})
+            # Check connect_timeout, too. (0 stands for a URL without this option. With
+            # no value at all, psycopg would check the variable PGCONNECT_TIMEOUT.)
+            timeout_from_conninfo({"connect_timeout": 0, **options})
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
     # In user:pass@word@host, the password should have %40 for its @. SQLAlchemy takes
@@ -227,8 +227,8 @@ class Settings(BaseSettings):
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
-    # exclude=True leaves this field, and REDIS_URL, out of the JSON that is written if
-    # your code logs the settings: they can have passwords.
+    # exclude=True leaves this field, and REDIS_URL, out of model_dump() and of the log,
+    # if your code logs the settings: they can have passwords.
     # (The default is parsed, because mypy wants it to have the field's type.)
     DATABASE_URL: DatabaseUrl = Field(
         default=parse_database_url("sqlite:///./app.db"), exclude=True
@@ -252,8 +252,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        If a variable has only spaces, and .env has a value, the default counts: the
-        sources are merged before this runs, and env_ignore_empty keeps spaces.
+        A variable that has only spaces hides the value in .env, so the default counts:
+        the sources are merged before this runs.
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -371,8 +371,9 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = self.collect_fields(record)
-        with suppress(ValueError):  # text that is not valid Unicode
-            # This is four times as fast as json.dumps.
+        # to_json is four times as fast as json.dumps, but raises ValueError for text
+        # that is not valid Unicode. Then json.dumps writes the line.
+        with suppress(ValueError):
             line = to_json(fields, ensure_ascii=True, fallback=str, inf_nan_mode="null")
             return line.decode()
         try:
@@ -439,8 +440,8 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
     for name in SERVER_LOGGERS:
         server_logger = logging.getLogger(name)
-        # Not an empty list: UvicornWorker starts later, copies the handlers of
-        # gunicorn.error to uvicorn.error, and sets propagate to False there.
+        # UvicornWorker later copies gunicorn.error's handlers to uvicorn.error, and
+        # ends its propagation: with an empty list, uvicorn would log nothing.
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # then it has the root logger's level
         server_logger.propagate = False  # or the root's handler would write it, too
@@ -515,7 +516,7 @@ class UnauthorizedException(AppException):
     status_code = 401
     message = "The access token is not valid."
     # RFC 6750 § 3.1 has this one code for every invalid token.
-    # (RUF012: ruff wants a ClassVar, but RateLimitedException sets it on the instance.)
+    # (RUF012 wants a ClassVar, but RateLimitedException sets it on the instance.)
     headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
 
@@ -614,10 +615,8 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # Restore root_path, or none of our routes would match if a mounted application has
-    # raised the 405: a Mount changes root_path in the scope. (StaticFiles at /api gets
-    # PUT /api/v1/items, because the router prefers a Mount to a route that has the path
-    # but not the method.)
+    # Restore root_path, which a Mount changes in the scope: otherwise, none of our
+    # routes would match if a mounted application has raised the 405.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -636,7 +635,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     """
     if exc.status_code in {204, 304}:  # must not have a body
         return Response(None, exc.status_code, exc.headers)
-    error = AppException(exc.detail)  # for a 5xx's log line; clients get `message`
+    error = AppException(exc.detail)  # the argument is for the log line of a 5xx
     error.status_code = exc.status_code
     error.headers = exc.headers
     if exc.status_code != 500:
@@ -781,8 +780,8 @@ class FairPool(AsyncAdaptedQueuePool):
         # the pool. If its connection is lost, it opens a new one.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # A request holds a connection from "checkout" to "checkin". Start the timer at
-        # "connect", too, because SQLAlchemy's own first statements, which it sends
-        # before an engine's first "checkout", can also hang. "checkout" restarts it.
+        # "connect", too: SQLAlchemy then sends statements of its own, for example to
+        # ask for the server's version, which can also hang. "checkout" restarts it.
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -869,10 +868,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    A failed connect leaves a reference cycle (psycopg 3.3, SQLAlchemy 2.1). The
-    exception refers to its traceback, the traceback to frames, and the local variables
-    of these to the exception and to the connection. So its socket would stay open until
-    the garbage collector runs, maybe for minutes. clear_frames empties the variables.
+    A failed connect leaves a reference cycle (psycopg 3.3, SQLAlchemy 2.1): the
+    exception's traceback keeps frames alive, whose variables keep the exception and the
+    connection alive. So its socket would stay open until the garbage collector runs,
+    maybe for minutes. clear_frames empties the variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -909,7 +908,7 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
-    """Set up a new connection: SQLAlchemy's synchronous wrapper of an aiosqlite one."""
+    """Set up a new connection. (It is SQLAlchemy's: its methods need no await.)"""
     # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
     # other has switched the file, and the mode is stored in the file.
     with suppress(sqlite3.OperationalError):
@@ -1222,8 +1221,8 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
         return True
     driver_error = getattr(error, "orig", None)
     if isinstance(driver_error, sqlite3.Error):
-        # SQLITE_ERROR, and names that begin with it, mean wrong SQL. (SQLITE_SCHEMA
-        # takes its place if the tables have changed.) Without a name, the error is
+        # Names that begin with SQLITE_ERROR mean wrong SQL; SQLITE_SCHEMA means SQL
+        # that is wrong since a table was changed. Without a name, the error is
         # Python's, not SQLite's: for example, a stored text is not UTF-8.
         name: str = getattr(driver_error, "sqlite_errorname", "")
         if not name or name.startswith(("SQLITE_ERROR", "SQLITE_SCHEMA")):
@@ -1231,9 +1230,9 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     if isinstance(driver_error, psycopg.Error):
         if driver_error.sqlstate is not None:
             return driver_error.sqlstate.startswith(OUTAGE_STATES)
-        # Without an SQLSTATE, psycopg itself has raised the error. A failed connect has
-        # no statement. If there is one, psycopg has refused it, for example for its
-        # 70,000 parameters: a bug.
+        # Without an SQLSTATE, psycopg itself has raised the error. If the error has a
+        # statement, psycopg has refused the statement, for example for its 70,000
+        # parameters: a bug. If it has none, the connect has failed.
         if getattr(error, "statement", None) is not None:
             return False
     # The driver could not connect, no connection was free in time, or SQLite's file is
@@ -1277,17 +1276,17 @@ def to_utc(moment: datetime) -> datetime:
 UtcTime = Annotated[datetime, AfterValidator(to_utc)]
 # Keyboards send an "é" as one character or as two; NFC makes them equal (NIST SP
 # 800-63B-4 § 3.1.1.2).
-NormalizedValidator = AfterValidator(partial(unicodedata.normalize, "NFC"))
+NormalizeUnicode = AfterValidator(partial(unicodedata.normalize, "NFC"))
 NewUsername = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{2,31}$", to_lower=True)
 ]
 # NIST SP 800-63B-4: at least 15 characters without a second factor, and no other rules.
-NewPassword = Annotated[str, Field(min_length=15, max_length=128), NormalizedValidator]
+NewPassword = Annotated[str, Field(min_length=15, max_length=128), NormalizeUnicode]
 # A login accepts nearly any text, so that a name such as "?!", which nobody can have,
 # gets 401, as any wrong name does. The length is arbitrary.
 LoginText = Annotated[str, Field(min_length=1, max_length=1024)]
 LoginName = Annotated[LoginText, StringConstraints(pattern=NO_NUL, to_lower=True)]
-LoginPassword = Annotated[LoginText, NormalizedValidator]  # can have NUL: it is hashed
+LoginPassword = Annotated[LoginText, NormalizeUnicode]  # can have NUL: it is hashed
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
 Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
 # Without a format, openapi-generator gives an id only 32 bits in Go, Java and others.
@@ -1410,9 +1409,9 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # Between this check and joining the queue, nothing may let other requests run.
-    # Otherwise, all requests of a burst would pass the check. `async with` joins at
-    # once. `run_sync(…, limiter=…)` does not: AnyIO first lets other requests run.
+    # Between this check and joining the queue, no other request may run. Otherwise,
+    # all requests of a burst would pass the check. So use `async with`, which joins at
+    # once, and not `run_sync(…, limiter=…)`, which lets other requests run first.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1502,7 +1501,7 @@ Rows = Sequence[Any]  # of objects such as User, or of plain rows
 # The queries of the busiest routes are built once, because that takes 0.2 ms.
 FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
 # `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects. The order is
-# that of the index items_of_owner.
+# that of the index items_of_owner, so no sorting is needed.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # The types are given, because sa.tuple_ (below) does not infer them.
 OWNER = sa.bindparam("owner", type_=BigInt)
@@ -1643,7 +1642,7 @@ async def authenticate_user(
     if user is None or not is_valid:
         raise WrongCredentialsException
     if new_hash:  # the stored one was made with older parameters
-        # If the password has just been changed, this does nothing.
+        # This compares the old hash, so a password that was changed meanwhile stays.
         await update_password_hash(write_db, user, new_hash)
         await write_db.commit()
     return user
@@ -1750,7 +1749,7 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 # shared memory, RedisRateLimiter in Redis, and RateLimiter chooses one of them.
 
 SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
-ROWS_IN_BUCKET = 16  # more would use the table more evenly, but take longer to search
+ROWS_IN_BUCKET = 16  # of a hash table: more fill it more evenly, but take more time
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `start`, which opens all connections at once
@@ -1763,8 +1762,8 @@ local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
 -- Keep only the newest `limit` times: there can be more if the limit was lowered.
--- (They are in the order of time, and -1 stands for the last one.)
-redis.call('ZREMRANGEBYRANK', key, 0, -limit - 1)
+-- (Rank 0 is the oldest time, -1 the newest, -limit the oldest of those to keep.)
+redis.call('ZREMRANGEBYRANK', key, 0, -(limit + 1))
 local count = redis.call('ZCARD', key)
 local allowed = count < limit
 if allowed then
@@ -1925,7 +1924,7 @@ class RedisRateLimiter(MonitoredBackend):
         await self.run_script("ping", limit=1, seconds=1)
 
     async def start(self) -> None:
-        """Open all connections, before a burst of requests has to wait for that."""
+        """Open all connections now, so that no request has to wait for a connect."""
         pool = self.client.connection_pool
         # After an outage, `recover` calls this. Idle connections may be dead then, so
         # close them. Connections in use can stay: if one is dead, its command fails,
@@ -2145,8 +2144,8 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, it replaces the address by one of this header.
-            # So if the address is not in the header, the peer is not trusted. (Look in
+            # If uvicorn trusts the peer, it takes the address from this header. So an
+            # address that is not in the header is that of an untrusted peer. (Look in
             # the text, because an entry can be "address:port".)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
@@ -2287,7 +2286,7 @@ class LimitsAndErrorsMiddleware:
             # Starlette's patterns of paths end with "$", which also matches before a
             # last "\n". So POST /items%0A would store an item, and then fail, because
             # its Location cannot be sent.
-            error = HTTPException(404)
+            error = HTTPException(404)  # as for any path that has no route
             not_found = await http_exception_handler(Request(scope), error)
             return await not_found(scope, receive, send)
         # Drop a Content-Type that is too long, because it is slow to parse. A route
@@ -2304,7 +2303,7 @@ class LimitsAndErrorsMiddleware:
         try:
             async with timer:
                 await self.app(scope, receive_limited, send)
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - answered
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - logged
             response = await self.answer_error(Request(scope), error, timer.expired())
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
@@ -2324,7 +2323,7 @@ class LimitsAndErrorsMiddleware:
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
-            if "status_code" in request.scope["state"]:  # begun: logged with its status
+            if "status_code" in request.scope["state"]:  # the response has begun
                 request.state.reason = "the client has disconnected"
             return await http_exception_handler(request, HTTPException(400))
         if is_late:
@@ -2386,8 +2385,8 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that only reads: in autocommit, which is cheaper."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
-        # Otherwise, changes that were not flushed would be lost silently. (No flush:
-        # even with nothing to write, that may ask for a connection.)
+        # Refuse changes that were not flushed: they would be lost silently. (flush()
+        # would refuse them, too, but it may ask for a connection.)
         refuse_changes(session.sync_session)
 
 
@@ -2437,8 +2436,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app sets this for the application, too. But that does not reach these
-    # routes, because create_app does not add them by include_router.)
+    # (create_app sets this, too, but not for these routes.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2726,8 +2724,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
         # Not include_router: since FastAPI 0.137, it nests the router, which makes a
-        # health check a fifth slower. The price: these routes ignore the application's
-        # dependency_overrides, so they must have no dependencies.
+        # health check a fifth slower. The price: these routes do not know the
+        # application's dependency_overrides, so they must have no dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
