@@ -89,7 +89,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: for the method CONNECT
+            self.refuse(400)  # for CONNECT, the new parser raises HttpParserUpgrade
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -124,7 +124,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
-        # header_bytes can include some body: add up anew. (4: for ": " and "\r\n".)
+        # Count the headers alone, without any body. (4: for ": " and "\r\n".)
         size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
@@ -153,7 +153,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_stopping = True
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        self.loop.call_later(0.5, super().shutdown)  # answer what is on its way
+        self.loop.call_later(0.5, super().shutdown)  # answer what clients have sent
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
@@ -164,11 +164,11 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # At its end, uvicorn raises SIGTERM once more: handle_quit exits with 0.
+        # After its shutdown, uvicorn raises SIGTERM again: handle_quit exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # for SIGQUIT, which Ctrl+C sends
+    def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn sends it at Ctrl+C
         signal.raise_signal(signal.SIGTERM)  # then uvicorn finishes the requests
 
     async def callback_notify(self) -> None:

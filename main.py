@@ -119,8 +119,8 @@ def parse_database_url(value: str) -> sa.URL:
             dialect_class = url.get_dialect()
             _, options = dialect_class().create_connect_args(url)
             make_conninfo(**options)
-            # Check connect_timeout, too. (0 stands for a URL without this option. With
-            # no value at all, psycopg would check the variable PGCONNECT_TIMEOUT.)
+            # Check connect_timeout, too. The 0 is only a default: without a value,
+            # psycopg would check the variable PGCONNECT_TIMEOUT.
             timeout_from_conninfo({"connect_timeout": 0, **options})
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
@@ -144,10 +144,11 @@ def parse_database_url(value: str) -> sa.URL:
     return url
 
 
-# This refuses a password with a /, ? or # that is not encoded: redis-py would take a
-# part of it for something else. In redis://me:12/34@host, it would take me:12 for host
-# and port, which get into the log. It also refuses what redis-py would ignore: a path
-# that is no number, or a host in unix://host/path.
+# Matches a URL that redis-py reads as it is meant. In a password, a /, ? or # must be
+# encoded: otherwise, redis-py would take a part of the password for something else. In
+# redis://me:12/34@host, it would take me:12 for host and port, which get into the log.
+# What redis-py would ignore is also refused: a path that is no number, or a host in
+# unix://host/path.
 REDIS_URL_PATTERN = re.compile(
     r"""
     (
@@ -200,7 +201,7 @@ Origin = Annotated[str, AfterValidator(parse_origin)]
 # (A lone surrogate is invalid. It comes from "\ud800" in JSON, or from a variable that
 # is not UTF-8.) The length is arbitrary.
 ValidText = Annotated[str, Field(max_length=1000)]
-# A segment may begin with a dot, but is never "." or "..", which clients resolve.
+# A segment may begin with a dot, but is never "." or "..": clients resolve these.
 PATH_SEGMENT = r"/\.?[A-Za-z0-9_~-][A-Za-z0-9._~-]*"
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -252,8 +253,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A variable that has only spaces hides the value in .env, so the default counts:
-        the sources are merged before this runs.
+        For a variable that has only spaces, the default is used, not the value in .env:
+        when this runs, the environment has already overridden .env.
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -371,8 +372,8 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = self.collect_fields(record)
-        # to_json is four times as fast as json.dumps, but raises ValueError for text
-        # that is not valid Unicode. Then json.dumps writes the line.
+        # There are three ways. Each is for what the way before cannot write: to_json is
+        # four times as fast as json.dumps, but refuses text that is not valid Unicode.
         with suppress(ValueError):
             line = to_json(fields, ensure_ascii=True, fallback=str, inf_nan_mode="null")
             return line.decode()
@@ -440,8 +441,8 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
     for name in SERVER_LOGGERS:
         server_logger = logging.getLogger(name)
-        # UvicornWorker later copies gunicorn.error's handlers to uvicorn.error, and
-        # ends its propagation: with an empty list, uvicorn would log nothing.
+        # UvicornWorker later gives this list to uvicorn.error, which then does not
+        # propagate. If the list were empty, uvicorn would log nothing.
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # then it has the root logger's level
         server_logger.propagate = False  # or the root's handler would write it, too
@@ -615,8 +616,8 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # Restore root_path, which a Mount changes in the scope: otherwise, none of our
-    # routes would match if a mounted application has raised the 405.
+    # If a mounted application has raised the 405, the scope has its root_path, with
+    # which none of our routes would match. So restore ours.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -664,7 +665,7 @@ async def validation_exception_handler(
 
 def remove_values(exc: ResponseValidationError) -> None:
     """Leave only `type` and `loc`: the rest can quote what the route returned."""
-    for error in exc.errors():  # these are its own dicts, not copies
+    for error in exc.errors():  # the exception's own dicts, so this changes it
         for key in ("input", "ctx", "msg"):
             error.pop(key, None)
 
@@ -776,8 +777,8 @@ class FairPool(AsyncAdaptedQueuePool):
         # A slot for each connection: size() is the argument pool_size, and timeout() is
         # pool_timeout. (Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
-        # A timer for each connection. A ConnectionPoolEntry, or record, is a place in
-        # the pool. If its connection is lost, it opens a new one.
+        # A timer for each connection. A ConnectionPoolEntry, or record, stays in the
+        # pool. It holds one connection, and opens another if that is lost.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # A request holds a connection from "checkout" to "checkin". Start the timer at
         # "connect", too: SQLAlchemy then sends statements of its own, for example to
@@ -908,7 +909,7 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
-    """Set up a new connection. (It is SQLAlchemy's: its methods need no await.)"""
+    """Set up a new connection: SQLAlchemy's wrapper of aiosqlite's, without await."""
     # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
     # other has switched the file, and the mode is stored in the file.
     with suppress(sqlite3.OperationalError):
@@ -1169,14 +1170,13 @@ class Database(MonitoredBackend):
     async def recover(self) -> None:
         # After a failover, replace the connections to the former primary. On
         # PostgreSQL, read_engine and write_engine share this pool. check_engine needs
-        # nothing: SQLAlchemy replaces its connection if it is lost or read-only. (On
-        # SQLite, this is not needed, but harmless.)
+        # nothing: SQLAlchemy replaces its connection if it is lost or read-only.
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
-        # If there is no table at all, the database is a new one: create all tables. If
-        # only some are missing, a migration may be running: leave that alone. (`start`
-        # creates missing ones, because migrations run before the service starts.)
+        # Create tables only in a new database, which has none. In others, a running
+        # migration may be about to create those that are missing. (At `start`, this
+        # cannot be: migrations run before the service starts.)
         if not await self.table_names():
             await self.create_missing_tables()
 
@@ -1192,7 +1192,7 @@ class Database(MonitoredBackend):
 
     async def close(self) -> None:
         await self.stop_checks()
-        # Two of them may share a pool. To dispose of it twice is harmless.
+        # On PostgreSQL, the first two share a pool. To dispose of it twice is harmless.
         for engine in (self.read_engine, self.write_engine, self.check_engine):
             await engine.dispose()
 
@@ -1206,7 +1206,7 @@ OUTAGE_STATES = (
     "53",  # no room for data or connections
     "55P03",  # a lock was not free in time
     "57",  # a shutdown or a timeout
-    "58",  # an error of its system
+    "58",  # a system error, for example of a disk
 )
 
 
@@ -1230,9 +1230,9 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     if isinstance(driver_error, psycopg.Error):
         if driver_error.sqlstate is not None:
             return driver_error.sqlstate.startswith(OUTAGE_STATES)
-        # Without an SQLSTATE, psycopg itself has raised the error. If the error has a
-        # statement, psycopg has refused the statement, for example for its 70,000
-        # parameters: a bug. If it has none, the connect has failed.
+        # Without an SQLSTATE, the error is psycopg's own. With a statement, psycopg has
+        # refused the statement, for example for its 70,000 parameters: a bug. Without
+        # one, the connect has failed.
         if getattr(error, "statement", None) is not None:
             return False
     # The driver could not connect, no connection was free in time, or SQLite's file is
@@ -1440,8 +1440,8 @@ TOKEN_OPTIONS = {
     "require_sub": True,
     "require_iat": True,
     "require_exp": True,
-    # With 0, python-jose accepts a token when the time is `exp`, which RFC 7519 § 4.1.4
-    # forbids. With -1 second, it does not.
+    # A token is invalid from `exp` on (RFC 7519 § 4.1.4). python-jose accepts it in
+    # that second, too, unless the leeway is -1.
     "leeway": -1,
 }
 
@@ -1599,7 +1599,7 @@ PageFields = dict[str, Any]  # for the model_validate of UserPage or ItemPage
 
 
 def make_page(name: str, rows: Rows, limit: int) -> PageFields:
-    """Return a page: up to `limit` rows, under `name`, and where the next page starts.
+    """Return up to `limit` rows under `name`; in `next`, the last id if there are more.
 
     `rows` has up to `limit + 1`: one more shows that there is a next page.
     """
@@ -1749,7 +1749,8 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 # shared memory, RedisRateLimiter in Redis, and RateLimiter chooses one of them.
 
 SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
-ROWS_IN_BUCKET = 16  # of a hash table: more fill it more evenly, but take more time
+# With more rows in a bucket, a table fills more evenly, but a search takes longer.
+ROWS_IN_BUCKET = 16
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `start`, which opens all connections at once
@@ -1911,7 +1912,7 @@ class RedisRateLimiter(MonitoredBackend):
     def __init__(self, url: str, project_name: str) -> None:
         super().__init__()
         # Retry once, because Redis may have closed an idle connection (its setting
-        # `timeout`). A pause would use up REDIS_TIMEOUT_SECONDS.
+        # `timeout`). NoBackoff: a pause would use up REDIS_TIMEOUT_SECONDS.
         self.client = Redis.from_url(url, retry=Retry(NoBackoff(), 1))
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
@@ -2144,9 +2145,9 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, it takes the address from this header. So an
-            # address that is not in the header is that of an untrusted peer. (Look in
-            # the text, because an entry can be "address:port".)
+            # uvicorn takes the address from this header if it trusts the peer. If the
+            # address is not in the header, it did not. (Look in the text, because an
+            # entry can be "address:port".)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2323,7 +2324,7 @@ class LimitsAndErrorsMiddleware:
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
-            if "status_code" in request.scope["state"]:  # the response has begun
+            if "status_code" in request.scope["state"]:  # begun: its status stays
                 request.state.reason = "the client has disconnected"
             return await http_exception_handler(request, HTTPException(400))
         if is_late:
@@ -2334,9 +2335,8 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        It raises when a route reads the body, so 404 and 405 come first. It does not
-        raise an AppException: FastAPI, which reads the body, turns any exception but an
-        HTTPException into a 400.
+        It raises when a route reads the body, so 404 and 405 come first. It must be an
+        HTTPException: FastAPI, which reads the body, turns all others into a 400.
         """
         received_bytes = 0
 
@@ -2739,23 +2739,26 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
+@cache
+def build_app() -> FastAPI:
+    """Set up logging and build `main:app`, which servers ask for."""
+    setup_logging(get_settings())
+    try:
+        return create_app()
+    except AttributeError as error:
+        # In a module's __getattr__, it would mean that there is no `app`: servers would
+        # say so, and hide the real error.
+        raise ImportError("create_app has failed") from error
+
+
 # `app = create_app()` would read the settings at the import. But tests import this
-# module, and set no variables. So `app` is built when a server asks for `main:app`:
-# Python calls a module's __getattr__ for a name that is missing (PEP 562). `global app`
-# adds the name, so this happens once.
+# module, and set no variables. So `app` is built when a server asks for it: Python
+# calls a module's __getattr__ for a name that is missing (PEP 562).
 if TYPE_CHECKING:  # for mypy: if it saw __getattr__, it would accept any name
     app: FastAPI
 else:
 
     def __getattr__(name: str) -> FastAPI:
-        if name != "app":
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        global app
-        setup_logging(get_settings())
-        try:
-            app = create_app()
-        except AttributeError as error:
-            # Python takes an AttributeError of __getattr__ for "there is no such name":
-            # servers and `from main import app` would hide the real error.
-            raise ImportError("create_app has failed") from error
-        return app
+        if name == "app":
+            return build_app()
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
