@@ -1671,13 +1671,17 @@ async def read_users(db: AsyncSession, after: int, limit: int) -> PageFields:
 
 
 async def change_password(db: AsyncSession, user: User, change: PasswordChange) -> None:
-    """Set the password and make all tokens invalid. Raises WrongPasswordException."""
+    """Set the password and make all tokens invalid.
+
+    Raises WrongPasswordException, or UnauthorizedException if another request has
+    changed the password or deleted the user in the meantime: the token is invalid then.
+    """
     is_valid, _ = await verify_password(change.current_password, user.password_hash)
     if not is_valid:
         raise WrongPasswordException
     new_hash = await hash_password(change.new_password)
     if not await update_password_hash(db, user, new_hash):
-        raise WrongPasswordException  # another request has changed the password
+        raise UnauthorizedException
     await update_token_version(db, user.id)
     await db.commit()
 
@@ -2038,7 +2042,7 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context § 3.2. The version "ff" and ids of zeros are invalid.
 TRACEPARENT_PATTERN = re.compile(
-    rb"(?!ff)[\da-f]{2}"  # version
+    rb"(?!ff|00.{54})[\da-f]{2}"  # version; with 00, nothing follows the flags
     rb"-(?!0+-)([\da-f]{32})"  # trace_id
     rb"-(?!0+-)[\da-f]{16}"  # parent_id
     rb"-[\da-f]{2}(-.*)?"  # flags; later versions may append parts
@@ -2131,7 +2135,8 @@ class RequestLoggingMiddleware:
             self.log(scope, state, time.perf_counter() - started)
 
     def set_request_context(self, scope: Scope, state: dict[str, Any]) -> None:
-        headers = dict(scope["headers"])
+        # httptools keeps white space after a value, which is no part of it (RFC 9110).
+        headers = {name: value.strip(b" \t") for name, value in scope["headers"]}
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not REQUEST_ID_PATTERN.fullmatch(request_id):
             request_id = os.urandom(16).hex()
