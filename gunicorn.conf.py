@@ -79,8 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # `cycle` is uvicorn's latest request: send no 408 into its response.
-        if not self.cycle or self.cycle.response_complete:
+        if not self.cycle or self.cycle.response_complete:  # else a response is sent
             self.refuse(408)
 
     def data_received(self, data: bytes) -> None:  # in place of uvicorn's: see `parse`
@@ -89,36 +88,35 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # for CONNECT, the new parser raises HttpParserUpgrade
+            self.refuse(400)  # CONNECT: the new parser raises HttpParserUpgrade again
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
         """Feed the parser, but ignore `Upgrade`, which Java's HttpClient always offers.
 
-        After headers with `Upgrade`, httptools calls on_headers_complete and
-        on_message_complete, which return at once, and raises HttpParserUpgrade. Then a
-        new parser gets the same headers without `Upgrade`, and after them the rest.
+        After headers with `Upgrade`, the parser raises HttpParserUpgrade. Then a new
+        parser gets the same headers without `Upgrade`, and after them the rest.
         """
-        while data:  # once more after an Upgrade, with the new parser
+        while data:
             try:
                 return self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
                 data = data[upgrade.args[0] :]  # args[0]: where the rest starts
-                self.repeat_headers_without_upgrade()
-
-    def repeat_headers_without_upgrade(self) -> None:
-        version = self.parser.get_http_version().encode()
-        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
-        lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
-        self.parser = parser = httptools.HttpRequestParser(self)
-        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn
-        parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
+            version = self.parser.get_http_version().encode()
+            lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+            lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            # The leniency that uvicorn sets in its own parser.
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        if self.header_timer.cancelled():  # else it runs already
+        # If it is not cancelled, it runs since the connect, or since the same headers
+        # with `Upgrade`.
+        if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -164,11 +162,13 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # After its shutdown, uvicorn raises SIGTERM again: handle_quit exits with 0.
+        # After its shutdown, uvicorn raises SIGTERM again. gunicorn's handle_quit exits
+        # with 0. (Without a handler, the signal would be the exit status.)
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn sends it at Ctrl+C
+    def handle_exit(self, *_: object) -> None:
+        # UvicornWorker calls it at SIGQUIT, which gunicorn sends to it at Ctrl+C.
         signal.raise_signal(signal.SIGTERM)  # then uvicorn finishes the requests
 
     async def callback_notify(self) -> None:
