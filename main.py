@@ -228,8 +228,8 @@ class Settings(BaseSettings):
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
-    # exclude=True leaves this field, and REDIS_URL, out of model_dump() and of the log,
-    # if your code logs the settings: they can have passwords.
+    # exclude=True leaves this field, and REDIS_URL, out of model_dump(), and out of a
+    # log line whose `extra` has the settings: they can have passwords.
     # (The default is parsed, because mypy wants it to have the field's type.)
     DATABASE_URL: DatabaseUrl = Field(
         default=parse_database_url("sqlite:///./app.db"), exclude=True
@@ -372,14 +372,14 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = self.collect_fields(record)
-        # There are three ways. Each is for what the way before cannot write: to_json is
-        # four times as fast as json.dumps, but refuses text that is not valid Unicode.
+        # to_json is four times as fast as json.dumps, but refuses text that is invalid
+        # Unicode. json.dumps refuses less, and the last way nothing.
         with suppress(ValueError):
             line = to_json(fields, ensure_ascii=True, fallback=str, inf_nan_mode="null")
             return line.decode()
         try:
             return json.dumps(fields, default=str, allow_nan=False)
-        except Exception:  # noqa: BLE001 - a NaN, a cycle, or a __str__ that fails
+        except Exception:  # noqa: BLE001 - here a NaN, a cycle, a failing __str__
             return json.dumps({name: safe_text(v) for name, v in fields.items()})
 
     def safe_message(self, record: logging.LogRecord) -> str:
@@ -441,8 +441,8 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
     for name in SERVER_LOGGERS:
         server_logger = logging.getLogger(name)
-        # UvicornWorker later gives this list to uvicorn.error, which then does not
-        # propagate. If the list were empty, uvicorn would log nothing.
+        # UvicornWorker later gives uvicorn.error the handlers of gunicorn.error, and
+        # sets its propagate to False. So gunicorn.error must have our handler.
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # then it has the root logger's level
         server_logger.propagate = False  # or the root's handler would write it, too
@@ -616,8 +616,8 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # If a mounted application has raised the 405, the scope has its root_path, with
-    # which none of our routes would match. So restore ours.
+    # A mounted application, such as StaticFiles, raises its 405 through to here. Its
+    # Mount has changed root_path: restore it, or none of our routes would match.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -781,8 +781,8 @@ class FairPool(AsyncAdaptedQueuePool):
         # pool. It holds one connection, and opens another if that is lost.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # A request holds a connection from "checkout" to "checkin". Start the timer at
-        # "connect", too: SQLAlchemy then sends statements of its own, for example to
-        # ask for the server's version, which can also hang. "checkout" restarts it.
+        # "connect", too: at an engine's first one, SQLAlchemy sends statements of its
+        # own, such as for the server's version, which can hang. "checkout" restarts it.
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -909,7 +909,7 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
-    """Set up a new connection: SQLAlchemy's wrapper of aiosqlite's, without await."""
+    """Set up a new connection: SQLAlchemy's synchronous wrapper of aiosqlite's."""
     # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
     # other has switched the file, and the mode is stored in the file.
     with suppress(sqlite3.OperationalError):
@@ -942,7 +942,7 @@ WRITE_REFUSED = "a ReadSession cannot write: the route needs a WriteSession"
 
 @event.listens_for(ReadOnlySession, "before_flush")
 def refuse_changes(session: Session, *_: object) -> None:
-    # (`dirty` also has objects of which an attribute was set to the value that it had.)
+    # (`dirty` also has objects whose attribute was set to the same value again.)
     is_changed = any(session.is_modified(row) for row in session.dirty)
     if is_changed or session.new or session.deleted:
         raise RuntimeError(WRITE_REFUSED)
@@ -1162,7 +1162,7 @@ class Database(MonitoredBackend):
         # Open a connection, which takes long, before the first request needs it.
         async with self.read_engine.connect():
             pass
-        # This version of the service may have new tables.
+        # Create the tables that the database lacks: this version may have new ones.
         names = await self.table_names()
         if Base.metadata.tables.keys() - names:
             await self.create_missing_tables()
@@ -1221,9 +1221,9 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
         return True
     driver_error = getattr(error, "orig", None)
     if isinstance(driver_error, sqlite3.Error):
-        # Names that begin with SQLITE_ERROR mean wrong SQL; SQLITE_SCHEMA means SQL
-        # that is wrong since a table was changed. Without a name, the error is
-        # Python's, not SQLite's: for example, a stored text is not UTF-8.
+        # Names that begin with SQLITE_ERROR mean wrong SQL, and SQLITE_SCHEMA that a
+        # table was changed meanwhile. Without a name, the error is Python's, not
+        # SQLite's: for example, a stored text is not UTF-8.
         name: str = getattr(driver_error, "sqlite_errorname", "")
         if not name or name.startswith(("SQLITE_ERROR", "SQLITE_SCHEMA")):
             return False
@@ -1409,9 +1409,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # Between this check and joining the queue, no other request may run. Otherwise,
-    # all requests of a burst would pass the check. So use `async with`, which joins at
-    # once, and not `run_sync(…, limiter=…)`, which lets other requests run first.
+    # `async with` joins the queue at once. `run_sync(…, limiter=…)` would let other
+    # requests run first, so all requests of a burst would pass this check.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1544,12 +1543,11 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
 
 
 async def update_password_hash(db: AsyncSession, user: User, new_hash: str) -> bool:
-    """Return False if the password has been changed since `user` was read.
+    """Return False if the user's tokens have been revoked since `user` was read.
 
-    The query compares the old hash, so that one of two simultaneous changes fails. It
-    does not compare token_version: a simultaneous logout must not make a change fail.
+    A password change revokes them, so one of two simultaneous changes fails.
     """
-    condition = (User.id == user.id) & (User.password_hash == user.password_hash)
+    condition = (User.id == user.id) & (User.token_version == user.token_version)
     query = sa.update(User).where(condition).values(password_hash=new_hash)
     return await db.scalar(query.returning(User.id)) is not None
 
@@ -1642,7 +1640,7 @@ async def authenticate_user(
     if user is None or not is_valid:
         raise WrongCredentialsException
     if new_hash:  # the stored one was made with older parameters
-        # This compares the old hash, so a password that was changed meanwhile stays.
+        # If the password has been changed in the meantime, this does nothing.
         await update_password_hash(write_db, user, new_hash)
         await write_db.commit()
     return user
@@ -1673,8 +1671,8 @@ async def read_users(db: AsyncSession, after: int, limit: int) -> PageFields:
 async def change_password(db: AsyncSession, user: User, change: PasswordChange) -> None:
     """Set the password and make all tokens invalid.
 
-    Raises WrongPasswordException, or UnauthorizedException if another request has
-    changed the password or deleted the user in the meantime: the token is invalid then.
+    Raises WrongPasswordException, or UnauthorizedException if the user's tokens were
+    revoked in the meantime, for example by another change, or the user was deleted.
     """
     is_valid, _ = await verify_password(change.current_password, user.password_hash)
     if not is_valid:
@@ -1929,7 +1927,7 @@ class RedisRateLimiter(MonitoredBackend):
         await self.run_script("ping", limit=1, seconds=1)
 
     async def start(self) -> None:
-        """Open all connections now, so that no request has to wait for a connect."""
+        """Open all connections now, so that a burst of requests need not wait."""
         pool = self.client.connection_pool
         # After an outage, `recover` calls this. Idle connections may be dead then, so
         # close them. Connections in use can stay: if one is dead, its command fails,
@@ -2042,7 +2040,7 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context § 3.2. The version "ff" and ids of zeros are invalid.
 TRACEPARENT_PATTERN = re.compile(
-    rb"(?!ff|00.{54})[\da-f]{2}"  # version; with 00, nothing follows the flags
+    rb"(?!ff)(?!00.{54})[\da-f]{2}"  # version; with 00, there are 55 characters
     rb"-(?!0+-)([\da-f]{32})"  # trace_id
     rb"-(?!0+-)[\da-f]{16}"  # parent_id
     rb"-[\da-f]{2}(-.*)?"  # flags; later versions may append parts
@@ -2329,7 +2327,7 @@ class LimitsAndErrorsMiddleware:
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
-            if "status_code" in request.scope["state"]:  # begun: its status stays
+            if "status_code" in request.scope["state"]:  # its status stays
                 request.state.reason = "the client has disconnected"
             return await http_exception_handler(request, HTTPException(400))
         if is_late:
@@ -2441,7 +2439,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app sets this, too, but not for these routes.)
+    # (create_app's own does not reach these routes: it takes them as `routes=`.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
