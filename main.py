@@ -2262,6 +2262,7 @@ def is_cancelled_by_server(error: BaseException) -> bool:
 
     A task's cancelling() counts the calls of its cancel(). If it is 0, the route itself
     has raised the CancelledError: for example, it awaits a task that was cancelled.
+    (cancel_late also calls cancel(), so look for `is_late` first.)
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2297,7 +2298,7 @@ class LimitsAndErrorsMiddleware:
         task = asyncio.current_task()
         assert task is not None  # for mypy
         loop = asyncio.get_running_loop()
-        # Not asyncio.timeout, which takes 4 % of the time of a health check.
+        # Not asyncio.timeout, which would make a health check 3 % slower.
         timer = loop.call_later(self.timeout_seconds, self.cancel_late, task, scope)
         try:
             await self.app(scope, receive_limited, send)
