@@ -79,7 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        if not self.cycle or self.cycle.response_complete:  # else a response is sent
+        if not self.cycle or self.cycle.response_complete:  # no 408 into a response
             self.refuse(408)
 
     def data_received(self, data: bytes) -> None:  # in place of uvicorn's: see `parse`
@@ -114,8 +114,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # If it is not cancelled, it runs since the connect, or since the same headers
-        # with `Upgrade`.
+        # If the timer is not cancelled, it was started at the connect, or by the same
+        # headers with `Upgrade`.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -133,7 +133,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # an earlier response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # a new list: uvicorn would add trailers to that of the scope
+        self.headers = []  # the scope has the old list: add no trailers to it
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else wait for the new parser's call

@@ -373,7 +373,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = self.collect_fields(record)
         # to_json is four times as fast as json.dumps, but refuses text that is invalid
-        # Unicode. json.dumps refuses less, and the last way nothing.
+        # Unicode. json.dumps writes such text, and the last way writes everything.
         with suppress(ValueError):
             line = to_json(fields, ensure_ascii=True, fallback=str, inf_nan_mode="null")
             return line.decode()
@@ -616,8 +616,8 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # A mounted application, such as StaticFiles, raises its 405 through to here. Its
-    # Mount has changed root_path: restore it, or none of our routes would match.
+    # The 405 of a mounted StaticFiles comes here, too. Its Mount has changed root_path
+    # in the scope: restore it, or none of our routes would match.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -781,8 +781,8 @@ class FairPool(AsyncAdaptedQueuePool):
         # pool. It holds one connection, and opens another if that is lost.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # A request holds a connection from "checkout" to "checkin". Start the timer at
-        # "connect", too: at an engine's first one, SQLAlchemy sends statements of its
-        # own, such as for the server's version, which can hang. "checkout" restarts it.
+        # "connect", too: after an engine's first connect, SQLAlchemy sends statements
+        # of its own (it asks for the server's version), and these can hang.
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -1230,9 +1230,9 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     if isinstance(driver_error, psycopg.Error):
         if driver_error.sqlstate is not None:
             return driver_error.sqlstate.startswith(OUTAGE_STATES)
-        # Without an SQLSTATE, the error is psycopg's own. With a statement, psycopg has
-        # refused the statement, for example for its 70,000 parameters: a bug. Without
-        # one, the connect has failed.
+        # No SQLSTATE: the error is psycopg's own. If there was a statement, psycopg has
+        # refused it, for example for its 70,000 parameters: a bug. If there was none,
+        # the connect has failed.
         if getattr(error, "statement", None) is not None:
             return False
     # The driver could not connect, no connection was free in time, or SQLite's file is
@@ -2040,7 +2040,7 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context § 3.2. The version "ff" and ids of zeros are invalid.
 TRACEPARENT_PATTERN = re.compile(
-    rb"(?!ff)(?!00.{54})[\da-f]{2}"  # version; with 00, there are 55 characters
+    rb"(?!ff)(?!00.{54})[\da-f]{2}"  # version; 00 ends after the flags
     rb"-(?!0+-)([\da-f]{32})"  # trace_id
     rb"-(?!0+-)[\da-f]{16}"  # parent_id
     rb"-[\da-f]{2}(-.*)?"  # flags; later versions may append parts
@@ -2151,7 +2151,7 @@ class RequestLoggingMiddleware:
         if headers.get(b"x-forwarded-for"):
             # uvicorn takes the address from this header if it trusts the peer. If the
             # address is not in the header, it did not. (Look in the text, because an
-            # entry can be "address:port".)
+            # entry can be "address:port". getlist: there can be several such headers.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2170,7 +2170,7 @@ class RequestLoggingMiddleware:
         optional = ("client", "user_id", "trace_id", "reason")
         fields |= {name: state[name] for name in optional if name in state}
         # A response that fails after its headers were sent keeps its status, such as
-        # 200. Then, `reason` or `exception` (of LimitsAndErrorsMiddleware) shows it.
+        # 200. Then, LimitsAndErrorsMiddleware has set `reason` or `exception`.
         is_warning = status_code >= 500 or "reason" in state
         level = logging.WARNING if is_warning else logging.INFO
         if exception:
@@ -2260,9 +2260,9 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    A task's cancelling() counts the calls of its cancel(). If it is 0, the route itself
-    has raised the CancelledError: for example, it awaits a task that was cancelled.
-    (cancel_late also calls cancel(), so look for `is_late` first.)
+    A task's cancelling() counts the calls of its cancel(), less those of uncancel(). If
+    it is 0, the route itself has raised the CancelledError: for example, it awaits a
+    task that was cancelled. (cancel_late also calls cancel(): ask for `is_late` first.)
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2306,6 +2306,8 @@ class LimitsAndErrorsMiddleware:
             response = await self.answer_error(Request(scope), error)
         finally:
             timer.cancel()
+            if "is_late" in scope["state"]:
+                task.uncancel()  # the cancel() is dealt with
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
         # one is incomplete, uvicorn closes the connection.
@@ -2450,7 +2452,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app's own does not reach these routes: it takes them as `routes=`.)
+    # (What create_app sets does not reach these routes: it takes them as `routes=`.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")

@@ -16,7 +16,6 @@ of your own reads like this one; put it under "API routes":
 
 With other settings, `serve(NAME=value)` makes a client of an application of its own. To
 replace a dependency, use `app.dependency_overrides`, as under "Dependencies".
-
 Tests that need PostgreSQL (a server on which databases may be made) or Redis run where
 TEST_DATABASE_URL and TEST_REDIS_URL are set; elsewhere they are skipped.
 """
@@ -2583,7 +2582,7 @@ TRACES = {
 async def test_log_line_has_the_id_of_a_valid_trace(guest: Client, log: Log) -> None:
     log.start()
     for traceparent in TRACES:
-        await guest.get("/nowhere", headers={"traceparent": traceparent})
+        await guest.get("/nowhere", headers={"traceparent": f"{traceparent} "})
     assert [line.get("trace_id") for line in log.lines()] == [*TRACES.values()]
 
 
@@ -2666,6 +2665,7 @@ async def test_timeout_cancels_the_route() -> None:
         skip_time(1)  # a timer that the first request left would cancel the second one
         assert (await client.get("/hang")).status_code == 504
         assert client.app.state.hangs is False
+    assert not asyncio.current_task().cancelling()  # type: ignore[union-attr]
 
 
 async def test_cancelled_request_is_503_with_retry_after(odd: Client, log: Log) -> None:
