@@ -53,6 +53,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context, ContextVar
 from datetime import UTC, datetime
@@ -65,7 +66,7 @@ from urllib.parse import quote
 import psycopg
 import pydantic
 import sqlalchemy as sa
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter
 from fastapi import APIRouter, Depends, FastAPI, Form, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError, ResponseValidationError
 from fastapi.security import OAuth2PasswordBearer
@@ -1401,16 +1402,17 @@ PASSWORD_HASHER = PasswordHash([ARGON2ID])
 # and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 # Two hashes at a time, to bound the memory. They run in threads, beside other Python
-# code, because argon2 releases the GIL.
+# code, because argon2 releases the GIL. The limiter counts the requests that wait. The
+# threads are bounded, too: the hash of a request that is cancelled still goes on.
 HASHING_LIMITER = CapacityLimiter(2)
+HASH_THREADS = ThreadPoolExecutor(2)
 MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or longer
 
 
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # `async with` joins the queue at once. `run_sync(…, limiter=…)` would let other
-    # requests run first, so all requests of a burst would pass this check.
+    # No other request can run between this check and joining the queue.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1418,15 +1420,17 @@ async def hashing_slot() -> AsyncIterator[None]:
 
 
 async def hash_password(password: str) -> str:
+    loop = asyncio.get_running_loop()
     async with hashing_slot():
-        return await to_thread.run_sync(PASSWORD_HASHER.hash, password)
+        return await loop.run_in_executor(HASH_THREADS, PASSWORD_HASHER.hash, password)
 
 
 async def verify_password(password: str, stored_hash: str) -> tuple[bool, str | None]:
     """Return whether it matches, and a new hash if `stored_hash` is outdated."""
+    loop = asyncio.get_running_loop()
     async with hashing_slot():
-        return await to_thread.run_sync(
-            PASSWORD_HASHER.verify_and_update, password, stored_hash
+        return await loop.run_in_executor(
+            HASH_THREADS, PASSWORD_HASHER.verify_and_update, password, stored_hash
         )
 
 

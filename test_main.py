@@ -110,14 +110,12 @@ def cases(names: str, table: dict[str, Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(names, table.values(), ids=table.keys())
 
 
-def rows(table: dict[str, Any]) -> pytest.MarkDecorator:
-    """Run a test for each value that stands under the name of a variable."""
+def rows(table: dict[str, Any]) -> pytest.MarkDecorator:  # a test for each value
     pairs = [(name, value) for name, values in table.items() for value in values]
     return pytest.mark.parametrize(("name", "value"), pairs, ids=lambda x: str(x)[:50])
 
 
-def make_settings(**changes: Any) -> main.Settings:
-    """Settings of a test, with limits that no test meets by accident."""
+def make_settings(**changes: Any) -> main.Settings:  # no test meets these limits
     values = {"ENVIRONMENT": "test", "SECRET_KEY": KEY}
     limits = {"RATE_LIMIT_REQUESTS": 10_000, "RATE_LIMIT_LOGIN_REQUESTS": 10_000}
     return main.Settings(**{**values, **limits, **changes})
@@ -350,8 +348,7 @@ async def eventually(condition: Callable[[], Any], description: str) -> None:
         await asyncio.sleep(0.001)
 
 
-def skip_time(seconds: float) -> None:
-    """Put the event loop's clock forward, so that no test waits for a timer."""
+def skip_time(seconds: float) -> None:  # so that no test waits for a timer
     loop = asyncio.get_running_loop()
     real_time = loop.time
     loop.time = lambda: real_time() + seconds  # type: ignore[method-assign]
@@ -1627,30 +1624,32 @@ def test_dummy_hash_takes_as_long_as_a_real_one() -> None:
         argon2.PasswordHasher().verify(main.DUMMY_HASH, PASSWORD)
 
 
-async def test_hashing_leaves_the_event_loop_free() -> None:
+async def test_hashing_leaves_the_event_loop_free_and_two_threads_busy() -> None:
     loop_went_on = threading.Event()
+    running = set()
 
     class Password(str):
         def encode(self, *args: str) -> bytes:
+            running.add(id(self))
             assert loop_went_on.wait(PATIENCE_SECONDS)
             return super().encode(*args)
 
-    hashing = asyncio.create_task(main.hash_password(Password(PASSWORD)))
-    await eventually(lambda: main.HASHING_LIMITER.borrowed_tokens, "a thread")
+    hashes = [asyncio.create_task(main.hash_password(Password("x"))) for _ in range(3)]
+    await eventually(lambda: len(running) == 2, "two threads")
+    hashes[0].cancel()
+    await let_others_run()
+    assert len(running) == 2
     loop_went_on.set()
-    assert (await hashing).startswith(PARAMETERS)
+    assert (await hashes[2]).startswith(PARAMETERS)
 
 
-@asynccontextmanager
-async def busy_hashing() -> AsyncIterator[None]:
-    threads = range(int(main.HASHING_LIMITER.total_tokens))
-    for borrower in threads:
-        main.HASHING_LIMITER.acquire_on_behalf_of_nowait(borrower)
+@contextmanager
+def busy_hashing() -> Iterator[None]:
+    main.HASHING_LIMITER.total_tokens = 0
     try:
         yield
     finally:
-        for borrower in threads:
-            main.HASHING_LIMITER.release_on_behalf_of(borrower)
+        main.HASHING_LIMITER.total_tokens = 2
 
 
 async def waiting_hashes(number: int) -> None:
@@ -1679,7 +1678,7 @@ HASHING = {
 
 @cases("call", HASHING)
 async def test_hashing_queue_over_100_is_503(call: Call, ada: Client) -> None:
-    async with busy_hashing():
+    with busy_hashing():
         hashes = [asyncio.create_task(main.hash_password("x")) for _ in range(103)]
         await waiting_hashes(100)
         refused = [type(task.exception()) for task in hashes if task.done()]
@@ -1923,7 +1922,7 @@ async def test_login_renews_an_outdated_hash(database: main.Database) -> None:
 @cases("call", HASHING)
 async def test_hashing_holds_no_connection(call: Call) -> None:
     async with serve_ada(**ONE_CONNECTION) as ada:
-        async with busy_hashing():
+        with busy_hashing():
             request = asyncio.create_task(ada.request(*call[:2], **call.options))
             await waiting_hashes(1)
             assert await ada.add_item() == 1
@@ -3252,6 +3251,7 @@ HEADS = {
     "complete": ([POST + b"x: " + LARGE + b"\r\n\r\n"], [431]),
     "path": ([b"GET /" + LARGE + b" HTTP/1.1\r\nhost: test\r\n\r\n"], [431]),
     "upgrade": ([POST + UPGRADE + b"x: " + LARGE + b"\r\n" + SIZE_5], [431]),
+    "upgrades": ([GET[:-2] + UPGRADE + b"upgrade: " + LARGE + b"\r\n\r\n"], [431]),
     "after an early answer": ([EARLY, b"hello", POST + b"x: ", LARGE], [200, 431]),
 }
 
