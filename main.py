@@ -373,11 +373,14 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = self.collect_fields(record)
-        # to_json is four times as fast as json.dumps, but refuses text that is invalid
-        # Unicode. json.dumps writes such text, and the last way writes everything.
-        with suppress(ValueError):
+        try:
+            # This is four times as fast as json.dumps.
             line = to_json(fields, ensure_ascii=True, fallback=str, inf_nan_mode="null")
             return line.decode()
+        except ValueError:  # text that is not valid Unicode
+            return self.format_slowly(fields)
+
+    def format_slowly(self, fields: dict[str, object]) -> str:
         try:
             return json.dumps(fields, default=str, allow_nan=False)
         except Exception:  # noqa: BLE001 - here a NaN, a cycle, a failing __str__
@@ -2199,8 +2202,8 @@ class SecurityHeadersMiddleware:
 
         async def send_with_security_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own_names = {name for name, _ in message["headers"]}
-                missing = [header for header in headers if header[0] not in own_names]
+                own = dict(message["headers"])
+                missing = [header for header in headers if header[0] not in own]
                 message["headers"] = [*message["headers"], *missing]
             await send(message)
 
