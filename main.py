@@ -377,7 +377,7 @@ class JsonFormatter(logging.Formatter):
             # This is four times as fast as json.dumps.
             line = to_json(fields, ensure_ascii=True, fallback=str, inf_nan_mode="null")
             return line.decode()
-        except ValueError:  # text that is not valid Unicode
+        except ValueError:  # such as invalid Unicode
             return self.format_slowly(fields)
 
     def format_slowly(self, fields: dict[str, object]) -> str:
@@ -1405,8 +1405,9 @@ PASSWORD_HASHER = PasswordHash([ARGON2ID])
 # and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 # Two hashes at a time, to bound the memory. They run in threads, beside other Python
-# code, because argon2 releases the GIL. The limiter counts the requests that wait. The
-# threads are bounded, too: the hash of a request that is cancelled still goes on.
+# code, because argon2 releases the GIL. The limiter, of the same size, counts the
+# requests that wait. The threads are bounded, too: a hash that has begun goes on when
+# its request is cancelled.
 HASHING_LIMITER = CapacityLimiter(2)
 HASH_THREADS = ThreadPoolExecutor(2)
 MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or longer
