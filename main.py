@@ -1404,12 +1404,12 @@ PASSWORD_HASHER = PasswordHash([ARGON2ID])
 # tell which usernames exist. Keep its parameters equal to those of ARGON2ID. Its salt
 # and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
-# Two hashes at a time, to bound the memory. They run in threads, beside other Python
-# code, because argon2 releases the GIL. The limiter, of the same size, counts the
-# requests that wait. The threads are bounded, too: a hash that has begun goes on when
-# its request is cancelled.
-HASHING_LIMITER = CapacityLimiter(2)
-HASH_THREADS = ThreadPoolExecutor(2)
+HASHES_AT_A_TIME = 2  # to bound the memory
+# Hashes run in threads, beside other Python code, because argon2 releases the GIL. The
+# limiter counts the requests that wait. The threads are bounded, too: a hash that has
+# begun goes on when its request is cancelled.
+HASHING_LIMITER = CapacityLimiter(HASHES_AT_A_TIME)
+HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
 MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or longer
 
 

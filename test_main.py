@@ -1649,7 +1649,7 @@ def busy_hashing() -> Iterator[None]:
     try:
         yield
     finally:
-        main.HASHING_LIMITER.total_tokens = 2
+        main.HASHING_LIMITER.total_tokens = main.HASHES_AT_A_TIME
 
 
 async def waiting_hashes(number: int) -> None:
