@@ -1214,34 +1214,38 @@ OUTAGE_STATES = (
 )
 
 
-def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
-    """Return True if the database cannot serve now, False for any other error.
+def is_sqlite_bug(error: sqlite3.Error) -> bool:
+    """Return True if the code is wrong, or what it has stored."""
+    # Names that begin with SQLITE_ERROR mean wrong SQL, and SQLITE_SCHEMA that a table
+    # was changed meanwhile. Without a name, the error is Python's, not SQLite's: for
+    # example, a stored text is not UTF-8.
+    name: str = getattr(error, "sqlite_errorname", "")
+    return not name or name.startswith(("SQLITE_ERROR", "SQLITE_SCHEMA"))
 
-    In an outage, drivers raise OperationalError. But they also raise it for some bugs,
-    such as wrong SQL (sqlite3), or a text that is too long for its index (psycopg).
-    """
+
+def is_postgresql_bug(error: psycopg.Error, statement: str | None) -> bool:
+    """Return True if PostgreSQL or psycopg has refused the statement."""
+    if error.sqlstate is not None:
+        return not error.sqlstate.startswith(OUTAGE_STATES)
+    # Without a SQLSTATE, the error is psycopg's own. With a statement, psycopg has
+    # refused it, for example for its 70,000 parameters. Without, the connect has failed.
+    return statement is not None
+
+
+def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
+    """Return True if the database cannot serve now, False for any other error."""
     # The connection was lost, or drop_read_only_connections has marked it as lost.
     if getattr(error, "connection_invalidated", False):
         return True
-    driver_error = getattr(error, "orig", None)
-    if isinstance(driver_error, sqlite3.Error):
-        # Names that begin with SQLITE_ERROR mean wrong SQL, and SQLITE_SCHEMA that a
-        # table was changed meanwhile. Without a name, the error is Python's, not
-        # SQLite's: for example, a stored text is not UTF-8.
-        name: str = getattr(driver_error, "sqlite_errorname", "")
-        if not name or name.startswith(("SQLITE_ERROR", "SQLITE_SCHEMA")):
-            return False
-    if isinstance(driver_error, psycopg.Error):
-        if driver_error.sqlstate is not None:
-            return driver_error.sqlstate.startswith(OUTAGE_STATES)
-        # No SQLSTATE: the error is psycopg's own. If there was a statement, psycopg has
-        # refused it, for example for its 70,000 parameters: a bug. If there was none,
-        # the connect has failed.
-        if getattr(error, "statement", None) is not None:
-            return False
-    # The driver could not connect, no connection was free in time, or SQLite's file is
-    # locked, full or not there.
-    return isinstance(error, sa_exc.OperationalError | sa_exc.TimeoutError)
+    if not isinstance(error, sa_exc.OperationalError):
+        return isinstance(error, sa_exc.TimeoutError)  # no connection was free in time
+    # Drivers raise OperationalError if they cannot connect, or SQLite's file is locked,
+    # full or not there. But they also raise it for some bugs.
+    if isinstance(error.orig, sqlite3.Error):
+        return not is_sqlite_bug(error.orig)
+    if isinstance(error.orig, psycopg.Error):
+        return not is_postgresql_bug(error.orig, error.statement)
+    return True
 
 
 async def database_exception_handler(
@@ -1550,13 +1554,13 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
     return (await db.scalars(query)).all()
 
 
-async def update_password_hash(db: AsyncSession, user: User, new_hash: str) -> bool:
+async def update_user(db: AsyncSession, user: User, **changes: object) -> bool:
     """Return False if the user's tokens have been revoked since `user` was read.
 
     A password change revokes them, so one of two simultaneous changes fails.
     """
     condition = (User.id == user.id) & (User.token_version == user.token_version)
-    query = sa.update(User).where(condition).values(password_hash=new_hash)
+    query = sa.update(User).where(condition).values(**changes)
     return await db.scalar(query.returning(User.id)) is not None
 
 
@@ -1649,7 +1653,7 @@ async def authenticate_user(
         raise WrongCredentialsException
     if new_hash:  # the stored one was made with older parameters
         # If the password has been changed in the meantime, this does nothing.
-        await update_password_hash(write_db, user, new_hash)
+        await update_user(write_db, user, password_hash=new_hash)
         await write_db.commit()
     return user
 
@@ -1686,9 +1690,9 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
     if not is_valid:
         raise WrongPasswordException
     new_hash = await hash_password(change.new_password)
-    if not await update_password_hash(db, user, new_hash):
+    version = user.token_version + 1
+    if not await update_user(db, user, password_hash=new_hash, token_version=version):
         raise UnauthorizedException
-    await update_token_version(db, user.id)
     await db.commit()
 
 
