@@ -108,21 +108,24 @@ DRIVERS = {
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 
+def check_libpq_options(url: sa.URL) -> None:
+    """Raise an exception for options with which every connect would fail."""
+    # create_connect_args takes the options from the URL, as it does at a connect.
+    dialect_class = url.get_dialect()
+    _, options = dialect_class().create_connect_args(url)
+    make_conninfo(**options)  # checks their names
+    # Checks connect_timeout. The 0 is only a default: without a value, psycopg would
+    # check the variable PGCONNECT_TIMEOUT.
+    timeout_from_conninfo({"connect_timeout": 0, **options})
+
+
 def parse_database_url(value: str) -> sa.URL:
     """Check the URL of a database, and return it with the name of the async driver."""
     try:
         url = sa.make_url(value)
         url = url.set(drivername=DRIVERS[url.get_backend_name()])
         if url.get_backend_name() == "postgresql":
-            # Let libpq check the names of the options, as it does at a connect:
-            # create_connect_args takes them from the URL, and make_conninfo raises an
-            # error for an unknown one.
-            dialect_class = url.get_dialect()
-            _, options = dialect_class().create_connect_args(url)
-            make_conninfo(**options)
-            # Check connect_timeout, too. The 0 is only a default: without a value,
-            # psycopg would check the variable PGCONNECT_TIMEOUT.
-            timeout_from_conninfo({"connect_timeout": 0, **options})
+            check_libpq_options(url)
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
     # In user:pass@word@host, the password should have %40 for its @. SQLAlchemy takes
@@ -229,8 +232,8 @@ class Settings(BaseSettings):
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
-    # exclude=True leaves this field, and REDIS_URL, out of model_dump(), and out of a
-    # log line whose `extra` has the settings: they can have passwords.
+    # This URL and REDIS_URL can have passwords. exclude=True leaves them out of
+    # model_dump(), and out of the line of logger.info("…", extra={"all": settings}).
     # (The default is parsed, because mypy wants it to have the field's type.)
     DATABASE_URL: DatabaseUrl = Field(
         default=parse_database_url("sqlite:///./app.db"), exclude=True
@@ -594,9 +597,8 @@ def error_response(request: Request, exc: AppException) -> Response:
         "details": exc.details,
         "request_id": request.state.request_id,
     }
-    # Neither ErrorResponse nor JSONResponse can write a text that is invalid Unicode.
-    # But the name of an unknown field, in `details`, can have a lone surrogate.
-    # json.dumps writes it as \ud800.
+    # In `details`, the name of an unknown field can have a lone surrogate. json.dumps
+    # writes it as \ud800. ErrorResponse and JSONResponse would raise an exception.
     content = json.dumps(body, separators=(",", ":"))
     response = Response(
         content, status_code, headers=exc.headers, media_type="application/json"
@@ -728,7 +730,7 @@ class Item(Base):
     owner_id: Mapped[int] = mapped_column(sa.ForeignKey(User.id, ondelete="CASCADE"))
     title: Mapped[str] = mapped_column(sa.String(200))
     description: Mapped[str | None] = mapped_column(sa.String(2000))
-    # No default: create_item sets both times to the same moment.
+    # No default=now, which would differ from created_at: create_item sets both times.
     updated_at: Mapped[datetime] = mapped_column(onupdate=now)
 
 
@@ -913,7 +915,7 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
-    """Set up a new connection: SQLAlchemy's synchronous wrapper of aiosqlite's."""
+    """Set up a new connection, in SQLAlchemy's synchronous wrapper of aiosqlite."""
     # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
     # other has switched the file, and the mode is stored in the file.
     with suppress(sqlite3.OperationalError):
@@ -1227,8 +1229,9 @@ def is_postgresql_bug(error: psycopg.Error, statement: str | None) -> bool:
     """Return True if PostgreSQL or psycopg has refused the statement."""
     if error.sqlstate is not None:
         return not error.sqlstate.startswith(OUTAGE_STATES)
-    # Without a SQLSTATE, the error is psycopg's own. With a statement, psycopg has
-    # refused it, for example for its 70,000 parameters. Without, the connect has failed.
+    # Without a SQLSTATE, the error is psycopg's own. If there was a statement, psycopg
+    # has refused it, for example for its 70,000 parameters. If there was none, the
+    # connect has failed.
     return statement is not None
 
 
@@ -1409,10 +1412,10 @@ PASSWORD_HASHER = PasswordHash([ARGON2ID])
 # and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 HASHES_AT_A_TIME = 2  # to bound the memory
-# Hashes run in threads, beside other Python code, because argon2 releases the GIL. The
-# limiter counts the requests that wait. The threads are bounded, too: a hash that has
-# begun goes on when its request is cancelled.
+# The queue of requests that wait for a hash. (An executor cannot tell how many wait.)
 HASHING_LIMITER = CapacityLimiter(HASHES_AT_A_TIME)
+# They run in threads, beside other Python code, because argon2 releases the GIL. Their
+# number is bounded here, too: a hash goes on if its request is cancelled.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
 MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or longer
 
@@ -1609,9 +1612,10 @@ PageFields = dict[str, Any]  # for the model_validate of UserPage or ItemPage
 
 
 def make_page(name: str, rows: Rows, limit: int) -> PageFields:
-    """Return up to `limit` rows under `name`; in `next`, the last id if there are more.
+    """Return the first `limit` rows under `name`, and the id of the last as `next`.
 
-    `rows` has up to `limit + 1`: one more shows that there is a next page.
+    `rows` has up to `limit + 1`: one more shows that there is a next page. Without it,
+    `next` is None.
     """
     has_next = len(rows) > limit
     return {name: rows[:limit], "next": rows[limit - 1].id if has_next else None}
@@ -2052,7 +2056,7 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context § 3.2. The version "ff" and ids of zeros are invalid.
 TRACEPARENT_PATTERN = re.compile(
-    rb"(?!ff)(?!00.{54})[\da-f]{2}"  # version; 00 ends after the flags
+    rb"(?!ff)(?!00.{54})[\da-f]{2}"  # version; after 00, 53 characters follow
     rb"-(?!0+-)([\da-f]{32})"  # trace_id
     rb"-(?!0+-)[\da-f]{16}"  # parent_id
     rb"-[\da-f]{2}(-.*)?"  # flags; later versions may append parts
@@ -2424,7 +2428,7 @@ async def get_current_user(request: Request, token: BearerToken) -> User:
     The user's session is closed: what a route sets on the user is not stored.
     """
     if not token:  # "Authorization: Bearer" alone: as if there were no header
-        raise oauth2_scheme.make_not_authenticated_error()
+        raise oauth2_scheme.make_not_authenticated_error()  # FastAPI's own 401
     claims = decode_access_token(token, request.app.state.settings)
     # A session of its own, which gives its connection back before the route's session
     # takes one. If a request held one and waited for a second, requests could wait for
@@ -2464,7 +2468,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (What create_app sets does not reach these routes: it takes them as `routes=`.)
+    # (create_app sets this, too, but only for routers that are included.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2774,8 +2778,8 @@ def build_app() -> FastAPI:
     try:
         return create_app()
     except AttributeError as error:
-        # In a module's __getattr__, it would mean that there is no `app`: servers would
-        # say so, and hide the real error.
+        # If a module's __getattr__ raises AttributeError, servers say that there is no
+        # `app`, and hide the real error.
         raise ImportError("create_app has failed") from error
 
 
