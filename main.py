@@ -209,6 +209,10 @@ ValidText = Annotated[str, Field(max_length=1000)]
 PATH_SEGMENT = r"/\.?[A-Za-z0-9_~-][A-Za-z0-9._~-]*"
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
+# The names that logging knows. WARN and FATAL are older ones.
+LogLevel = Literal[
+    "NOTSET", "DEBUG", "INFO", "WARN", "WARNING", "ERROR", "FATAL", "CRITICAL"
+]
 # At most a day, because more is surely a mistake.
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -250,7 +254,7 @@ class Settings(BaseSettings):
     REDIS_URL: RedisUrl | None = Field(default=None, exclude=True, repr=False)
     MAX_BODY_BYTES: int = Field(default=64 * 1024, gt=0)
     REQUEST_TIMEOUT_SECONDS: Seconds = 30
-    LOG_LEVEL: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+    LOG_LEVEL: LogLevel = "INFO"
 
     @pydantic.model_validator(mode="before")
     @classmethod

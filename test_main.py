@@ -414,7 +414,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "REDIS_URL": {" ": None, "rediss://h?db=1": "rediss://h?db=1"},
     "MAX_BODY_BYTES": {"": 64 * 1024, "1": 1},
     "REQUEST_TIMEOUT_SECONDS": {"": 30, "0.5": 0.5},
-    "LOG_LEVEL": {"": "INFO", "DEBUG": "DEBUG"},
+    "LOG_LEVEL": {"": "INFO", "DEBUG": "DEBUG", "WARN": "WARN", "FATAL": "FATAL"},
 }
 
 
