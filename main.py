@@ -925,19 +925,23 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
     with suppress(sqlite3.OperationalError):
         connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA foreign_keys = ON")
-    # This is sqlite3's isolation_level, not SQLAlchemy's. With None, sqlite3 sends no
-    # BEGIN of its own. For write_engine, begin_immediate sends it, as SQLAlchemy's
-    # documentation advises. read_engine needs none.
-    connection.isolation_level = None
 
 
-def begin_immediate(connection: sa.Connection) -> None:
-    """Begin a transaction of SQLite's write_engine.
+BEGIN_STATEMENTS = {
+    # IMMEDIATE takes the write lock at once. Without it, a transaction that reads
+    # before it writes fails if another one has written in between.
+    "sqlite": "BEGIN IMMEDIATE",
+    "postgresql": "BEGIN ISOLATION LEVEL READ COMMITTED",
+}
 
-    IMMEDIATE takes the write lock at once. Without it, a transaction that reads before
-    it writes fails if another one has written in between.
+
+def begin_transaction(connection: sa.Connection) -> None:
+    """Begin a transaction, on a connection that is in autocommit otherwise.
+
+    SQLAlchemy's own way, which switches autocommit off and on for each transaction,
+    would lose the connection if the request is cancelled at that moment.
     """
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    connection.exec_driver_sql(BEGIN_STATEMENTS[connection.dialect.name])
 
 
 class ReadOnlySession(Session):
@@ -1076,8 +1080,6 @@ class Database(MonitoredBackend):
             },
             # Otherwise, SQLAlchemy looks for the type hstore: three round trips.
             "use_native_hstore": False,
-            # No BEGIN and COMMIT. (On SQLite, prepare_sqlite_connection does this.)
-            "isolation_level": "AUTOCOMMIT",
         }
 
     def postgresql_parameters(self) -> dict[str, Any]:
@@ -1112,6 +1114,7 @@ class Database(MonitoredBackend):
         engine = create_async_engine(
             url,
             **self.driver_arguments(),
+            isolation_level="AUTOCOMMIT",  # write_engine sends BEGIN itself
             poolclass=FairPool,
             pool_size=pool_size,
             # pool_size includes DATABASE_MAX_OVERFLOW, so all connections stay open. To
@@ -1132,11 +1135,10 @@ class Database(MonitoredBackend):
         if self.is_sqlite:
             # SQLite has one writer at a time: they take turns with one connection.
             engine = self.create_engine(1)
-            event.listen(engine.sync_engine, "begin", begin_immediate)
-            return engine
-        # A copy of read_engine, with the same pool, but with transactions: this level
-        # replaces the AUTOCOMMIT of driver_arguments.
-        return self.read_engine.execution_options(isolation_level="READ COMMITTED")
+        else:  # a copy of read_engine, with the same pool
+            engine = self.read_engine.execution_options()
+        event.listen(engine.sync_engine, "begin", begin_transaction)
+        return engine
 
     def session(self, writes: bool) -> AsyncSession:
         """Return a new session.
@@ -1776,6 +1778,7 @@ ROWS_IN_BUCKET = 16
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `start`, which opens all connections at once
+REDIS_QUEUE_SECONDS = 2  # for a request, with the wait for one of the connections
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
 # ARGV[3] is random, because each member of a set must be different.
@@ -1979,16 +1982,16 @@ class RedisRateLimiter(MonitoredBackend):
 
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
-        # Wait for a slot before the timeout begins: if all slots are taken, this worker
-        # is busy, but Redis need not be slow.
-        async with self.slots:
-            if self.in_outage:  # which may have begun during the wait
-                return None
-            try:
+        try:
+            # Wait for a slot before the timeout of run_script begins: if all slots are
+            # taken, this worker is busy, but Redis need not be slow.
+            async with asyncio.timeout(REDIS_QUEUE_SECONDS), self.slots:
+                if self.in_outage:  # which may have begun during the wait
+                    return None
                 return await self.run_script(key, limit, seconds)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
-                self.handle_failure(error)
-                return None
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
+            self.handle_failure(error)
+            return None
 
     async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
         keys = [f"{self.key_prefix}:{key}"]

@@ -121,9 +121,7 @@ def make_settings(**changes: Any) -> main.Settings:  # with high limits
     return main.Settings(**{**values, **limits, **changes})
 
 
-class Client(httpx.AsyncClient):
-    """A client of an application in this process, from an address of its own."""
-
+class Client(httpx.AsyncClient):  # of an application here, from an address of its own
     def __init__(self, app: Any, **options: Any) -> None:
         options = {"client": (next(ADDRESSES), 5), **options}
         transport = httpx.ASGITransport(app, raise_app_exceptions=False, **options)
@@ -152,8 +150,7 @@ def built_app(**changes: Any) -> FastAPI:
 
 
 @cache
-def empty_tables() -> bytes:
-    """The SQLite file with empty tables: a copy is faster than making them."""
+def empty_tables() -> bytes:  # a SQLite file: to copy it is faster than to make them
     with tempfile.TemporaryDirectory() as folder:
         engine = sa.create_engine(f"sqlite:///{folder}/app.db")
         with engine.begin() as connection:
@@ -242,8 +239,7 @@ def postgresql_database() -> Iterator[str]:
 
 
 @pytest.fixture
-def postgresql_url(postgresql_database: str) -> str:
-    """The same database, emptied: making one for each test takes 0.3 s."""
+def postgresql_url(postgresql_database: str) -> str:  # emptied: faster than a new one
     with psycopg.connect(postgresql_database, autocommit=True) as connection:
         end = "SELECT pg_terminate_backend(pid, 9000) FROM pg_stat_activity"
         others = "datname = current_database() AND pid <> pg_backend_pid()"
@@ -301,9 +297,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return body
 
 
-class Log:
-    """What the service writes to stdout: a call shows what came since the last one."""
-
+class Log:  # of the service, on stdout: a call shows what came since the last one
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.capsys = capsys
 
@@ -319,8 +313,7 @@ class Log:
 
 
 @pytest.fixture
-def log(capsys: pytest.CaptureFixture[str]) -> Iterator[Log]:
-    """The log; a test begins with `log.start()`, with settings where they matter."""
+def log(capsys: pytest.CaptureFixture[str]) -> Iterator[Log]:  # begin by log.start()
     handlers = logging.getLogger().handlers[:]
     yield Log(capsys)
     logging.captureWarnings(False)
@@ -937,8 +930,7 @@ def reasons(caplog: CapLog) -> list[str]:
 
 
 @pytest.fixture
-def statements() -> Iterator[list[Any]]:
-    """Statements that are sent to any database, with their parameters."""
+def statements() -> Iterator[list[Any]]:  # sent to any database, with parameters
     sent: list[Any] = []
 
     def note(_: Any, cursor: Any, statement: str, parameters: Any, *more: Any) -> None:
@@ -960,7 +952,9 @@ async def test_full_pool_is_503_with_reason(caplog: CapLog) -> None:
     assert reasons(caplog) == ["database: no connection was free in time"]
 
 
-@pytest.mark.parametrize("moment", ["before_cursor_execute", "commit"])
+@pytest.mark.parametrize(
+    "moment", ["before_cursor_execute", "after_cursor_execute", "commit"]
+)
 async def test_cancellation_frees_a_connection(moment: str, database_url: str) -> None:
     async with connected(DATABASE_URL=database_url, **ONE_CONNECTION) as database:
         task = asyncio.create_task(add_user(database))
@@ -994,14 +988,12 @@ class Forwarder:  # a TCP proxy in front of PostgreSQL, which fails as networks 
     async def accept(self) -> None:
         self.server = await asyncio.start_server(self.carry, "127.0.0.1", self.port)
 
-    def refuse(self) -> None:
-        """Close every connection, and take no new one."""
+    def refuse(self) -> None:  # close every connection, and take no new one
         self.server.close()
         for stream in self.streams:
             stream.transport.abort()
 
-    def forget(self) -> None:
-        """Carry nothing more on these connections, without a word."""
+    def forget(self) -> None:  # carry nothing more on these, without a word
         for stream in self.streams:
             stream.transport.pause_reading()
 
@@ -2289,6 +2281,14 @@ async def test_rate_limit_of_many_requests_at_once_asks_a_silent_redis_seldom() 
         assert sum(await asyncio.gather(*tries)) == 3
         assert await admitted(limiter, 10) == 0
         assert main.REDIS_CONNECTIONS > len(connections) > 0
+
+
+async def test_redis_is_left_if_its_queue_is_long(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(main, "REDIS_QUEUE_SECONDS", 0)
+    async with asyncio.timeout(PATIENCE_SECONDS), redis_limiter("redis://h") as limiter:
+        limiter.redis.slots = asyncio.Semaphore(0)
+        assert (await limiter.hit("api", ADDRESS)).allowed
+        assert limiter.redis.in_outage
 
 
 class OwnRedis:  # a redis-server of the test's own, which fails in each of these ways
