@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def on_starting(server: Any) -> None:  # before the workers are forked
-    if not main.logger.hasHandlers():  # if wsgi_app is main:create_app()
+    if not main.logger.hasHandlers():  # main:create_app() has set up no logging
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -79,7 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        if not self.cycle or self.cycle.response_complete:  # no 408 into a response
+        if not self.cycle or self.cycle.response_complete:  # not amid a response
             self.refuse(408)
 
     def data_received(self, data: bytes) -> None:  # in place of uvicorn's: see `parse`
@@ -88,7 +88,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # CONNECT: the new parser raises HttpParserUpgrade again
+            self.refuse(400)  # CONNECT is an upgrade for the second parser, too
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -114,8 +114,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # If the timer is not cancelled, it was started at the connect, or by the same
-        # headers with `Upgrade`.
+        # Start the timer, unless it runs: since the connect, or since the first parser
+        # began these headers.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -151,7 +151,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_stopping = True
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        self.loop.call_later(0.5, super().shutdown)  # answer what clients have sent
+        self.loop.call_later(0.5, super().shutdown)  # requests may be on their way
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
@@ -162,8 +162,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # After its shutdown, uvicorn raises SIGTERM again. gunicorn's handle_quit exits
-        # with 0. (Without a handler, the signal would be the exit status.)
+        # uvicorn handles SIGTERM, and raises it again after its shutdown. Then this
+        # handler, gunicorn's, exits with 0. (Else the signal would be the exit status.)
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 

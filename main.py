@@ -114,8 +114,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. The 0 is only a default: without a value, psycopg would
-    # check the variable PGCONNECT_TIMEOUT.
+    # Checks connect_timeout. The 0 is for a URL without it: otherwise, psycopg would
+    # check the variable PGCONNECT_TIMEOUT, which has no effect here.
     timeout_from_conninfo({"connect_timeout": 0, **options})
 
 
@@ -938,8 +938,9 @@ BEGIN_STATEMENTS = {
 def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction, on a connection that is in autocommit otherwise.
 
-    SQLAlchemy's own way, which switches autocommit off and on for each transaction,
-    would lose the connection if the request is cancelled at that moment.
+    commit() and rollback() end it, as they end any transaction. SQLAlchemy's own way,
+    which switches autocommit off and on for each transaction, would lose the connection
+    if the request is cancelled at that moment.
     """
     connection.exec_driver_sql(BEGIN_STATEMENTS[connection.dialect.name])
 
@@ -1135,7 +1136,9 @@ class Database(MonitoredBackend):
         if self.is_sqlite:
             # SQLite has one writer at a time: they take turns with one connection.
             engine = self.create_engine(1)
-        else:  # a copy of read_engine, with the same pool
+        else:
+            # A second engine on the pool of read_engine, but with listeners of its own:
+            # read_engine sends no BEGIN.
             engine = self.read_engine.execution_options()
         event.listen(engine.sync_engine, "begin", begin_transaction)
         return engine
@@ -1180,8 +1183,8 @@ class Database(MonitoredBackend):
             await self.create_missing_tables()
 
     async def recover(self) -> None:
-        # After a failover, replace the connections to the former primary. On
-        # PostgreSQL, read_engine and write_engine share this pool. check_engine needs
+        # After a failover of PostgreSQL, replace the connections to the former primary.
+        # (read_engine and write_engine share this pool there.) check_engine needs
         # nothing: SQLAlchemy replaces its connection if it is lost or read-only.
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
@@ -1420,8 +1423,9 @@ DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 HASHES_AT_A_TIME = 2  # to bound the memory
 # The queue of requests that wait for a hash. (An executor cannot tell how many wait.)
 HASHING_LIMITER = CapacityLimiter(HASHES_AT_A_TIME)
-# They run in threads, beside other Python code, because argon2 releases the GIL. Their
-# number is bounded here, too: a hash goes on if its request is cancelled.
+# Hashes run in threads, beside other Python code, because argon2 releases the GIL. The
+# threads are bounded, too: a request that is cancelled leaves the queue at once, but
+# its hash goes on.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
 MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or longer
 
@@ -2063,7 +2067,7 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context § 3.2. The version "ff" and ids of zeros are invalid.
 TRACEPARENT_PATTERN = re.compile(
-    rb"(?!ff)(?!00.{54})[\da-f]{2}"  # version; after 00, 53 characters follow
+    rb"(?!ff)(?!00.{54})[\da-f]{2}"  # version; 00 has 53 characters after it
     rb"-(?!0+-)([\da-f]{32})"  # trace_id
     rb"-(?!0+-)[\da-f]{16}"  # parent_id
     rb"-[\da-f]{2}(-.*)?"  # flags; later versions may append parts
@@ -2330,7 +2334,7 @@ class LimitsAndErrorsMiddleware:
         finally:
             timer.cancel()
             if "is_late" in scope["state"]:
-                task.uncancel()  # the cancel() is dealt with
+                task.uncancel()  # as asyncio asks of code that does not pass it on
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
         # one is incomplete, uvicorn closes the connection.
