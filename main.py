@@ -927,10 +927,21 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
     connection.execute("PRAGMA foreign_keys = ON")
 
 
+def roll_back_sqlite_connection(connection: Any, *_: object) -> None:
+    """Roll back before SQLAlchemy closes a connection, as after a cancelled request.
+
+    A cursor that is still referenced keeps a closed connection alive, and with it the
+    lock of SQLite's file, until the garbage collector runs.
+    """
+    with suppress(sqlite3.Error):  # the connection may be unusable
+        connection.rollback()
+
+
 BEGIN_STATEMENTS = {
     # IMMEDIATE takes the write lock at once. Without it, a transaction that reads
     # before it writes fails if another one has written in between.
     "sqlite": "BEGIN IMMEDIATE",
+    # The level is named, because the server's default can be another one.
     "postgresql": "BEGIN ISOLATION LEVEL READ COMMITTED",
 }
 
@@ -938,9 +949,10 @@ BEGIN_STATEMENTS = {
 def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction, on a connection that is in autocommit otherwise.
 
-    commit() and rollback() end it, as they end any transaction. SQLAlchemy's own way,
-    which switches autocommit off and on for each transaction, would lose the connection
-    if the request is cancelled at that moment.
+    commit() and rollback() end it, as they end any transaction. (In DEBUG, SQLAlchemy
+    logs that they have no effect in autocommit. They have.) SQLAlchemy's own way, which
+    switches autocommit off and on for each transaction, would lose the connection if
+    the request is cancelled at that moment.
     """
     connection.exec_driver_sql(BEGIN_STATEMENTS[connection.dialect.name])
 
@@ -1130,6 +1142,7 @@ class Database(MonitoredBackend):
         event.listen(engine.sync_engine, "handle_error", drop_read_only_connections)
         if self.is_sqlite:
             event.listen(engine.sync_engine, "connect", prepare_sqlite_connection)
+            event.listen(engine.sync_engine, "invalidate", roll_back_sqlite_connection)
         return engine
 
     def create_write_engine(self) -> AsyncEngine:
@@ -1225,8 +1238,8 @@ OUTAGE_STATES = (
 )
 
 
-def is_sqlite_bug(error: sqlite3.Error) -> bool:
-    """Return True if the code is wrong, or what it has stored."""
+def is_sqlite_bug(error: BaseException | None) -> bool:
+    """Return True if the SQL is wrong, or a stored value."""
     # Names that begin with SQLITE_ERROR mean wrong SQL, and SQLITE_SCHEMA that a table
     # was changed meanwhile. Without a name, the error is Python's, not SQLite's: for
     # example, a stored text is not UTF-8.
@@ -1235,7 +1248,7 @@ def is_sqlite_bug(error: sqlite3.Error) -> bool:
 
 
 def is_postgresql_bug(error: psycopg.Error, statement: str | None) -> bool:
-    """Return True if PostgreSQL or psycopg has refused the statement."""
+    """Return True if the statement is wrong: it would fail again."""
     if error.sqlstate is not None:
         return not error.sqlstate.startswith(OUTAGE_STATES)
     # Without a SQLSTATE, the error is psycopg's own. If there was a statement, psycopg
@@ -1253,11 +1266,9 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
         return isinstance(error, sa_exc.TimeoutError)  # no connection was free in time
     # Drivers raise OperationalError if they cannot connect, or SQLite's file is locked,
     # full or not there. But they also raise it for some bugs.
-    if isinstance(error.orig, sqlite3.Error):
-        return not is_sqlite_bug(error.orig)
     if isinstance(error.orig, psycopg.Error):
         return not is_postgresql_bug(error.orig, error.statement)
-    return True
+    return not is_sqlite_bug(error.orig)
 
 
 async def database_exception_handler(
@@ -1782,7 +1793,9 @@ ROWS_IN_BUCKET = 16
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `start`, which opens all connections at once
-REDIS_QUEUE_SECONDS = 2  # for a request, with the wait for one of the connections
+# The longest that a request waits for a connection and for Redis. More is an outage,
+# because Redis is then too slow for the load.
+REDIS_WAIT_SECONDS = 2
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
 # ARGV[3] is random, because each member of a set must be different.
@@ -1989,7 +2002,7 @@ class RedisRateLimiter(MonitoredBackend):
         try:
             # Wait for a slot before the timeout of run_script begins: if all slots are
             # taken, this worker is busy, but Redis need not be slow.
-            async with asyncio.timeout(REDIS_QUEUE_SECONDS), self.slots:
+            async with asyncio.timeout(REDIS_WAIT_SECONDS), self.slots:
                 if self.in_outage:  # which may have begun during the wait
                     return None
                 return await self.run_script(key, limit, seconds)
