@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def on_starting(server: Any) -> None:  # before the workers are forked
-    if not main.logger.hasHandlers():  # main:create_app() has set up no logging
+    if not main.logger.hasHandlers():  # as with `gunicorn 'main:create_app()'`
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -88,7 +88,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # CONNECT is an upgrade for the second parser, too
+            self.refuse(400)  # HttpParserUpgrade comes out of `parse` for CONNECT only
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -96,7 +96,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Feed the parser, but ignore `Upgrade`, which Java's HttpClient always offers.
 
         After headers with `Upgrade`, the parser raises HttpParserUpgrade. Then a new
-        parser gets the same headers without `Upgrade`, and after them the rest.
+        parser gets the same headers without `Upgrade`, and the loop feeds it the rest.
         """
         while data:
             try:
@@ -114,13 +114,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # Start the timer, unless it runs: since the connect, or since the first parser
-        # began these headers.
+        # on_headers_complete has cancelled the timer, unless these headers are the first
+        # since the connect, or the second parser repeats them.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
-        # Count the headers alone, without any body. (4: for ": " and "\r\n".)
+        # Count again, without a body that came with them. (4: for ": " and "\r\n".)
         size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
@@ -133,7 +133,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # an earlier response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
-        self.headers = []  # the scope has the old list: add no trailers to it
+        self.headers = []  # for trailers, which must not get into the scope's list
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else wait for the new parser's call
@@ -162,8 +162,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn handles SIGTERM, and raises it again after its shutdown. Then this
-        # handler, gunicorn's, exits with 0. (Else the signal would be the exit status.)
+        # After its shutdown, uvicorn restores this handler, and raises SIGTERM again.
+        # gunicorn's handler exits with 0. (Else the signal would be the exit status.)
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 

@@ -115,7 +115,8 @@ def check_libpq_options(url: sa.URL) -> None:
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
     # Checks connect_timeout. The 0 is for a URL without it: otherwise, psycopg would
-    # check the variable PGCONNECT_TIMEOUT, which has no effect here.
+    # check the variable PGCONNECT_TIMEOUT. (It has no effect: each connect has a
+    # connect_timeout.)
     timeout_from_conninfo({"connect_timeout": 0, **options})
 
 
@@ -388,6 +389,7 @@ class JsonFormatter(logging.Formatter):
             return self.format_slowly(fields)
 
     def format_slowly(self, fields: dict[str, object]) -> str:
+        """Write what to_json refuses: invalid Unicode, or else all fields as text."""
         try:
             return json.dumps(fields, default=str, allow_nan=False)
         except Exception:  # noqa: BLE001 - here a NaN, a cycle, a failing __str__
@@ -626,8 +628,8 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # The 405 of a mounted StaticFiles comes here, too. Its Mount has changed root_path
-    # in the scope: restore it, or none of our routes would match.
+    # The 405 of a mounted StaticFiles comes here, too. Its Mount has added its path to
+    # root_path in this scope: restore it, or none of our routes would match.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -906,7 +908,7 @@ def cut_message(context: sa.engine.ExceptionContext) -> None:
 
 
 def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
-    """Treat a read-only connection as lost: then SQLAlchemy replaces all in the pool.
+    """Treat a read-only connection as lost: SQLAlchemy then replaces all of the pool.
 
     After a failover, a read-only connection leads to the former primary. On SQLite, a
     connection that was opened while the file was not writable stays read-only.
@@ -919,7 +921,7 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
-    """Set up a new connection, in SQLAlchemy's synchronous wrapper of aiosqlite."""
+    """Set up a new connection. SQLAlchemy wraps it, so that it needs no `await`."""
     # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
     # other has switched the file, and the mode is stored in the file.
     with suppress(sqlite3.OperationalError):
@@ -950,9 +952,10 @@ def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction, on a connection that is in autocommit otherwise.
 
     commit() and rollback() end it, as they end any transaction. (In DEBUG, SQLAlchemy
-    logs that they have no effect in autocommit. They have.) SQLAlchemy's own way, which
-    switches autocommit off and on for each transaction, would lose the connection if
-    the request is cancelled at that moment.
+    logs that they have no effect in autocommit. They have.)
+
+    SQLAlchemy's own way, execution_options(isolation_level=…), switches autocommit off
+    for each transaction. A request that is cancelled meanwhile loses its connection.
     """
     connection.exec_driver_sql(BEGIN_STATEMENTS[connection.dialect.name])
 
@@ -1150,7 +1153,7 @@ class Database(MonitoredBackend):
             # SQLite has one writer at a time: they take turns with one connection.
             engine = self.create_engine(1)
         else:
-            # A second engine on the pool of read_engine, but with listeners of its own:
+            # A copy of read_engine: it has the same pool, but listeners of its own, so
             # read_engine sends no BEGIN.
             engine = self.read_engine.execution_options()
         event.listen(engine.sync_engine, "begin", begin_transaction)
@@ -1793,8 +1796,8 @@ ROWS_IN_BUCKET = 16
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `start`, which opens all connections at once
-# The longest that a request waits for a connection and for Redis. More is an outage:
-# Redis is too slow for the load. (In a burst of 3,000 requests, it can be 2 s.)
+# The longest that a request waits for one of the connections. (In a burst of 3,000
+# requests, it can be 2 s.) If it is longer, Redis is too slow: that is an outage.
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -2080,7 +2083,7 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context § 3.2. The version "ff" and ids of zeros are invalid.
 TRACEPARENT_PATTERN = re.compile(
-    rb"(?!ff)(?!00.{54})[\da-f]{2}"  # version; 00 has 53 characters after it
+    rb"(?!ff)(?!00.{54})[\da-f]{2}"  # version; 00 is never longer
     rb"-(?!0+-)([\da-f]{32})"  # trace_id
     rb"-(?!0+-)[\da-f]{16}"  # parent_id
     rb"-[\da-f]{2}(-.*)?"  # flags; later versions may append parts
@@ -2300,9 +2303,11 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
+    Call it only if `is_late` is not set, because cancel_late cancels the task, too.
+
     A task's cancelling() counts the calls of its cancel(), less those of uncancel(). If
     it is 0, the route itself has raised the CancelledError: for example, it awaits a
-    task that was cancelled. (cancel_late also calls cancel(): ask for `is_late` first.)
+    task that was cancelled.
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2328,7 +2333,7 @@ class LimitsAndErrorsMiddleware:
         if scope["path"].endswith("\n"):
             # Starlette's patterns of paths end with "$", which also matches before a
             # last "\n". So POST /items%0A would store an item, and then fail, because
-            # its Location cannot be sent.
+            # uvicorn refuses to send a Location with a line break.
             error = HTTPException(404)  # as for any path that has no route
             not_found = await http_exception_handler(Request(scope), error)
             return await not_found(scope, receive, send)
@@ -2347,7 +2352,7 @@ class LimitsAndErrorsMiddleware:
         finally:
             timer.cancel()
             if "is_late" in scope["state"]:
-                task.uncancel()  # as asyncio asks of code that does not pass it on
+                task.uncancel()  # asyncio's rule for code that swallows a cancel
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
         # one is incomplete, uvicorn closes the connection.
@@ -2492,7 +2497,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app sets this, too, but only for routers that are included.)
+    # (create_app sets this for routers that it includes. It does not include this one.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
