@@ -114,8 +114,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # on_headers_complete has cancelled the timer, unless these headers are the first
-        # since the connect, or the second parser repeats them.
+        # on_headers_complete cancels it. It runs only if these headers are the first
+        # after the connect, or the second parser repeats them.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
