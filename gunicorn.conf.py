@@ -57,7 +57,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def on_starting(server: Any) -> None:  # before the workers are forked
-    if not main.logger.hasHandlers():  # as with `gunicorn 'main:create_app()'`
+    if not main.logger.hasHandlers():  # wsgi_app = "main:create_app()" sets up none
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -69,7 +69,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain."""
 
     is_in_body = False  # True between the end of the headers and the end of the body
-    header_bytes = 0  # received while headers are incomplete; can include some body
+    header_bytes = 0  # received since the last complete headers; can include some body
     is_stopping = False  # True when the worker ends
 
     def connection_made(self, transport: Any) -> None:
@@ -79,7 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        if not self.cycle or self.cycle.response_complete:  # not amid a response
+        if not self.cycle or self.cycle.response_complete:  # none amid a response
             self.refuse(408)
 
     def data_received(self, data: bytes) -> None:  # in place of uvicorn's: see `parse`
@@ -114,8 +114,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # on_headers_complete cancels it. It runs only if these headers are the first
-        # after the connect, or the second parser repeats them.
+        # If the timer runs, it began at the connect, or at the same headers: `parse`
+        # repeats them. Else, this is a later request.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 

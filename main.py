@@ -115,8 +115,7 @@ def check_libpq_options(url: sa.URL) -> None:
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
     # Checks connect_timeout. The 0 is for a URL without it: otherwise, psycopg would
-    # check the variable PGCONNECT_TIMEOUT. (It has no effect: each connect has a
-    # connect_timeout.)
+    # check the variable PGCONNECT_TIMEOUT, which nothing uses.
     timeout_from_conninfo({"connect_timeout": 0, **options})
 
 
@@ -628,8 +627,8 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # The 405 of a mounted StaticFiles comes here, too. Its Mount has added its path to
-    # root_path in this scope: restore it, or none of our routes would match.
+    # The 405 of a mounted StaticFiles comes here, too, with the Mount's path as a part
+    # of root_path. Restore root_path, or none of our routes would match.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -859,7 +858,7 @@ class FairPool(AsyncAdaptedQueuePool):
         """
         del self.timers[record]
         # If SQLAlchemy's first statements have failed, it has closed the connection
-        # without a "checkin". Then `driver_connection` is None: nothing to do.
+        # without a "checkin", so the timer runs on. Then `driver_connection` is None.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -951,11 +950,12 @@ BEGIN_STATEMENTS = {
 def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction, on a connection that is in autocommit otherwise.
 
-    commit() and rollback() end it, as they end any transaction. (In DEBUG, SQLAlchemy
-    logs that they have no effect in autocommit. They have.)
+    commit() and rollback() end it. (With DEBUG, SQLAlchemy logs that in autocommit they
+    have no effect. That is wrong here.)
 
     SQLAlchemy's own way, execution_options(isolation_level=…), switches autocommit off
-    for each transaction. A request that is cancelled meanwhile loses its connection.
+    for each transaction. If a request is cancelled in this moment, its connection is
+    lost until the garbage collector runs.
     """
     connection.exec_driver_sql(BEGIN_STATEMENTS[connection.dialect.name])
 
@@ -1242,7 +1242,7 @@ OUTAGE_STATES = (
 
 
 def is_sqlite_bug(error: BaseException | None) -> bool:
-    """Return True if the SQL is wrong, or a stored value."""
+    """Return True if the SQL is wrong, or a stored value is invalid."""
     # Names that begin with SQLITE_ERROR mean wrong SQL, and SQLITE_SCHEMA that a table
     # was changed meanwhile. Without a name, the error is Python's, not SQLite's: for
     # example, a stored text is not UTF-8.
@@ -1265,8 +1265,10 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     # The connection was lost, or drop_read_only_connections has marked it as lost.
     if getattr(error, "connection_invalidated", False):
         return True
+    if isinstance(error, sa_exc.TimeoutError):  # no connection was free in time
+        return True
     if not isinstance(error, sa_exc.OperationalError):
-        return isinstance(error, sa_exc.TimeoutError)  # no connection was free in time
+        return False
     # Drivers raise OperationalError if they cannot connect, or SQLite's file is locked,
     # full or not there. But they also raise it for some bugs.
     if isinstance(error.orig, psycopg.Error):
@@ -1435,11 +1437,11 @@ PASSWORD_HASHER = PasswordHash([ARGON2ID])
 # and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 HASHES_AT_A_TIME = 2  # to bound the memory
-# The queue of requests that wait for a hash. (An executor cannot tell how many wait.)
+# The queue of requests that wait for a hash. (An executor does not tell its length.)
 HASHING_LIMITER = CapacityLimiter(HASHES_AT_A_TIME)
 # Hashes run in threads, beside other Python code, because argon2 releases the GIL. The
 # threads are bounded, too: a request that is cancelled leaves the queue at once, but
-# its hash goes on.
+# its hash goes on. (A thread starts at its first hash, so after the fork.)
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
 MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or longer
 
@@ -1796,8 +1798,8 @@ ROWS_IN_BUCKET = 16
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `start`, which opens all connections at once
-# The longest that a request waits for one of the connections. (In a burst of 3,000
-# requests, it can be 2 s.) If it is longer, Redis is too slow: that is an outage.
+# The longest that a request waits for one of the connections: after this, Redis counts
+# as too slow. (In a burst of 3,000 requests, the wait can be 2 s.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -2192,9 +2194,9 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # uvicorn takes the address from this header if it trusts the peer. If the
-            # address is not in the header, it did not. (Look in the text, because an
-            # entry can be "address:port". getlist: there can be several such headers.)
+            # If uvicorn trusts the peer, it has taken `address` from this header. So if
+            # the header does not have it, the peer is not trusted. (Look in the text,
+            # because an entry can be "address:port". There can be several headers.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2369,7 +2371,7 @@ class LimitsAndErrorsMiddleware:
         Nobody receives the 400 of a client that has disconnected: it is for the log.
         """
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
-            if "status_code" in request.scope["state"]:  # its status stays
+            if "status_code" in request.scope["state"]:  # a response is incomplete
                 request.state.reason = "the client has disconnected"
             return await http_exception_handler(request, HTTPException(400))
         if "is_late" in request.scope["state"]:
@@ -2497,7 +2499,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app sets this for routers that it includes. It does not include this one.)
+    # (create_app's own setting does not reach routes that it takes as `routes=`.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
