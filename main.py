@@ -1273,7 +1273,7 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     # full or not there. But they also raise it for some bugs.
     if isinstance(error.orig, psycopg.Error):
         return not is_postgresql_bug(error.orig, error.statement)
-    return not is_sqlite_bug(error.orig)
+    return not is_sqlite_bug(error.orig)  # an error of neither driver is a bug
 
 
 async def database_exception_handler(
@@ -1799,7 +1799,8 @@ NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `start`, which opens all connections at once
 # The longest that a request waits for one of the connections: after this, Redis counts
-# as too slow. (In a burst of 3,000 requests, the wait can be 2 s.)
+# as too slow. (In a burst of 3,000 requests, the wait can be 2 s. It is not a part of
+# REQUEST_TIMEOUT_SECONDS.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.

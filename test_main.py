@@ -971,7 +971,8 @@ async def test_cancelled_write_is_undone(at: str, name: str, database_url: str) 
         sa.event.listen(*event)
         await task
         sa.event.remove(*event)
-        assert (await ada.register("bob")).status_code == 201
+        ends = {201, 409} if at == "commit" else {201}  # a COMMIT may have been sent
+        assert (await ada.register("eve")).status_code in ends
 
 
 async def test_cancelled_connect_leaves_no_socket() -> None:
@@ -1061,9 +1062,8 @@ async def test_connection_is_used_again_unless_held_for_too_long(pg_ada: Any) ->
 
 
 def waiting_for_locks(other: psycopg.Connection[Any]) -> list[Any]:
-    locks = "FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-    query = f"SELECT 1 {locks} AND datname = current_database()"
-    return other.execute(query).fetchall()
+    here = "datname = current_database() AND wait_event_type = 'Lock'"
+    return other.execute(f"SELECT 1 FROM pg_stat_activity WHERE {here}").fetchall()
 
 
 async def test_locked_row_is_503_in_time(pg_ada: Client, postgresql_url: str) -> None:
