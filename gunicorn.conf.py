@@ -51,13 +51,13 @@ graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
 timeout = graceful_timeout + 30  # a worker sends no heartbeats during a shutdown
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
-control_socket_disable = True  # its socket (for `gunicornc`) needs a writable home
+control_socket_disable = True  # the socket of `gunicornc` needs a writable home
 # Workers write heartbeats to a file here: in memory, because a disk can be slow.
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def on_starting(server: Any) -> None:  # before the workers are forked
-    if not main.logger.hasHandlers():  # wsgi_app = "main:create_app()" sets up none
+    if not main.logger.hasHandlers():  # if you name main:create_app() as wsgi_app
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -79,7 +79,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        if not self.cycle or self.cycle.response_complete:  # none amid a response
+        if not self.cycle or self.cycle.response_complete:  # not into a response
             self.refuse(408)
 
     def data_received(self, data: bytes) -> None:  # in place of uvicorn's: see `parse`
@@ -88,7 +88,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade comes out of `parse` for CONNECT only
+            self.refuse(400)  # `parse` lets HttpParserUpgrade out for CONNECT only
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -114,13 +114,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # If the timer runs, it began at the connect, or at the same headers: `parse`
-        # repeats them. Else, this is a later request.
+        # The last request has cancelled the timer, if there was one. If it still runs,
+        # it is for this request: since the connect, or because `parse` repeats it.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
-        # Count again, without a body that came with them. (4: for ": " and "\r\n".)
+        # header_bytes can include some body, so count anew. (4: for ": " and "\r\n".)
         size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
@@ -162,8 +162,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # After its shutdown, uvicorn restores this handler, and raises SIGTERM again.
-        # gunicorn's handler exits with 0. (Else the signal would be the exit status.)
+        # Put back gunicorn's handler, which UvicornWorker has removed: uvicorn raises
+        # SIGTERM again after its shutdown, and then this handler exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 

@@ -115,7 +115,7 @@ def check_libpq_options(url: sa.URL) -> None:
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
     # Checks connect_timeout. The 0 is for a URL without it: otherwise, psycopg would
-    # check the variable PGCONNECT_TIMEOUT, which nothing uses.
+    # check the variable PGCONNECT_TIMEOUT. (Database always gives one to libpq.)
     timeout_from_conninfo({"connect_timeout": 0, **options})
 
 
@@ -237,7 +237,7 @@ class Settings(BaseSettings):
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
     # This URL and REDIS_URL can have passwords. exclude=True leaves them out of
-    # model_dump(), and out of the line of logger.info("…", extra={"all": settings}).
+    # model_dump(), and so out of a log line whose `extra` has the settings.
     # (The default is parsed, because mypy wants it to have the field's type.)
     DATABASE_URL: DatabaseUrl = Field(
         default=parse_database_url("sqlite:///./app.db"), exclude=True
@@ -388,10 +388,13 @@ class JsonFormatter(logging.Formatter):
             return self.format_slowly(fields)
 
     def format_slowly(self, fields: dict[str, object]) -> str:
-        """Write what to_json refuses: invalid Unicode, or else all fields as text."""
+        """Write what to_json refuses, such as invalid Unicode.
+
+        If json.dumps refuses it, too, such as a NaN or a cycle, write all as text.
+        """
         try:
             return json.dumps(fields, default=str, allow_nan=False)
-        except Exception:  # noqa: BLE001 - here a NaN, a cycle, a failing __str__
+        except Exception:  # noqa: BLE001 - a failing __str__ can raise anything
             return json.dumps({name: safe_text(v) for name, v in fields.items()})
 
     def safe_message(self, record: logging.LogRecord) -> str:
@@ -929,10 +932,11 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 
 
 def roll_back_sqlite_connection(connection: Any, *_: object) -> None:
-    """Roll back before SQLAlchemy closes a connection, as after a cancelled request.
+    """Roll back a connection that SQLAlchemy gives up, as after a cancelled request.
 
-    A cursor that is still referenced keeps a closed connection alive, and with it the
-    lock of SQLite's file, until the garbage collector runs.
+    SQLAlchemy only closes it. But a cursor that is still referenced keeps a closed
+    connection alive, and with it the lock of SQLite's file, until the garbage collector
+    runs.
     """
     with suppress(sqlite3.Error):  # the connection may be unusable
         connection.rollback()
@@ -1263,7 +1267,7 @@ def is_postgresql_bug(error: psycopg.Error, statement: str | None) -> bool:
 def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     """Return True if the database cannot serve now, False for any other error."""
     # The connection was lost, or drop_read_only_connections has marked it as lost.
-    if getattr(error, "connection_invalidated", False):
+    if isinstance(error, sa_exc.DBAPIError) and error.connection_invalidated:
         return True
     if isinstance(error, sa_exc.TimeoutError):  # no connection was free in time
         return True
@@ -1449,7 +1453,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # No other request can run between this check and joining the queue.
+    # No other request can run between this check and joining the queue: `async with`
+    # does not wait before.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -2086,7 +2091,7 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context § 3.2. The version "ff" and ids of zeros are invalid.
 TRACEPARENT_PATTERN = re.compile(
-    rb"(?!ff)(?!00.{54})[\da-f]{2}"  # version; 00 is never longer
+    rb"(?!ff)(?!00.{54})[\da-f]{2}"  # version; 00 may have no 54 characters after it
     rb"-(?!0+-)([\da-f]{32})"  # trace_id
     rb"-(?!0+-)[\da-f]{16}"  # parent_id
     rb"-[\da-f]{2}(-.*)?"  # flags; later versions may append parts
