@@ -1274,7 +1274,8 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     if not isinstance(error, sa_exc.OperationalError):
         return False
     # Drivers raise OperationalError if they cannot connect, or SQLite's file is locked,
-    # full or not there. But they also raise it for some bugs.
+    # full or not there. But they also raise it for some bugs, such as wrong SQL
+    # (sqlite3), or a text that is too long for its index (psycopg).
     if isinstance(error.orig, psycopg.Error):
         return not is_postgresql_bug(error.orig, error.statement)
     return not is_sqlite_bug(error.orig)  # an error of neither driver is a bug
