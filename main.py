@@ -2,8 +2,8 @@
 
 Read it from the top: a section uses only names that are defined above it. A request
 passes through middleware, dependencies, route, service, repository and database. The
-verb of a function tells its layer: get_user belongs to a route, read_user to a service,
-find_user to a repository.
+verb of a route, service or repository function tells its layer: get_user is a route,
+read_user a service, find_user a repository function.
 
     Settings       every variable is validated before the server starts
     Logging        one JSON object per record; clients cannot forge a line
@@ -954,8 +954,8 @@ BEGIN_STATEMENTS = {
 def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction, on a connection that is in autocommit otherwise.
 
-    commit() and rollback() end it. (With DEBUG, SQLAlchemy logs that in autocommit they
-    have no effect. That is wrong here.)
+    commit() and rollback() end it: drivers send COMMIT and ROLLBACK if a transaction is
+    open, also in autocommit. (With DEBUG, SQLAlchemy logs that they do not.)
 
     SQLAlchemy's own way, execution_options(isolation_level=…), switches autocommit off
     for each transaction. If a request is cancelled in this moment, its connection is
@@ -2092,7 +2092,7 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context § 3.2. The version "ff" and ids of zeros are invalid.
 TRACEPARENT_PATTERN = re.compile(
-    rb"(?!ff)(?!00.{54})[\da-f]{2}"  # version; 00 may have no 54 characters after it
+    rb"(?!ff)(?!00.{54})[\da-f]{2}"  # version; after 00, no more than 53 characters
     rb"-(?!0+-)([\da-f]{32})"  # trace_id
     rb"-(?!0+-)[\da-f]{16}"  # parent_id
     rb"-[\da-f]{2}(-.*)?"  # flags; later versions may append parts
