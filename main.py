@@ -2012,15 +2012,21 @@ class RedisRateLimiter(MonitoredBackend):
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
         try:
-            # Wait for a slot before the timeout of run_script begins: if all slots are
-            # taken, this worker is busy, but Redis need not be slow.
-            async with asyncio.timeout(REDIS_WAIT_SECONDS), self.slots:
-                if self.in_outage:  # which may have begun during the wait
-                    return None
-                return await self.run_script(key, limit, seconds)
+            return await self.run_in_slot(key, limit, seconds)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
             self.handle_failure(error)
             return None
+
+    async def run_in_slot(
+        self, key: str, limit: int, seconds: int
+    ) -> RateLimitResult | None:
+        """Run the script when a connection is free. Returns None in an outage."""
+        # Wait for a slot before the timeout of run_script begins: if all slots are
+        # taken, this worker is busy, but Redis need not be slow.
+        async with asyncio.timeout(REDIS_WAIT_SECONDS), self.slots:
+            if self.in_outage:  # which may have begun during the wait
+                return None
+            return await self.run_script(key, limit, seconds)
 
     async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
         keys = [f"{self.key_prefix}:{key}"]
