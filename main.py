@@ -67,6 +67,7 @@ import psycopg
 import pydantic
 import sqlalchemy as sa
 from anyio import CapacityLimiter
+from dotenv.parser import parse_stream
 from fastapi import APIRouter, Depends, FastAPI, Form, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError, ResponseValidationError
 from fastapi.security import OAuth2PasswordBearer
@@ -77,7 +78,7 @@ from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
 from pydantic import MISSING, AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic.types import SecretStr, StringConstraints
-from pydantic_core import ErrorDetails, PydanticCustomError, to_json
+from pydantic_core import ErrorDetails, PydanticCustomError, from_json, to_json
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 from python_multipart.multipart import parse_options_header
 from redis.asyncio import Redis
@@ -114,8 +115,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. The 0 is for a URL without it: otherwise, psycopg would
-    # check the variable PGCONNECT_TIMEOUT. (Database always gives one to libpq.)
+    # Checks connect_timeout. The 0 stands for a URL without it: psycopg would check the
+    # variable PGCONNECT_TIMEOUT otherwise, which the service does not use.
     timeout_from_conninfo({"connect_timeout": 0, **options})
 
 
@@ -132,7 +133,7 @@ def parse_database_url(value: str) -> sa.URL:
     # word@host for the host, which drivers write into the log.
     if url.get_backend_name() == "postgresql" and value.count("@") > 1:
         raise ValueError("has an @ that is not encoded as %40")
-    if not 0 <= (url.port or 0) <= 65535:
+    if url.port is not None and not 1 <= url.port <= 65535:
         raise ValueError("has a bad port")
     # libpq checks the values of other options only when it connects. sslmode is the
     # most usual one, so check its value here.
@@ -196,11 +197,17 @@ def parse_origin(value: str) -> str:
     return origin
 
 
-# sa.URL is a kind of tuple. Without NoDecode, pydantic-settings would decode its text
-# as JSON, as it does for a list or a tuple.
+def parse_json(value: object) -> object:
+    """Return what the text of a variable stands for. Code may pass the value itself."""
+    return from_json(value) if isinstance(value, str) else value
+
+
+# Without NoDecode, pydantic-settings would decode a text as JSON before Settings sees
+# it, for a list and for a tuple. (sa.URL is a kind of tuple.)
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
+Origins = Annotated[list[Origin], NoDecode, BeforeValidator(parse_json)]
 # pydantic checks that a str is valid Unicode only if its length or pattern is given.
 # (A lone surrogate is invalid. It comes from "\ud800" in JSON, or from a variable that
 # is not UTF-8.) The length is arbitrary.
@@ -217,9 +224,12 @@ LogLevel = Literal[
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
+ENV_FILE = ".env"
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
-        env_file=".env",
+        env_file=ENV_FILE,
         env_ignore_empty=True,  # an empty variable counts as not set
         extra="ignore",  # .env may have variables of other programs
     )
@@ -245,7 +255,7 @@ class Settings(BaseSettings):
     DATABASE_POOL_SIZE: int = Field(default=5, ge=1)
     DATABASE_MAX_OVERFLOW: int = Field(default=10, ge=0)
     DATABASE_TIMEOUT_SECONDS: Seconds = 5
-    CORS_ORIGINS: list[Origin] = []
+    CORS_ORIGINS: Origins = []
     RATE_LIMIT_REQUESTS: RequestCount = 100
     # The limiter counts nanoseconds in 64 bits: 10**9 seconds still fit.
     RATE_LIMIT_WINDOW_SECONDS: int = Field(default=60, gt=0, le=10**9)
@@ -295,6 +305,14 @@ def describe_invalid_value(error: ErrorDetails) -> str:
 SECRETS_FOLDER = "/run/secrets"  # a file for each variable
 
 
+def check_env_file() -> None:
+    """Raise ValueError for a line that pydantic-settings would leave out."""
+    with suppress(FileNotFoundError), open(ENV_FILE, encoding="utf-8") as file:
+        for binding in parse_stream(file):
+            if binding.error:
+                raise ValueError(f"no NAME=value near line {binding.original.line}")
+
+
 @lru_cache
 def get_settings() -> Settings:
     """Read the settings. A bad value ends the process with a line that names it."""
@@ -302,6 +320,7 @@ def get_settings() -> Settings:
     # which must not read it. (pydantic-settings warns if it is missing, so pass None.)
     folder = SECRETS_FOLDER if os.path.isdir(SECRETS_FOLDER) else None
     try:
+        check_env_file()
         # If a secret is not a file, pydantic-settings only warns, and goes on without
         # it. (Docker makes a folder in place of a file that is missing.) So make the
         # warning an exception, which pydantic-settings turns into a SettingsError.
@@ -311,11 +330,11 @@ def get_settings() -> Settings:
     except pydantic.ValidationError as error:
         reason = "; ".join(describe_invalid_value(e) for e in error.errors())
     except SettingsError as error:
-        # Invalid JSON, or a secret that is no file or cannot be read.
-        # The error names the variable; its cause says what is wrong.
+        # A secret that is no file or cannot be read. The error names the variable; its
+        # cause says what is wrong.
         reason = f"{error}: {error.__cause__}"
-    except (OSError, UnicodeDecodeError) as error:  # .env cannot be read, or decoded
-        reason = f"{error}: in .env"
+    except (OSError, ValueError) as error:  # .env cannot be read, decoded or parsed
+        reason = f"{error}: in {ENV_FILE}"
     raise SystemExit(f"bad settings: {reason}")
 
 
@@ -390,7 +409,8 @@ class JsonFormatter(logging.Formatter):
     def format_slowly(self, fields: dict[str, object]) -> str:
         """Write what to_json refuses, such as invalid Unicode.
 
-        If json.dumps refuses it, too, such as a NaN or a cycle, write all as text.
+        If json.dumps fails, too (for a cycle, or for a NaN beside invalid Unicode),
+        write each value as text.
         """
         try:
             return json.dumps(fields, default=str, allow_nan=False)
@@ -860,8 +880,8 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in driver_arguments.)
         """
         del self.timers[record]
-        # If SQLAlchemy's first statements have failed, it has closed the connection
-        # without a "checkin", so the timer runs on. Then `driver_connection` is None.
+        # `driver_connection` is None if SQLAlchemy's first statements have failed: it
+        # closes the connection then, without a "checkin", so this timer still ran.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -955,11 +975,12 @@ def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction, on a connection that is in autocommit otherwise.
 
     commit() and rollback() end it: drivers send COMMIT and ROLLBACK if a transaction is
-    open, also in autocommit. (With DEBUG, SQLAlchemy logs that they do not.)
+    open, also in autocommit. (With DEBUG, SQLAlchemy logs that COMMIT has no effect in
+    autocommit. Here, it has one.)
 
     SQLAlchemy's own way, execution_options(isolation_level=…), switches autocommit off
-    for each transaction. If a request is cancelled in this moment, its connection is
-    lost until the garbage collector runs.
+    for each transaction. If a request is cancelled while it is being switched, its
+    connection is lost until the garbage collector runs.
     """
     connection.exec_driver_sql(BEGIN_STATEMENTS[connection.dialect.name])
 
@@ -1114,11 +1135,13 @@ class Database(MonitoredBackend):
         statement_timeout = f"-c statement_timeout={milliseconds * 9 // 10}"
         # The server ends the transaction of a lost worker, which frees its locks.
         idle_timeout = f"-c idle_in_transaction_session_timeout={milliseconds}"
-        # If the session's zone is not UTC, psycopg cannot read times close to
-        # datetime.min and .max. (A field of yours may have such a time.)
-        defaults = f"{statement_timeout} {idle_timeout} -c timezone=UTC"
+        # psycopg reads times only in ISO format, and those close to datetime.min and
+        # .max only in UTC. (A field of yours may have such a time.)
+        time_format = "-c datestyle=ISO -c timezone=UTC"
+        defaults = f"{statement_timeout} {idle_timeout} {time_format}"
         return {
             "application_name": self.settings.PROJECT_NAME,
+            "client_encoding": "utf8",  # whatever the database's own encoding is
             "connect_timeout": str(seconds),
             "keepalives_idle": "60",  # NAT routers drop what is idle for minutes
             "target_session_attrs": "read-write",  # never connect to a replica
@@ -1157,8 +1180,8 @@ class Database(MonitoredBackend):
             # SQLite has one writer at a time: they take turns with one connection.
             engine = self.create_engine(1)
         else:
-            # A copy of read_engine: it has the same pool, but listeners of its own, so
-            # read_engine sends no BEGIN.
+            # This returns a copy of read_engine. It shares the pool, but has listeners
+            # of its own, so read_engine sends no BEGIN.
             engine = self.read_engine.execution_options()
         event.listen(engine.sync_engine, "begin", begin_transaction)
         return engine
@@ -1804,9 +1827,9 @@ ROWS_IN_BUCKET = 16
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `start`, which opens all connections at once
-# The longest that a request waits for one of the connections: after this, Redis counts
-# as too slow. (In a burst of 3,000 requests, the wait can be 2 s. It is not a part of
-# REQUEST_TIMEOUT_SECONDS.)
+# If a request waits longer than this for one of the connections, Redis counts as too
+# slow. (In a burst of 3,000 requests, the wait can be 2 s. It is not a part of
+# REQUEST_TIMEOUT_SECONDS, whose timer runs in a later middleware.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -2098,7 +2121,7 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context § 3.2. The version "ff" and ids of zeros are invalid.
 TRACEPARENT_PATTERN = re.compile(
-    rb"(?!ff)(?!00.{54})[\da-f]{2}"  # version; after 00, no more than 53 characters
+    rb"(?!ff)(?!00.{54})[\da-f]{2}"  # version; if it is 00, 55 characters in all
     rb"-(?!0+-)([\da-f]{32})"  # trace_id
     rb"-(?!0+-)[\da-f]{16}"  # parent_id
     rb"-[\da-f]{2}(-.*)?"  # flags; later versions may append parts
@@ -2152,10 +2175,9 @@ def warn_of_untrusted_proxy() -> None:
 
 
 class RequestLoggingMiddleware:
-    """Log each request, with its time.
+    """Give each request its root path, id and client, and log it with its time.
 
-    It is the outermost, so it also prepares what the others need: the root path, the id
-    and the client.
+    It is the outermost, because all others need these.
     """
 
     def __init__(self, app: ASGIApp, root_path: str) -> None:
@@ -2207,9 +2229,9 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, it has taken `address` from this header. So if
-            # the header does not have it, the peer is not trusted. (Look in the text,
-            # because an entry can be "address:port". There can be several headers.)
+            # uvicorn takes `address` from this header only if it trusts the peer. So if
+            # the header does not contain it, the peer is not trusted. (Look in the
+            # text, because an entry can be "address:port". There can be many headers.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2320,9 +2342,8 @@ def is_cancelled_by_server(error: BaseException) -> bool:
 
     Call it only if `is_late` is not set, because cancel_late cancels the task, too.
 
-    A task's cancelling() counts the calls of its cancel(), less those of uncancel(). If
-    it is 0, the route itself has raised the CancelledError: for example, it awaits a
-    task that was cancelled.
+    If a task's cancelling() is 0, nobody has cancelled it: the route itself has raised
+    the CancelledError, for example because it awaits a task that was cancelled.
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0

@@ -16,8 +16,8 @@ of your own reads like this one; put it under "API routes":
 
 With other settings, `serve(NAME=value)` makes a client of an application of its own. To
 replace a dependency, use `app.dependency_overrides`, as under "Dependencies".
-Tests that need PostgreSQL (a server on which databases may be made) or Redis run where
-TEST_DATABASE_URL and TEST_REDIS_URL are set; elsewhere they are skipped.
+Tests that need PostgreSQL or Redis are skipped, unless TEST_DATABASE_URL (of a server
+on which databases may be made) and TEST_REDIS_URL are set.
 """
 
 import asyncio
@@ -402,7 +402,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "DATABASE_MAX_OVERFLOW": {"": 10, "0": 0},
     "DATABASE_TIMEOUT_SECONDS": {"": 5, "0.5": 0.5},
     "CORS_ORIGINS": {
-        "": [],
+        " ": [],
         '["*"]': ["*"],
         '["HTTPS://A.Example:443", "http://b/"]': ["https://a.example", "http://b"],
         '["http://[::1]:3000", "APP://Host"]\n': ["http://[::1]:3000", "app://host"],
@@ -436,7 +436,7 @@ REFUSED_SETTINGS = {
     "DATABASE_URL": [
         *("hunter2", "mysql://u:hunter2@h", "postgres://u:hunter2@h:x", "sqlite://"),
         *("postgres://u:hunter2@h:65536", "postgres://u:hunter2@h?sslmode=required"),
-        *("postgres://u:p@hunter2@h", "postgres://u:hunter2@h:-1", "sqlite:///x?a=1"),
+        *("postgres://u:p@hunter2@h", "postgres://u:hunter2@h:0", "sqlite:///x?a=1"),
         *("sqlite:///:memory:", "postgres://h?a=1", "postgres://h?connect_timeout=x"),
         *("postgres://u:p@hunter2/x@h/d", "sqlite://./app.db", "sqlite://:hunter2@/x"),
     ],
@@ -449,7 +449,7 @@ REFUSED_SETTINGS = {
     "MAX_BODY_BYTES": ["0"],
     "REQUEST_TIMEOUT_SECONDS": ["0", "inf"],
     "CORS_ORIGINS": [
-        *("https://hunter2.example", '["hunter2.example"]'),
+        *("https://hunter2.example", '["hunter2.example"]', "null", "[" * 999),
         *('["https://hunter2.example/a"]', '["https://hunter2.example?"]'),
         *('["https://hunter2@a.example"]', '["https://*.hunter2.example"]'),
         '["https://hunter2.example", "*"]',
@@ -473,15 +473,14 @@ def test_settings_are_refused(name: str, value: str, environment: Environment) -
 
 
 def test_settings_refused_are_all_named_with_a_reason(environment: Environment) -> None:
-    reasons = "DATABASE_URL: not a PostgreSQL or SQLite.+; LOG_LEVEL: Input should.+"
-    with pytest.raises(SystemExit, match=rf"\Abad settings: {reasons}"):
+    with pytest.raises(SystemExit, match=r"\A.*DATABASE_URL: not .+; LOG_LEVEL: Input"):
         environment(DATABASE_URL="hunter2", LOG_LEVEL="loud")
 
 
-@cases("line, why", {"é": (b"A=\xe9", "in .env"), "x": (b"CORS_ORIGINS=x", "char")})
-def test_settings_file_is_refused(line: bytes, why: str, environment: Any) -> None:
-    Path(".env").write_bytes(line)
-    with pytest.raises(SystemExit, match=rf"\Abad settings: .+: .*{why}"):
+@cases("text, why", {"é": (b"\xe9", "cod"), "'": (b"A='", "line 1"), "": (b"", "Is")})
+def test_settings_file_is_refused(text: bytes, why: str, environment: Any) -> None:
+    Path(".env").write_bytes(text) if text else Path(".env").mkdir()
+    with pytest.raises(SystemExit, match=rf"\Abad settings: .*{why}.*: in \.env\Z"):
         environment()
 
 
@@ -1258,11 +1257,12 @@ async def test_demoted_primary_is_left(noticed_by: str, pg_ada: Client) -> None:
 
 
 OPTIONS = {
+    "client_encoding": "utf8",
     "connect_timeout": "3",
     "keepalives_idle": "60",
     "target_session_attrs": "read-write",
     "options": "-c statement_timeout=2250 -c idle_in_transaction_session_timeout=2500"
-    " -c timezone=UTC",
+    " -c datestyle=ISO -c timezone=UTC",
 }
 OWN = {"application_name": "x", "options": f"{OPTIONS['options']} -c work_mem=8MB"}
 
