@@ -1935,6 +1935,7 @@ class SlidingWindowRateLimiter:
         self.seconds = seconds
         # The same clock in all processes of a machine. Tests replace it.
         self.clock_ns = time.monotonic_ns
+        self.hash_key = secrets.token_hex()
         self.lock_file = open_lock_file()
 
     def hit(self, key: str) -> RateLimitResult:
@@ -1948,9 +1949,10 @@ class SlidingWindowRateLimiter:
             fcntl.lockf(self.lock_file, fcntl.LOCK_UN)
 
     def find_row(self, key: str) -> ctypes.Structure:
-        # Python's hash has a random seed. The workers share it, because they are forked
-        # from one process. Clients do not know it, so they cannot choose a bucket.
-        client_hash = hash(key)
+        # A keyed hash: otherwise, a client could choose addresses of the same bucket, so
+        # that the limiter forgets requests. (Python's hash has a random seed, too, but
+        # not if PYTHONHASHSEED is set. Forked workers have the same seed.)
+        client_hash = hash(self.hash_key + key)
         index = client_hash % len(self.buckets)
         bucket: Iterable[ctypes.Structure] = self.buckets[index]
         for row in bucket:

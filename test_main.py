@@ -285,8 +285,7 @@ SLUGS_TEXT = """400 bad_request 401 unauthorized 403 forbidden 404 not_found
 SLUGS = {int(code): slug for code, slug in re.findall(r"(\d+) (\w+)", SLUGS_TEXT)}
 
 
-def error_of(response: httpx.Response) -> dict[str, Any]:
-    """The body of an error, after a look at its form."""
+def error_of(response: httpx.Response) -> dict[str, Any]:  # after a look at its form
     status = response.status_code
     body: dict[str, Any] = response.json()
     assert list(body) == ["error", "message", "details", "request_id"]
@@ -372,9 +371,7 @@ def test_docstring_names_the_sections_in_their_order() -> None:
 
 
 @pytest.fixture
-def environment(monkeypatch: Patch) -> Environment:
-    """Set variables, besides a SECRET_KEY, and read the settings."""
-
+def environment(monkeypatch: Patch) -> Environment:  # to set it and read settings
     def read_settings(**variables: str) -> main.Settings:
         for variable in {"SECRET_KEY": KEY, **variables}.items():
             monkeypatch.setenv(*variable)
@@ -2091,6 +2088,11 @@ def test_rate_limit_in_a_full_table_evicts_the_client_idle_for_longest() -> None
     assert limiter.hit(second).allowed
 
 
+def test_rate_limit_row_of_a_client_cannot_be_computed() -> None:
+    hashes = {make_limiter(1).find_row("ada").client_hash for _ in range(3)}
+    assert len(hashes) == 3
+
+
 async def test_rate_limit_is_exact_for_thousands_of_clients() -> None:
     rate_limiter = main.RateLimiter(make_settings(RATE_LIMIT_REQUESTS=1))
     addresses = [f"192.0.{n >> 8}.{n & 255}" for n in range(5000)]
@@ -2208,7 +2210,6 @@ async def test_rate_limit_of_logins_refuses_with_numbers_of_its_own() -> None:
 
 @asynccontextmanager
 async def redis_limiter(url: str, name: str = "", limit: int = 3) -> AsyncIterator[Any]:
-    """A `main.RateLimiter` on Redis, by default of a project of its own."""
     names = {"PROJECT_NAME": name or next(PROJECT_NAMES_IN_REDIS), "REDIS_URL": url}
     rate_limiter = main.RateLimiter(make_settings(**names, RATE_LIMIT_REQUESTS=limit))
     try:
@@ -2233,8 +2234,7 @@ async def test_rate_limit_is_shared_through_redis(redis_url: str) -> None:
     assert sorted(remaining) == list(range(30))
 
 
-def make_older(url: str, project: str, seconds: float) -> None:
-    """Let time pass for a project's entries: the clock of Redis cannot be set."""
+def make_older(url: str, project: str, seconds: float) -> None:  # as time does
     with Redis.from_url(url) as redis:
         for key in redis.keys(f"{project}:*"):
             for member, score in redis.zrange(key, 0, -1, withscores=True):
