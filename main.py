@@ -1949,9 +1949,9 @@ class SlidingWindowRateLimiter:
             fcntl.lockf(self.lock_file, fcntl.LOCK_UN)
 
     def find_row(self, key: str) -> ctypes.Structure:
-        # A keyed hash: otherwise, a client could choose addresses of the same bucket, so
-        # that the limiter forgets requests. (Python's hash has a random seed, too, but
-        # not if PYTHONHASHSEED is set. Forked workers have the same seed.)
+        # A keyed hash: otherwise, a client could choose addresses of one bucket, so that
+        # the limiter forgets requests. (Python's hash has a random seed, too, but not if
+        # PYTHONHASHSEED is set. Forked workers have the same seed.)
         client_hash = hash(self.hash_key + key)
         index = client_hash % len(self.buckets)
         bucket: Iterable[ctypes.Structure] = self.buckets[index]
