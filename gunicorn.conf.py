@@ -79,43 +79,43 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        if not self.cycle or self.cycle.response_complete:  # not into a response
+        if not self.cycle or self.cycle.response_complete:  # else: in a pipeline
             self.refuse(408)
 
-    def data_received(self, data: bytes) -> None:  # in place of uvicorn's: see `parse`
+    def data_received(self, data: bytes) -> None:  # uvicorn's stops at an `Upgrade`
         if not self.is_in_body:
             self.header_bytes += len(data)
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # CONNECT is an upgrade also without the header
+            self.refuse(400)  # HttpParserUpgrade comes here for CONNECT only
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
-        """Feed the parser, but ignore `Upgrade`, which Java's HttpClient always offers.
-
-        After headers with `Upgrade`, the parser raises HttpParserUpgrade. Then a new
-        parser gets the same headers without `Upgrade`, and the loop feeds it the rest.
-        """
+        """Feed the parser. It stops after headers with `Upgrade`: then replace it."""
         while data:
             try:
                 return self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
                 data = data[upgrade.args[0] :]  # args[0]: where the rest starts
-            version = self.parser.get_http_version().encode()
-            lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
-            lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
-            self.parser = httptools.HttpRequestParser(self)
-            # The leniency that uvicorn sets in its own parser.
-            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-            self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
+            self.restart_parser_without_upgrade()
+
+    def restart_parser_without_upgrade(self) -> None:
+        """Give the same headers without `Upgrade` to a new parser."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        # The leniency that uvicorn sets in its own parser.
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # It runs already if this is the first request (since the connect), and if
-        # `parse` repeats headers. An earlier request has cancelled it: start it anew.
+        # The timer of the connect still runs, or that of the same headers if `parse`
+        # repeats them. But an earlier request has cancelled its timer: start a new one.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -124,7 +124,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # ends feed_data; no 400 follows the 431
+            raise httptools.HttpParserError  # ends feed_data; refuse(400) does nothing
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         self.is_in_body = True

@@ -115,8 +115,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. The 0 stands for a URL without it: psycopg would check the
-    # variable PGCONNECT_TIMEOUT otherwise, which the service does not use.
+    # Checks connect_timeout. If the URL has none, psycopg would check the variable
+    # PGCONNECT_TIMEOUT, which the service does not use: so give it a 0.
     timeout_from_conninfo({"connect_timeout": 0, **options})
 
 
@@ -198,7 +198,7 @@ def parse_origin(value: str) -> str:
 
 
 def parse_json(value: object) -> object:
-    """Return what the text of a variable stands for. Code may pass the value itself."""
+    """Decode JSON. (Settings(CORS_ORIGINS=[…]) in code passes the list itself.)"""
     return from_json(value) if isinstance(value, str) else value
 
 
@@ -880,8 +880,8 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in driver_arguments.)
         """
         del self.timers[record]
-        # `driver_connection` is None if SQLAlchemy's first statements have failed: it
-        # closes the connection then, without a "checkin", so this timer still ran.
+        # If SQLAlchemy's first statements have failed, it has closed the connection
+        # without a "checkin", so nothing has stopped the timer. Then this is None.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -972,15 +972,14 @@ BEGIN_STATEMENTS = {
 
 
 def begin_transaction(connection: sa.Connection) -> None:
-    """Begin a transaction, on a connection that is in autocommit otherwise.
+    """Begin a transaction. In autocommit, the driver itself never sends a BEGIN.
 
-    commit() and rollback() end it: drivers send COMMIT and ROLLBACK if a transaction is
-    open, also in autocommit. (With DEBUG, SQLAlchemy logs that COMMIT has no effect in
-    autocommit. Here, it has one.)
+    commit() and rollback() end the transaction as usual. (With DEBUG, SQLAlchemy logs
+    that COMMIT has no effect in autocommit. It does have one: to end this BEGIN.)
 
-    SQLAlchemy's own way, execution_options(isolation_level=…), switches autocommit off
-    for each transaction. If a request is cancelled while it is being switched, its
-    connection is lost until the garbage collector runs.
+    Why not execution_options(isolation_level=…), SQLAlchemy's own way? It switches
+    autocommit off for each transaction. If a request is cancelled during the switch,
+    its connection is lost until the garbage collector runs.
     """
     connection.exec_driver_sql(BEGIN_STATEMENTS[connection.dialect.name])
 
@@ -1015,16 +1014,16 @@ class MonitoredBackend:
     After a failure, it is checked every second until it is available again. In normal
     operation, nothing runs in the background. A check calls these methods:
 
-        not yet started  start, then ping
-        in an outage     recover, then ping
-        otherwise        ping
+        not yet prepared  prepare, then ping
+        in an outage      recover, then ping
+        otherwise         ping
     """
 
     name: str
 
     def __init__(self) -> None:
         self.in_outage = False  # True from a failure to the next successful check
-        self.is_started = False  # True after the first success of `start`
+        self.is_prepared = False  # True after the first success of `prepare`
         self.check_task: asyncio.Task[None] | None = None  # the latest check
         self.retry_timer: asyncio.TimerHandle | None = None  # starts the next one
 
@@ -1032,13 +1031,13 @@ class MonitoredBackend:
         """Raise an exception if the backend cannot be used."""
         raise NotImplementedError
 
-    async def start(self) -> None:
+    async def prepare(self) -> None:
         """Prepare the first use."""
         raise NotImplementedError
 
     async def recover(self) -> None:
         """Prepare the use after an outage."""
-        await self.start()
+        await self.prepare()
 
     def start_check(self) -> asyncio.Task[None]:
         """Return the check that is running, or start one."""
@@ -1049,9 +1048,9 @@ class MonitoredBackend:
 
     async def run_check(self) -> None:
         try:
-            if not self.is_started:
-                await self.start()
-                self.is_started = True
+            if not self.is_prepared:
+                await self.prepare()
+                self.is_prepared = True
             elif self.in_outage:
                 await self.recover()
             await self.ping()
@@ -1189,9 +1188,9 @@ class Database(MonitoredBackend):
     def session(self, writes: bool) -> AsyncSession:
         """Return a new session.
 
-        Raises ServiceUnavailableException until `start` has succeeded.
+        Raises ServiceUnavailableException until `prepare` has succeeded.
         """
-        if not self.is_started:
+        if not self.is_prepared:
             raise ServiceUnavailableException("the database is not reachable")
         return AsyncSession(
             self.write_engine if writes else self.read_engine,
@@ -1216,7 +1215,7 @@ class Database(MonitoredBackend):
                 await connection.execute(sa.select(lock))
             await connection.run_sync(Base.metadata.create_all)
 
-    async def start(self) -> None:
+    async def prepare(self) -> None:
         # Open a connection, which takes long, before the first request needs it.
         async with self.read_engine.connect():
             pass
@@ -1233,7 +1232,7 @@ class Database(MonitoredBackend):
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
         # Create tables only in a new database, which has none. In others, a running
-        # migration may be about to create those that are missing. (At `start`, this
+        # migration may be about to create those that are missing. (At `prepare`, this
         # cannot be: migrations run before the service starts.)
         if not await self.table_names():
             await self.create_missing_tables()
@@ -1465,11 +1464,11 @@ PASSWORD_HASHER = PasswordHash([ARGON2ID])
 # and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 HASHES_AT_A_TIME = 2  # to bound the memory
-# The queue of requests that wait for a hash. (An executor does not tell its length.)
+# The queue of requests. It tells its length, and a cancelled request leaves it.
 HASHING_LIMITER = CapacityLimiter(HASHES_AT_A_TIME)
-# Hashes run in threads, beside other Python code, because argon2 releases the GIL. The
-# threads are bounded, too: a request that is cancelled leaves the queue at once, but
-# its hash goes on. (A thread starts at its first hash, so after the fork.)
+# The threads of hashes, which run beside other Python code, because argon2 releases the
+# GIL. They need a bound of their own: the hash of a cancelled request goes on. (They
+# start at the first hash, so after the fork.)
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
 MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or longer
 
@@ -1477,8 +1476,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # No other request can run between this check and joining the queue: `async with`
-    # does not wait before.
+    # `async with` (below) joins the queue before it waits. So between this check and
+    # that moment, no other request can run.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1531,8 +1530,9 @@ def signing_key(settings: Settings) -> dict[str, str]:
     tries to parse it as JSON. For a secret that is JSON, such as a text in quotes, the
     two would use different keys, and no token would be valid.
     """
-    # SECRET_KEY may have bytes that are not UTF-8: in a SecretStr, pydantic does not
-    # check that. Python reads them as surrogates; surrogateescape restores the bytes.
+    # SECRET_KEY may have bytes that are not UTF-8: unlike a str (see ValidText), a
+    # SecretStr may have them. Python reads them as surrogates; surrogateescape restores
+    # the bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
 
@@ -1663,7 +1663,7 @@ async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
 # or when the dependency closes it. No service holds one while a password is hashed,
 # which takes 30 ms.
 
-PageFields = dict[str, Any]  # for the model_validate of UserPage or ItemPage
+PageFields = dict[str, Any]  # of a UserPage or ItemPage, which the route makes of it
 
 
 def make_page(name: str, rows: Rows, limit: int) -> PageFields:
@@ -1826,7 +1826,7 @@ SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 ROWS_IN_BUCKET = 16
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
-REDIS_CONNECT_SECONDS = 1  # for `start`, which opens all connections at once
+REDIS_CONNECT_SECONDS = 1  # for `prepare`, which opens all connections at once
 # If a request waits longer than this for one of the connections, Redis counts as too
 # slow. (In a burst of 3,000 requests, the wait can be 2 s. It is not a part of
 # REQUEST_TIMEOUT_SECONDS, whose timer runs in a later middleware.)
@@ -1949,9 +1949,9 @@ class SlidingWindowRateLimiter:
             fcntl.lockf(self.lock_file, fcntl.LOCK_UN)
 
     def find_row(self, key: str) -> ctypes.Structure:
-        # A keyed hash: otherwise, a client could choose addresses of one bucket, so that
-        # the limiter forgets requests. (Python's hash has a random seed, too, but not if
-        # PYTHONHASHSEED is set. Forked workers have the same seed.)
+        # A keyed hash: otherwise, a client could choose addresses of one bucket, and so
+        # make the limiter forget requests. (Python's own seed is not random if
+        # PYTHONHASHSEED is set. Forked workers have the same seed and key.)
         client_hash = hash(self.hash_key + key)
         index = client_hash % len(self.buckets)
         bucket: Iterable[ctypes.Structure] = self.buckets[index]
@@ -2003,7 +2003,7 @@ class RedisRateLimiter(MonitoredBackend):
         # ping takes no slot, because it must not wait behind requests.
         await self.run_script("ping", limit=1, seconds=1)
 
-    async def start(self) -> None:
+    async def prepare(self) -> None:
         """Open all connections now, so that a burst of requests need not wait."""
         pool = self.client.connection_pool
         # After an outage, `recover` calls this. Idle connections may be dead then, so
@@ -2027,8 +2027,8 @@ class RedisRateLimiter(MonitoredBackend):
             self.client.script_load(REDIS_SCRIPT) for _ in range(REDIS_CONNECTIONS)
         ]
         async with asyncio.timeout(REDIS_CONNECT_SECONDS):
-            # Wait for all, even if one fails. Otherwise, `start` would disconnect while
-            # others are still connecting, and these would stay open.
+            # Wait for all, even if one fails. Otherwise, `prepare` would disconnect
+            # while others are still connecting, and these would stay open.
             results = await asyncio.gather(*commands, return_exceptions=True)
         for result in results:
             if isinstance(result, Exception):
@@ -2342,10 +2342,9 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    Call it only if `is_late` is not set, because cancel_late cancels the task, too.
-
-    If a task's cancelling() is 0, nobody has cancelled it: the route itself has raised
-    the CancelledError, for example because it awaits a task that was cancelled.
+    Two others can raise CancelledError: cancel_late, which sets `is_late` (do not call
+    this function then), and the route itself, for example because it awaits a task that
+    was cancelled. In that case, nobody has cancelled this task: its cancelling() is 0.
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2535,7 +2534,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app's own setting does not reach routes that it takes as `routes=`.)
+    # (create_app has this setting, too, but not for these routes: see its `routes=`.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")

@@ -858,7 +858,7 @@ class DatabaseOfTest(main.MonitoredBackend):  # away, unless the test says other
     is_away = True
     checks = 0
 
-    async def start(self) -> None: ...
+    async def prepare(self) -> None: ...
 
     async def ping(self) -> None:
         self.checks += 1
