@@ -35,6 +35,7 @@ import logging
 import math
 import mmap
 import os
+import pathlib
 import re
 import secrets
 import select
@@ -199,7 +200,10 @@ def parse_origin(value: str) -> str:
 
 def parse_json(value: object) -> object:
     """Decode JSON. (Settings(CORS_ORIGINS=[…]) in code passes the list itself.)"""
-    return from_json(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        # Encoded, because from_json raises TypeError for a str with a surrogate.
+        return from_json(value.encode(errors="surrogateescape"))
+    return value
 
 
 # Without NoDecode, pydantic-settings would decode a text as JSON before Settings sees
@@ -306,7 +310,9 @@ SECRETS_FOLDER = "/run/secrets"  # a file for each variable
 
 
 def check_env_file() -> None:
-    """Raise ValueError for a line that pydantic-settings would leave out."""
+    """Raise ValueError for a line that cannot be parsed: python-dotenv only warns."""
+    if pathlib.Path(ENV_FILE).is_fifo():  # it can be read only once, by Settings
+        return
     with suppress(FileNotFoundError), open(ENV_FILE, encoding="utf-8") as file:
         for binding in parse_stream(file):
             if binding.error:
@@ -1135,12 +1141,13 @@ class Database(MonitoredBackend):
         # The server ends the transaction of a lost worker, which frees its locks.
         idle_timeout = f"-c idle_in_transaction_session_timeout={milliseconds}"
         # psycopg reads times only in ISO format, and those close to datetime.min and
-        # .max only in UTC. (A field of yours may have such a time.)
+        # .max only in UTC. (A field of yours may have such a time. The variables
+        # PGDATESTYLE and PGTZ of libpq would override these options: do not set them.)
         time_format = "-c datestyle=ISO -c timezone=UTC"
         defaults = f"{statement_timeout} {idle_timeout} {time_format}"
         return {
             "application_name": self.settings.PROJECT_NAME,
-            "client_encoding": "utf8",  # whatever the database's own encoding is
+            "client_encoding": "utf8",  # libpq has another default in some databases
             "connect_timeout": str(seconds),
             "keepalives_idle": "60",  # NAT routers drop what is idle for minutes
             "target_session_attrs": "read-write",  # never connect to a replica
@@ -1828,8 +1835,8 @@ NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `prepare`, which opens all connections at once
 # If a request waits longer than this for one of the connections, Redis counts as too
-# slow. (In a burst of 3,000 requests, the wait can be 2 s. It is not a part of
-# REQUEST_TIMEOUT_SECONDS, whose timer runs in a later middleware.)
+# slow. (In a burst of 3,000 requests, the wait can be 2 s. In RateLimitMiddleware, it
+# is not a part of REQUEST_TIMEOUT_SECONDS, whose timer runs in a later middleware.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.

@@ -446,7 +446,7 @@ REFUSED_SETTINGS = {
     "MAX_BODY_BYTES": ["0"],
     "REQUEST_TIMEOUT_SECONDS": ["0", "inf"],
     "CORS_ORIGINS": [
-        *("https://hunter2.example", '["hunter2.example"]', "null", "[" * 999),
+        *("https://hunter2.example", '["hunter2.example"]', "\udce9", "[" * 999),
         *('["https://hunter2.example/a"]', '["https://hunter2.example?"]'),
         *('["https://hunter2@a.example"]', '["https://*.hunter2.example"]'),
         '["https://hunter2.example", "*"]',
