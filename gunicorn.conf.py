@@ -52,8 +52,7 @@ timeout = graceful_timeout + 30  # a worker sends no heartbeats during a shutdow
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
 control_socket_disable = True  # the socket of `gunicornc` needs a writable home
-# Workers write heartbeats to a file here: in memory, because a disk can be slow.
-worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heartbeats
 
 
 def on_starting(server: Any) -> None:  # before the workers are forked
@@ -79,7 +78,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        if not self.cycle or self.cycle.response_complete:  # else: in a pipeline
+        # Not while the response to an earlier request of a pipeline is sent.
+        if not self.cycle or self.cycle.response_complete:
             self.refuse(408)
 
     def data_received(self, data: bytes) -> None:  # uvicorn's stops at an `Upgrade`
@@ -107,15 +107,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
         self.parser = httptools.HttpRequestParser(self)
-        # The leniency that uvicorn sets in its own parser.
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # uvicorn's
         self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # The timer of the connect still runs, or that of the same headers if `parse`
-        # repeats them. But an earlier request has cancelled its timer: start a new one.
+        # A timer that still runs is for this request: it was started at the connect, or
+        # `parse` repeats the headers. A cancelled one was for an earlier request.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -124,19 +123,20 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # ends feed_data; refuse(400) does nothing
+            # This ends feed_data. The refuse(400) in data_received will do nothing.
+            raise httptools.HttpParserError
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # again: an earlier response may start it
+        self._unset_keepalive_if_required()  # again: a response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
         self.headers = []  # a new list: uvicorn would add trailers to the scope's
 
     def on_message_complete(self) -> None:
-        if not self.parser.should_upgrade():  # else wait for the new parser's call
+        if not self.parser.should_upgrade():  # else the new parser calls this again
             super().on_message_complete()
             self.is_in_body = False
 
@@ -162,8 +162,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # Put back gunicorn's handler, which UvicornWorker has removed: uvicorn raises
-        # SIGTERM again after its shutdown, and then this handler exits with 0.
+        # uvicorn shuts down at SIGTERM, and raises it again for the handler before its
+        # own. Put back gunicorn's, which exits with 0: UvicornWorker has removed it.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 

@@ -116,8 +116,9 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. If the URL has none, psycopg would check the variable
-    # PGCONNECT_TIMEOUT, which the service does not use: so give it a 0.
+    # Checks connect_timeout. If the URL has none, give it a 0. Otherwise, psycopg would
+    # check the variable PGCONNECT_TIMEOUT, which does not count: postgresql_parameters
+    # always sets a connect_timeout.
     timeout_from_conninfo({"connect_timeout": 0, **options})
 
 
@@ -201,7 +202,8 @@ def parse_origin(value: str) -> str:
 def parse_json(value: object) -> object:
     """Decode JSON. (Settings(CORS_ORIGINS=[…]) in code passes the list itself.)"""
     if isinstance(value, str):
-        # Encoded, because from_json raises TypeError for a str with a surrogate.
+        # For bytes that are not UTF-8, from_json raises ValueError, which pydantic
+        # reports. For the same as a str, with surrogates, it would raise TypeError.
         return from_json(value.encode(errors="surrogateescape"))
     return value
 
@@ -311,7 +313,9 @@ SECRETS_FOLDER = "/run/secrets"  # a file for each variable
 
 def check_env_file() -> None:
     """Raise ValueError for a line that cannot be parsed: python-dotenv only warns."""
-    if pathlib.Path(ENV_FILE).is_fifo():  # it can be read only once, by Settings
+    # Some password managers provide .env as a FIFO, which can be read only once: leave
+    # it to Settings.
+    if pathlib.Path(ENV_FILE).is_fifo():
         return
     with suppress(FileNotFoundError), open(ENV_FILE, encoding="utf-8") as file:
         for binding in parse_stream(file):
@@ -415,8 +419,8 @@ class JsonFormatter(logging.Formatter):
     def format_slowly(self, fields: dict[str, object]) -> str:
         """Write what to_json refuses, such as invalid Unicode.
 
-        If json.dumps fails, too (for a cycle, or for a NaN beside invalid Unicode),
-        write each value as text.
+        json.dumps accepts that, but refuses a NaN or a cycle. Then write each value as
+        text.
         """
         try:
             return json.dumps(fields, default=str, allow_nan=False)
@@ -585,6 +589,11 @@ class UsernameTakenException(AppException):
     message = "This username is taken."
 
 
+class InvalidRequestException(AppException):
+    status_code = 422
+    message = "The request is not valid."
+
+
 class RateLimitedException(AppException):
     status_code = 429
     message = "Too many requests; try again later."
@@ -656,8 +665,8 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # The 405 of a mounted StaticFiles comes here, too, with the Mount's path as a part
-    # of root_path. Restore root_path, or none of our routes would match.
+    # A Mount adds its path to root_path. So if a mounted StaticFiles raises the 405,
+    # our routes match only with the original root_path.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -693,9 +702,7 @@ async def validation_exception_handler(
     request: Request, exc: RequestValidationError
 ) -> Response:
     """Turn a validation error into a 422. No value is echoed: it can be a password."""
-    error = AppException()
-    error.status_code = 422
-    error.message = "The request is not valid."
+    error = InvalidRequestException()
     error.details = [
         {"field": ".".join(map(str, e["loc"])), "message": e["msg"], "type": e["type"]}
         for e in exc.errors()
@@ -886,8 +893,8 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in driver_arguments.)
         """
         del self.timers[record]
-        # If SQLAlchemy's first statements have failed, it has closed the connection
-        # without a "checkin", so nothing has stopped the timer. Then this is None.
+        # None if SQLAlchemy has closed the connection without a "checkin", as it does
+        # if its first statements fail: then nothing has stopped the timer.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -1307,7 +1314,8 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     # (sqlite3), or a text that is too long for its index (psycopg).
     if isinstance(error.orig, psycopg.Error):
         return not is_postgresql_bug(error.orig, error.statement)
-    return not is_sqlite_bug(error.orig)  # an error of neither driver is a bug
+    # An error of neither driver has no sqlite_errorname, so it counts as a bug, too.
+    return not is_sqlite_bug(error.orig)
 
 
 async def database_exception_handler(
@@ -1471,11 +1479,12 @@ PASSWORD_HASHER = PasswordHash([ARGON2ID])
 # and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 HASHES_AT_A_TIME = 2  # to bound the memory
-# The queue of requests. It tells its length, and a cancelled request leaves it.
+# The limiter is the queue of requests: it tells its length, and a cancelled request
+# leaves it. The executor bounds the threads: the hash of a cancelled request goes on,
+# although the limiter lets in the next request.
 HASHING_LIMITER = CapacityLimiter(HASHES_AT_A_TIME)
-# The threads of hashes, which run beside other Python code, because argon2 releases the
-# GIL. They need a bound of their own: the hash of a cancelled request goes on. (They
-# start at the first hash, so after the fork.)
+# The threads run beside other Python code, because argon2 releases the GIL. They start
+# at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
 MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or longer
 
@@ -1483,8 +1492,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # `async with` (below) joins the queue before it waits. So between this check and
-    # that moment, no other request can run.
+    # No other request can come between this check and joining the queue, because
+    # `async with` waits only after that.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1620,9 +1629,10 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
 
 
 async def update_user(db: AsyncSession, user: User, **changes: object) -> bool:
-    """Return False if the user's tokens have been revoked since `user` was read.
+    """Update the user, unless its token_version has changed since `user` was read.
 
-    A password change revokes them, so one of two simultaneous changes fails.
+    Return whether it was updated. A password change raises the version, so one of two
+    simultaneous changes fails.
     """
     condition = (User.id == user.id) & (User.token_version == user.token_version)
     query = sa.update(User).where(condition).values(**changes)
@@ -1670,7 +1680,7 @@ async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
 # or when the dependency closes it. No service holds one while a password is hashed,
 # which takes 30 ms.
 
-PageFields = dict[str, Any]  # of a UserPage or ItemPage, which the route makes of it
+PageFields = dict[str, Any]  # from which a route makes a UserPage or ItemPage
 
 
 def make_page(name: str, rows: Rows, limit: int) -> PageFields:
@@ -1834,9 +1844,9 @@ ROWS_IN_BUCKET = 16
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `prepare`, which opens all connections at once
-# If a request waits longer than this for one of the connections, Redis counts as too
-# slow. (In a burst of 3,000 requests, the wait can be 2 s. In RateLimitMiddleware, it
-# is not a part of REQUEST_TIMEOUT_SECONDS, whose timer runs in a later middleware.)
+# The longest wait for one of the connections: after it, Redis counts as too slow. (In a
+# burst of 3,000 requests, 2 s are normal. REQUEST_TIMEOUT_SECONDS does not cover the
+# wait in RateLimitMiddleware: LimitsAndErrorsMiddleware starts its timer later.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -1957,8 +1967,8 @@ class SlidingWindowRateLimiter:
 
     def find_row(self, key: str) -> ctypes.Structure:
         # A keyed hash: otherwise, a client could choose addresses of one bucket, and so
-        # make the limiter forget requests. (Python's own seed is not random if
-        # PYTHONHASHSEED is set. Forked workers have the same seed and key.)
+        # make the limiter forget requests. (Python's own seed does not suffice, because
+        # PYTHONHASHSEED can fix it. Forked workers have the same seed and key.)
         client_hash = hash(self.hash_key + key)
         index = client_hash % len(self.buckets)
         bucket: Iterable[ctypes.Structure] = self.buckets[index]
@@ -2130,7 +2140,7 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context § 3.2. The version "ff" and ids of zeros are invalid.
 TRACEPARENT_PATTERN = re.compile(
-    rb"(?!ff)(?!00.{54})[\da-f]{2}"  # version; if it is 00, 55 characters in all
+    rb"(?:00(?=.{53}$)|(?!00|ff)[\da-f]{2})"  # version; 53 characters follow on 00
     rb"-(?!0+-)([\da-f]{32})"  # trace_id
     rb"-(?!0+-)[\da-f]{16}"  # parent_id
     rb"-[\da-f]{2}(-.*)?"  # flags; later versions may append parts
@@ -2238,9 +2248,9 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # uvicorn takes `address` from this header only if it trusts the peer. So if
-            # the header does not contain it, the peer is not trusted. (Look in the
-            # text, because an entry can be "address:port". There can be many headers.)
+            # If uvicorn trusts the peer, `address` is an entry of this header. If it is
+            # none of its entries, uvicorn has ignored the header. (Search the text,
+            # because an entry can be "address:port". There can be several headers.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2349,9 +2359,11 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    Two others can raise CancelledError: cancel_late, which sets `is_late` (do not call
-    this function then), and the route itself, for example because it awaits a task that
-    was cancelled. In that case, nobody has cancelled this task: its cancelling() is 0.
+    A CancelledError has one of three causes:
+
+        uvicorn      the task's cancelling() is over 0
+        cancel_late  the same, so look at `is_late` before calling this function
+        the route    cancelling() is 0; for example, it awaits a task that was cancelled
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2410,7 +2422,8 @@ class LimitsAndErrorsMiddleware:
     async def answer_error(self, request: Request, error: BaseException) -> Response:
         """Return the response to an error, and set `reason` or `exception` for the log.
 
-        Nobody receives the 400 of a client that has disconnected: it is for the log.
+        If the client has disconnected, nobody receives the response, but the log line
+        needs a status: 400.
         """
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
             if "status_code" in request.scope["state"]:  # a response is incomplete
@@ -2541,7 +2554,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app has this setting, too, but not for these routes: see its `routes=`.)
+    # (create_app's setting does not reach these routes: they are passed as `routes=`.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
