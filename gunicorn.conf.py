@@ -69,7 +69,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     is_in_body = False  # True between the end of the headers and the end of the body
     header_bytes = 0  # received since the last complete headers; can include some body
-    is_stopping = False  # True when the worker ends
+    is_last_request = False  # True if the connection is to be closed after it
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -78,8 +78,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        # Not while the response to an earlier request of a pipeline is sent.
-        if not self.cycle or self.cycle.response_complete:
+        if not self.cycle or self.cycle.response_complete:  # else: in a pipeline
             self.refuse(408)
 
     def data_received(self, data: bytes) -> None:  # uvicorn's stops at an `Upgrade`
@@ -113,8 +112,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # A timer that still runs is for this request: it was started at the connect, or
-        # `parse` repeats the headers. A cancelled one was for an earlier request.
+        # Not if it still runs, since the connect, or because `parse` repeats headers.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -123,8 +121,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            # This ends feed_data. The refuse(400) in data_received will do nothing.
-            raise httptools.HttpParserError
+            raise httptools.HttpParserError  # ends feed_data; refuse(400) does nothing
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         self.is_in_body = True
@@ -132,13 +129,18 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # again: a response may have started it
         super().on_headers_complete()
-        self.cycle.keep_alive = self.cycle.keep_alive and not self.is_stopping
+        self.is_last_request = self.is_last_request or not self.cycle.keep_alive
+        self.cycle.keep_alive = not self.expect_100_continue  # until the body is here
         self.headers = []  # a new list: uvicorn would add trailers to the scope's
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else the new parser calls this again
             super().on_message_complete()
             self.is_in_body = False
+            self.cycle.keep_alive = not self.is_last_request
+            # Not before: a close before the end of a body could discard an early 413.
+            if self.is_last_request and self.cycle.response_complete:
+                self.transport.close()
 
     def refuse(self, status: int) -> None:
         if not self.transport.is_closing():  # no other refusal has been sent
@@ -148,7 +150,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def shutdown(self) -> None:
-        self.is_stopping = True
+        self.is_last_request = True
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         self.loop.call_later(0.5, super().shutdown)  # requests may be on their way
@@ -162,13 +164,11 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn shuts down at SIGTERM, and raises it again for the handler before its
-        # own. Put back gunicorn's, which exits with 0: UvicornWorker has removed it.
+        # uvicorn raises SIGTERM again at its end: put back gunicorn's handler (exit 0).
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:
-        # UvicornWorker calls it at SIGQUIT, which gunicorn sends to it at Ctrl+C.
+    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, as gunicorn's at Ctrl+C
         signal.raise_signal(signal.SIGTERM)  # then uvicorn finishes the requests
 
     async def callback_notify(self) -> None:

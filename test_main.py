@@ -917,8 +917,7 @@ async def test_pool_is_first_come_first_served() -> None:
 
 async def status_after(
     seconds: float, request: Awaitable[httpx.Response], is_waiting: Any = lambda: True
-) -> int:
-    """The status of a request that waits for the database as long as that."""
+) -> int:  # the status of a request that waits for the database as long as that
     task = asyncio.ensure_future(request)
     await let_others_run()
     await eventually(is_waiting, "the request waits")
@@ -1388,8 +1387,7 @@ def openapi_document() -> dict[str, Any]:
     return built_app().openapi()
 
 
-def operations() -> dict[str, dict[str, Any]]:
-    """What the OpenAPI document says of "GET /api/v1/items" and all others."""
+def operations() -> dict[str, dict[str, Any]]:  # by "GET /api/v1/items" and the like
     return {
         f"{method.upper()} {path}": operation
         for path, methods in openapi_document()["paths"].items()
@@ -1690,8 +1688,7 @@ async def test_hashing_queue_over_100_is_503(call: Call, ada: Client) -> None:
 CLAIMS = {"sub": "1", "iat": 1, "exp": 2**40, "version": 0}
 
 
-def token_of(*left_out: str, **changes: Any) -> str:
-    """Signed as the service does, with other claims."""
+def token_of(*left_out: str, **changes: Any) -> str:  # with other claims
     claims = {k: v for k, v in (CLAIMS | changes).items() if k not in left_out}
     return jwt.encode(claims, KEY, "HS256")
 
@@ -1700,8 +1697,7 @@ def segment(content: bytes) -> str:
     return base64.urlsafe_b64encode(content).rstrip(b"=").decode()
 
 
-def signed(header: bytes, claims: bytes) -> str:
-    """A token with a good signature, of claims that no library would write."""
+def signed(header: bytes, claims: bytes) -> str:  # also what no library would write
     text = f"{segment(header)}.{segment(claims)}"
     return f"{text}.{segment(hmac.digest(KEY.encode(), text.encode(), 'sha256'))}"
 
@@ -2030,8 +2026,7 @@ class Clock:  # which the test sets, in nanoseconds
 
 def make_limiter(
     limit: int, clock: Clock | None = None, table_bytes: int = 2**20
-) -> main.SlidingWindowRateLimiter:
-    """A limiter in memory, with a window of 60 s."""
+) -> main.SlidingWindowRateLimiter:  # with a window of 60 s
     limiter = main.SlidingWindowRateLimiter(limit, 60, table_bytes)
     limiter.clock_ns = clock or Clock()
     return limiter
@@ -2192,8 +2187,7 @@ def set_clock(app: FastAPI) -> Clock:
     return clock
 
 
-def rate_limit(response: httpx.Response) -> tuple[str | None, ...]:
-    """The four headers in which a response tells a limit."""
+def rate_limit(response: httpx.Response) -> tuple[str | None, ...]:  # four headers
     return tuple(map(response.headers.get, (*RATE_LIMIT_HEADERS, "Retry-After")))
 
 
@@ -2442,8 +2436,7 @@ class Answer(NamedTuple):
 
 
 @pytest.fixture(params=KINDS.values(), ids=[*KINDS])
-async def answer(request: pytest.FixtureRequest, log: Log) -> Answer:
-    """What a client over https, from an origin that is allowed, gets; each kind."""
+async def answer(request: pytest.FixtureRequest, log: Log) -> Answer:  # to each kind
     kind: Kind = request.param
     async with Client(odd_app(0.1 if kind.status == 504 else 30)) as client:
         client.headers.update({"Origin": ORIGIN, "X-Request-ID": "mine.1_a-Z"})
@@ -2531,8 +2524,7 @@ async def test_request_id_is_taken_over_if_it_is_short_and_plain(guest: Client) 
     assert taken == good
 
 
-async def send_raw(app: Any, path: str, **changes: Any) -> list[Message]:
-    """Send a GET below httpx; returns the messages of the response."""
+async def send_raw(app: Any, path: str, **changes: Any) -> list[Message]:  # by ASGI
     scope: dict[str, Any] = {"type": "http", "method": "GET", "scheme": "http"}
     scope |= {"headers": [], "query_string": b"", "client": (next(ADDRESSES), 5)}
     scope |= {"path": path, "asgi": {"spec_version": "2.4"}, **changes}
@@ -3188,9 +3180,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     await JSONResponse(fields)(scope, receive, send)
 
 
-class Connection:
-    """A client's end of a real connection to a LimitedHttpProtocol."""
-
+class Connection:  # a client's end of a real connection to a LimitedHttpProtocol
     def __init__(self, client: socket.socket) -> None:
         client.setblocking(False)
         self.client = client
@@ -3201,8 +3191,7 @@ class Connection:
         self.state.default_headers = [(b"date", b"today")]
         self.protocol = load_config().LimitedHttpProtocol(config, self.state, {})
 
-    async def forward(self, seconds: float) -> None:
-        """Let time pass, and take all that the server sends."""
+    async def forward(self, seconds: float) -> None:  # and take what the server sends
         skip_time(seconds)
         await let_others_run()
         with suppress(BlockingIOError):
@@ -3308,6 +3297,7 @@ async def test_timeout_is_off_during_a_slow_request(connection: Connection) -> N
         "body later": [UPGRADE + SIZE_5, b"hello"],
         "in parts": [UPGRADE[:50], UPGRADE[50:], SIZE_5 + b"he", b"llo"],
         "chunked": [UPGRADE + CHUNKED + b"5\r\nhello", b"\r\n0\r\n\r\n"],
+        "and expect": [UPGRADE + b"expect: 100-continue\r\n" + SIZE_5, b"hello"],
         "websocket": [UPGRADE.replace(b"h2c", b"websocket") + SIZE_5, b"hello"],
     },
 )
@@ -3332,6 +3322,18 @@ LAST_HEADS = {
 @cases("last", LAST_HEADS)
 async def test_last_request_is_answered(last: bytes, connection: Connection) -> None:
     await connection.send(last + GET)
+    assert (connection.statuses(), connection.is_open) == ([200], False)
+
+
+async def test_early_answer_to_an_expected_body_is_the_last(connection: Any) -> None:
+    await connection.send(EARLY.replace(b"host", b"expect: 100-continue\r\nhost"))
+    assert (connection.statuses(), connection.is_open) == ([200], False)
+
+
+async def test_early_answer_is_not_lost_if_the_body_is_late(connection: Any) -> None:
+    await connection.send(EARLY.replace(b"host", b"connection: close\r\nhost"), b"he")
+    assert (connection.statuses(), connection.is_open) == ([200], True)
+    await connection.send(b"llo" + GET)
     assert (connection.statuses(), connection.is_open) == ([200], False)
 
 
@@ -3387,9 +3389,7 @@ READY = "Application startup complete."
 HOST = "[::ffff:127.0.0.1]" if socket.has_dualstack_ipv6() else "127.0.0.1"
 
 
-class Service:
-    """gunicorn, started without an argument. Its clients look like ::ffff:127.0.0.1."""
-
+class Service:  # gunicorn alone; its clients look like ::ffff:127.0.0.1
     def __init__(self, folder: Path, **variables: str) -> None:
         for name in ("main.py", "gunicorn.conf.py"):
             (folder / name).symlink_to(ROOT / name)
