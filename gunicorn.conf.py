@@ -56,7 +56,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heart
 
 
 def on_starting(server: Any) -> None:  # before the workers are forked
-    if not main.logger.hasHandlers():  # if wsgi_app is "main:create_app()"
+    if not main.logger.hasHandlers():  # only main:app has set up logging
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -78,7 +78,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        if not self.cycle or self.cycle.response_complete:  # else: in a pipeline
+        if not self.cycle or self.cycle.response_complete:  # it must not cut a response
             self.refuse(408)
 
     def data_received(self, data: bytes) -> None:  # uvicorn's stops at an `Upgrade`
@@ -87,7 +87,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade comes here for CONNECT only
+            self.refuse(400)  # HttpParserUpgrade: the new parser stops at CONNECT, too
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -101,7 +101,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.restart_parser_without_upgrade()
 
     def restart_parser_without_upgrade(self) -> None:
-        """Give the same headers without `Upgrade` to a new parser."""
+        """Give the same headers without `Upgrade` to a new parser, which calls on_…"""
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
@@ -112,7 +112,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # Not if it still runs, since the connect, or because `parse` repeats headers.
+        # The timer runs already for a first request, or if `parse` repeats the headers.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -121,16 +121,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # ends feed_data; refuse(400) does nothing
+            raise httptools.HttpParserError  # data_received: refuse(400) does nothing
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # again: a response may have started it
+        self._unset_keepalive_if_required()  # a response before it may have ended
         super().on_headers_complete()
         self.is_last_request = self.is_last_request or not self.cycle.keep_alive
-        self.cycle.keep_alive = not self.expect_100_continue  # until the body is here
+        # With False, uvicorn closes after the response: lost if a body still arrives.
+        self.cycle.keep_alive = not self.expect_100_continue  # such a client sends none
         self.headers = []  # a new list: uvicorn would add trailers to the scope's
 
     def on_message_complete(self) -> None:
@@ -138,7 +139,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             super().on_message_complete()
             self.is_in_body = False
             self.cycle.keep_alive = not self.is_last_request
-            # Not before: a close before the end of a body could discard an early 413.
             if self.is_last_request and self.cycle.response_complete:
                 self.transport.close()
 
@@ -164,11 +164,11 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn raises SIGTERM again at its end: put back gunicorn's handler (exit 0).
+        # uvicorn raises SIGTERM again at its end. gunicorn's handler then exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, as gunicorn's at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn sends it at Ctrl+C
         signal.raise_signal(signal.SIGTERM)  # then uvicorn finishes the requests
 
     async def callback_notify(self) -> None:

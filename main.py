@@ -116,9 +116,9 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. If the URL has none, give it a 0. Otherwise, psycopg would
-    # check the variable PGCONNECT_TIMEOUT, which does not count: postgresql_parameters
-    # always sets a connect_timeout.
+    # Checks connect_timeout. Without the 0, a URL that has none would make psycopg
+    # check the variable PGCONNECT_TIMEOUT. But that is never used, because
+    # postgresql_parameters always sets a connect_timeout.
     timeout_from_conninfo({"connect_timeout": 0, **options})
 
 
@@ -665,8 +665,8 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # A Mount adds its path to root_path. So if a mounted StaticFiles raises the 405,
-    # our routes match only with the original root_path.
+    # If a mounted application, such as StaticFiles, has raised the 405, its Mount has
+    # lengthened root_path. With that, none of our routes would match: restore it.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -893,8 +893,8 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in driver_arguments.)
         """
         del self.timers[record]
-        # None if SQLAlchemy has closed the connection without a "checkin", as it does
-        # if its first statements fail: then nothing has stopped the timer.
+        # driver_connection is None if SQLAlchemy has closed the connection without a
+        # "checkin", as it does if its first statements fail.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -1314,7 +1314,6 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     # (sqlite3), or a text that is too long for its index (psycopg).
     if isinstance(error.orig, psycopg.Error):
         return not is_postgresql_bug(error.orig, error.statement)
-    # An error of neither driver has no sqlite_errorname, so it counts as a bug, too.
     return not is_sqlite_bug(error.orig)
 
 
@@ -1479,9 +1478,9 @@ PASSWORD_HASHER = PasswordHash([ARGON2ID])
 # and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 HASHES_AT_A_TIME = 2  # to bound the memory
-# The limiter is the queue of requests: it tells its length, and a cancelled request
-# leaves it. The executor bounds the threads: the hash of a cancelled request goes on,
-# although the limiter lets in the next request.
+# Two bounds are needed. Requests queue at the limiter: it tells its length, and a
+# cancelled request leaves it. But the hash of that request goes on in its thread, so
+# the executor bounds the threads.
 HASHING_LIMITER = CapacityLimiter(HASHES_AT_A_TIME)
 # The threads run beside other Python code, because argon2 releases the GIL. They start
 # at the first hash, so after the fork.
@@ -1844,9 +1843,9 @@ ROWS_IN_BUCKET = 16
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `prepare`, which opens all connections at once
-# The longest wait for one of the connections: after it, Redis counts as too slow. (In a
-# burst of 3,000 requests, 2 s are normal. REQUEST_TIMEOUT_SECONDS does not cover the
-# wait in RateLimitMiddleware: LimitsAndErrorsMiddleware starts its timer later.)
+# How long a request waits for one of a worker's connections. After that, Redis counts
+# as too slow. (In a burst of 3,000 requests, 2 s are normal.) Nothing else limits this
+# wait in RateLimitMiddleware: LimitsAndErrorsMiddleware starts its timer later.
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -2140,9 +2139,9 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context § 3.2. The version "ff" and ids of zeros are invalid.
 TRACEPARENT_PATTERN = re.compile(
-    rb"(?:00(?=.{53}$)|(?!00|ff)[\da-f]{2})"  # version; 53 characters follow on 00
-    rb"-(?!0+-)([\da-f]{32})"  # trace_id
-    rb"-(?!0+-)[\da-f]{16}"  # parent_id
+    rb"(?:00(?=.{53}$)|(?!00|ff)[\da-f]{2})"  # version; 00 has 53 more characters
+    rb"-(?!0+-)([\da-f]{32})"  # trace_id, not all zeros
+    rb"-(?!0+-)[\da-f]{16}"  # parent_id, not all zeros
     rb"-[\da-f]{2}(-.*)?"  # flags; later versions may append parts
 )
 # Starlette needs 0.1 s to parse a Content-Type of 60,000 semicolons.
