@@ -56,7 +56,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heart
 
 
 def on_starting(server: Any) -> None:  # before the workers are forked
-    if not main.logger.hasHandlers():  # only main:app has set up logging
+    if not main.logger.hasHandlers():  # create_app alone sets up no logging
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -78,7 +78,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        if not self.cycle or self.cycle.response_complete:  # it must not cut a response
+        if not self.cycle or self.cycle.response_complete:  # not during a response
             self.refuse(408)
 
     def data_received(self, data: bytes) -> None:  # uvicorn's stops at an `Upgrade`
@@ -87,7 +87,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: the new parser stops at CONNECT, too
+            self.refuse(400)  # CONNECT raises HttpParserUpgrade in the new parser, too
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -127,7 +127,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # a response before it may have ended
+        self._unset_keepalive_if_required()  # a response may have ended meanwhile
         super().on_headers_complete()
         self.is_last_request = self.is_last_request or not self.cycle.keep_alive
         # With False, uvicorn closes after the response: lost if a body still arrives.

@@ -116,9 +116,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. Without the 0, a URL that has none would make psycopg
-    # check the variable PGCONNECT_TIMEOUT. But that is never used, because
-    # postgresql_parameters always sets a connect_timeout.
+    # Checks connect_timeout. The 0 is a default: it keeps psycopg from checking the
+    # variable PGCONNECT_TIMEOUT, which the service never uses.
     timeout_from_conninfo({"connect_timeout": 0, **options})
 
 
@@ -202,8 +201,8 @@ def parse_origin(value: str) -> str:
 def parse_json(value: object) -> object:
     """Decode JSON. (Settings(CORS_ORIGINS=[…]) in code passes the list itself.)"""
     if isinstance(value, str):
-        # For bytes that are not UTF-8, from_json raises ValueError, which pydantic
-        # reports. For the same as a str, with surrogates, it would raise TypeError.
+        # Pass bytes: if they are not UTF-8, from_json raises ValueError, which pydantic
+        # reports. For a str with surrogates, it would raise TypeError.
         return from_json(value.encode(errors="surrogateescape"))
     return value
 
@@ -562,7 +561,7 @@ class UnauthorizedException(AppException):
     status_code = 401
     message = "The access token is not valid."
     # RFC 6750 § 3.1 has this one code for every invalid token.
-    # (RUF012 wants a ClassVar, but RateLimitedException sets it on the instance.)
+    # (Not a ClassVar, which RUF012 wants: RateLimitedException sets it per instance.)
     headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
 
@@ -665,8 +664,8 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # If a mounted application, such as StaticFiles, has raised the 405, its Mount has
-    # lengthened root_path. With that, none of our routes would match: restore it.
+    # A Mount appends its path to root_path. Restore it: otherwise, the 405 of a mounted
+    # application, such as StaticFiles, would find none of our routes.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -987,8 +986,9 @@ BEGIN_STATEMENTS = {
 def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction. In autocommit, the driver itself never sends a BEGIN.
 
-    commit() and rollback() end the transaction as usual. (With DEBUG, SQLAlchemy logs
-    that COMMIT has no effect in autocommit. It does have one: to end this BEGIN.)
+    commit() and rollback() end the transaction: drivers send COMMIT and ROLLBACK if
+    they see that one is open. (With DEBUG, SQLAlchemy logs that COMMIT has no effect in
+    autocommit. Here, it has one.)
 
     Why not execution_options(isolation_level=…), SQLAlchemy's own way? It switches
     autocommit off for each transaction. If a request is cancelled during the switch,
@@ -1000,7 +1000,8 @@ def begin_transaction(connection: sa.Connection) -> None:
 class ReadOnlySession(Session):
     """Refuses to write: in autocommit, a write could not be rolled back.
 
-    A write in sa.text(), in a CTE, or through `await db.connection()` is not noticed.
+    It cannot detect a write in sa.text(), in a CTE, or through `await db.connection()`:
+    such a write takes effect at once.
     """
 
 
@@ -1284,8 +1285,8 @@ OUTAGE_STATES = (
 def is_sqlite_bug(error: BaseException | None) -> bool:
     """Return True if the SQL is wrong, or a stored value is invalid."""
     # Names that begin with SQLITE_ERROR mean wrong SQL, and SQLITE_SCHEMA that a table
-    # was changed meanwhile. Without a name, the error is Python's, not SQLite's: for
-    # example, a stored text is not UTF-8.
+    # was changed, so that the SQL no longer fits. Without a name, the error is not
+    # SQLite's, but Python's: for example, a stored text is not UTF-8.
     name: str = getattr(error, "sqlite_errorname", "")
     return not name or name.startswith(("SQLITE_ERROR", "SQLITE_SCHEMA"))
 
@@ -1478,9 +1479,8 @@ PASSWORD_HASHER = PasswordHash([ARGON2ID])
 # and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 HASHES_AT_A_TIME = 2  # to bound the memory
-# Two bounds are needed. Requests queue at the limiter: it tells its length, and a
-# cancelled request leaves it. But the hash of that request goes on in its thread, so
-# the executor bounds the threads.
+# The limiter has a queue. Its length can be read, and a cancelled request leaves it.
+# But a hash that has begun cannot be cancelled, so the executor bounds the threads.
 HASHING_LIMITER = CapacityLimiter(HASHES_AT_A_TIME)
 # The threads run beside other Python code, because argon2 releases the GIL. They start
 # at the first hash, so after the fork.
@@ -1491,8 +1491,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 @asynccontextmanager
 async def hashing_slot() -> AsyncIterator[None]:
     """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # No other request can come between this check and joining the queue, because
-    # `async with` waits only after that.
+    # Nothing waits between this check and joining the queue, so no other request can
+    # come between them.
     if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
     async with HASHING_LIMITER:
@@ -1837,6 +1837,14 @@ async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
 # Each limit has a name, such as "api" or "login". SlidingWindowRateLimiter counts in
 # shared memory, RedisRateLimiter in Redis, and RateLimiter chooses one of them.
 
+
+class RateLimitResult(NamedTuple):
+    allowed: bool
+    limit: int
+    remaining: int
+    reset_seconds: int  # until the oldest request leaves the window
+
+
 SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 # With more rows in a bucket, a table fills more evenly, but a search takes longer.
 ROWS_IN_BUCKET = 16
@@ -1844,8 +1852,8 @@ NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `prepare`, which opens all connections at once
 # How long a request waits for one of a worker's connections. After that, Redis counts
-# as too slow. (In a burst of 3,000 requests, 2 s are normal.) Nothing else limits this
-# wait in RateLimitMiddleware: LimitsAndErrorsMiddleware starts its timer later.
+# as too slow. (2 s are normal in a burst of 3,000 requests. REQUEST_TIMEOUT_SECONDS
+# does not cover this wait in RateLimitMiddleware: that timer starts later.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -1872,13 +1880,6 @@ local reset_seconds = math.ceil((reset_time - now) / 1000000)
 -- The fields of RateLimitResult. Redis sends true as 1, and false as null.
 return {allowed, limit, limit - count, reset_seconds}
 """
-
-
-class RateLimitResult(NamedTuple):
-    allowed: bool
-    limit: int
-    remaining: int
-    reset_seconds: int  # until the oldest request leaves the window
 
 
 @lru_cache(8192)  # because it takes 6 µs for IPv4, and 35 µs for IPv6
@@ -1965,9 +1966,9 @@ class SlidingWindowRateLimiter:
             fcntl.lockf(self.lock_file, fcntl.LOCK_UN)
 
     def find_row(self, key: str) -> ctypes.Structure:
-        # A keyed hash: otherwise, a client could choose addresses of one bucket, and so
-        # make the limiter forget requests. (Python's own seed does not suffice, because
-        # PYTHONHASHSEED can fix it. Forked workers have the same seed and key.)
+        # With a secret key: otherwise, a client could choose addresses of one bucket,
+        # and so make the limiter forget requests. (Python's own seed may be known:
+        # PYTHONHASHSEED sets it. Forked workers have the same seed and key.)
         client_hash = hash(self.hash_key + key)
         index = client_hash % len(self.buckets)
         bucket: Iterable[ctypes.Structure] = self.buckets[index]
@@ -2137,12 +2138,9 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
 # user_id, rate_limit, status_code, is_late, and reason and exception for the log line.
 
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
-# W3C Trace Context § 3.2. The version "ff" and ids of zeros are invalid.
+# Version, trace id, parent id, flags, and what later versions may append.
 TRACEPARENT_PATTERN = re.compile(
-    rb"(?:00(?=.{53}$)|(?!00|ff)[\da-f]{2})"  # version; 00 has 53 more characters
-    rb"-(?!0+-)([\da-f]{32})"  # trace_id, not all zeros
-    rb"-(?!0+-)[\da-f]{16}"  # parent_id, not all zeros
-    rb"-[\da-f]{2}(-.*)?"  # flags; later versions may append parts
+    rb"([\da-f]{2})-([\da-f]{32})-([\da-f]{16})-[\da-f]{2}(-.*)?"
 )
 # Starlette needs 0.1 s to parse a Content-Type of 60,000 semicolons.
 MAX_CONTENT_TYPE_BYTES = 1000
@@ -2182,6 +2180,19 @@ DOCS_HEADERS = SECURITY_HEADERS | {
     "Content-Security-Policy": DOCS_CSP,
     "Cross-Origin-Embedder-Policy": "credentialless",  # the CDN is of another origin
 }
+
+
+def parse_traceparent(header: bytes) -> str | None:
+    """Return the trace id; None if the header is invalid (W3C Trace Context § 3.2)."""
+    match = TRACEPARENT_PATTERN.fullmatch(header)
+    if match is None:
+        return None
+    version, trace_id, parent_id, appended = match.groups()
+    if version == b"ff" or (version == b"00" and appended):
+        return None
+    if trace_id == b"0" * 32 or parent_id == b"0" * 16:
+        return None
+    return str(trace_id, "ascii")
 
 
 @cache  # so that it runs once in each process
@@ -2240,16 +2251,15 @@ class RequestLoggingMiddleware:
         # This needs no reset: uvicorn runs each request in a task with its own context.
         request_id_context.set(request_id)
         # The log line names the trace of the caller.
-        traceparent = headers.get(b"traceparent", b"").strip(b" \t")
-        trace = TRACEPARENT_PATTERN.fullmatch(traceparent)
-        if trace:
-            state["trace_id"] = trace[1].decode()
+        trace_id = parse_traceparent(headers.get(b"traceparent", b"").strip(b" \t"))
+        if trace_id:
+            state["trace_id"] = trace_id
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, `address` is an entry of this header. If it is
-            # none of its entries, uvicorn has ignored the header. (Search the text,
-            # because an entry can be "address:port". There can be several headers.)
+            # If uvicorn trusts the peer, it takes `address` from this header. So if
+            # `address` is not in it, the peer is not trusted. (Search the text, because
+            # an entry can be "address:port". There can be several headers.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2358,11 +2368,9 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    A CancelledError has one of three causes:
-
-        uvicorn      the task's cancelling() is over 0
-        cancel_late  the same, so look at `is_late` before calling this function
-        the route    cancelling() is 0; for example, it awaits a task that was cancelled
+    Both uvicorn and cancel_late cancel the task, so its cancelling() is over 0: look at
+    `is_late` before calling this. If it is 0, the route itself has raised the
+    CancelledError, for example because it awaits a task that was cancelled.
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2502,8 +2510,8 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that only reads: in autocommit, which is cheaper."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
-        # Refuse changes that were not flushed: they would be lost silently. (flush()
-        # would refuse them, too, but it may ask for a connection.)
+        # Refuse changes that were not flushed: they would be lost silently. (Not by
+        # flush(), which may wait for a connection, only to refuse.)
         refuse_changes(session.sync_session)
 
 
