@@ -92,22 +92,18 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
-        """Feed the parser. It stops after headers with `Upgrade`: then replace it."""
+        """Feed the parser. After headers with `Upgrade`, feed a new one, without it."""
         while data:
             try:
                 return self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
                 data = data[upgrade.args[0] :]  # args[0]: where the rest starts
-            self.restart_parser_without_upgrade()
-
-    def restart_parser_without_upgrade(self) -> None:
-        """Give the same headers without `Upgrade` to a new parser, which calls on_…"""
-        version = self.parser.get_http_version().encode()
-        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
-        lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # uvicorn's
-        self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
+            version = self.parser.get_http_version().encode()
+            lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+            lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()
@@ -130,9 +126,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # a response may have ended meanwhile
         super().on_headers_complete()
         self.is_last_request = self.is_last_request or not self.cycle.keep_alive
-        # With False, uvicorn closes after the response: lost if a body still arrives.
-        self.cycle.keep_alive = not self.expect_100_continue  # such a client sends none
+        # With False, uvicorn closes after the response: lost if a body is on its way.
+        self.cycle.keep_alive = not self.expect_100_continue  # the client waits
         self.headers = []  # a new list: uvicorn would add trailers to the scope's
+
+    def on_body(self, body: bytes) -> None:
+        self.cycle.keep_alive = True  # also if the client has not waited
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():  # else the new parser calls this again
@@ -141,6 +141,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = not self.is_last_request
             if self.is_last_request and self.cycle.response_complete:
                 self.transport.close()
+                raise httptools.HttpParserError  # ends feed_data, as above
 
     def refuse(self, status: int) -> None:
         if not self.transport.is_closing():  # no other refusal has been sent
@@ -164,8 +165,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn raises SIGTERM again at its end. gunicorn's handler then exits with 0.
-        signal.signal(signal.SIGTERM, self.handle_quit)
+        signal.signal(signal.SIGTERM, self.handle_quit)  # for uvicorn's own, at its end
         super().run()
 
     def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn sends it at Ctrl+C
