@@ -126,8 +126,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # a response may have ended meanwhile
         super().on_headers_complete()
         self.is_last_request = self.is_last_request or not self.cycle.keep_alive
-        # With False, uvicorn closes after the response: lost if a body is on its way.
-        self.cycle.keep_alive = not self.expect_100_continue  # the client waits
+        self.cycle.keep_alive = not self.expect_100_continue  # or a body is on its way
         self.headers = []  # a new list: uvicorn would add trailers to the scope's
 
     def on_body(self, body: bytes) -> None:
@@ -152,6 +151,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_last_request = True
+        self.timeout_keep_alive = 1  # if the body of an answered request does not end
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         self.loop.call_later(0.5, super().shutdown)  # requests may be on their way

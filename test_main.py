@@ -95,8 +95,7 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(autouse=True)
-def bare_environment(monkeypatch: Patch, tmp_path: Path) -> None:
-    """No variable, no `.env` and no database of the developer's reaches a test."""
+def bare_environment(monkeypatch: Patch, tmp_path: Path) -> None:  # not the developer's
     for name in [*main.Settings.model_fields, "WEB_CONCURRENCY", "FORWARDED_ALLOW_IPS"]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -105,8 +104,7 @@ def bare_environment(monkeypatch: Patch, tmp_path: Path) -> None:
     main.get_settings.cache_clear()
 
 
-def cases(names: str, table: dict[str, Any]) -> pytest.MarkDecorator:
-    """Run a test for each row of a table; the key is the row's name."""
+def cases(names: str, table: dict[str, Any]) -> pytest.MarkDecorator:  # key: its name
     return pytest.mark.parametrize(names, table.values(), ids=table.keys())
 
 
@@ -1027,8 +1025,7 @@ async def forwarder(postgresql_url: str) -> AsyncIterator[Forwarder]:
 
 
 @pytest.fixture
-async def pg_ada(forwarder: Forwarder) -> AsyncIterator[Client]:
-    """Ada on PostgreSQL, behind the forwarder, with one connection for requests."""
+async def pg_ada(forwarder: Forwarder) -> AsyncIterator[Client]:  # with one connection
     async with serve_ada(DATABASE_URL=forwarder.url, **ONE_CONNECTION) as client:
         yield client
 
@@ -1773,8 +1770,7 @@ def test_secret_key_may_be_any_text(secret: str) -> None:
 
 
 @pytest.fixture
-async def db(database: main.Database) -> AsyncIterator[AsyncSession]:
-    """A session on a database where Ada is user 1 with item 1, and Bob is both 2."""
+async def db(database: main.Database) -> AsyncIterator[AsyncSession]:  # Ada 1, Bob 2
     for username in ("ada", "bob"):
         await add_user(database, username)
     async with database.session(writes=True) as session:
@@ -2108,7 +2104,6 @@ forks = pytest.mark.filterwarnings("ignore:.*fork")  # in a process that has thr
 
 
 def run_processes(work: Callable[[int], object], count: int) -> list[int | None]:
-    """Run it in forked processes at the same time, and return their exit codes."""
     start = FORK.Barrier(count)
 
     def run(number: int) -> None:
@@ -2196,7 +2191,6 @@ async def test_rate_limit_of_logins_refuses_with_numbers_of_its_own() -> None:
         clock.forward(10)
         logins = [await guest.post("/auth/token") for _ in range(3)]
     assert [login.status_code for login in logins] == [422, 422, 429]
-    # Both limits leave nothing now; the one of logins refused, the other did not.
     assert rate_limit(logins[2]) == ("2", "0", "60", "60")
 
 
@@ -3168,9 +3162,8 @@ def test_open_file_limit_is_raised_to_the_hard_limit() -> None:
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with the request: /early before its body, /slow when it is cancelled."""
     request = Request(scope, receive)
-    size = 0 if scope["path"] == "/early" else len(await request.body())
+    size = len(await request.body()) if scope["path"] == "/" else 0
     if scope["path"] == "/slow":
         with suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
@@ -3325,8 +3318,7 @@ async def test_last_request_is_answered(last: bytes, connection: Connection) -> 
 
 @pytest.mark.parametrize("body", [b"", b"he"])
 async def test_expected_body_ends_the_connection(body: bytes, connection: Any) -> None:
-    head = EARLY.replace(b"host", b"expect: 100-continue\r\nhost")
-    await connection.send(head + body)
+    await connection.send(EARLY[:-2] + b"expect: 100-continue\r\n\r\n" + body)
     assert (connection.statuses(), connection.is_open) == ([200], bool(body))
 
 
@@ -3371,6 +3363,15 @@ async def test_stop_closes_an_idle_connection_late(connection: Connection) -> No
     assert not connection.is_open
 
 
+async def test_stop_does_not_wait_for_a_body(connection: Connection) -> None:
+    await connection.send(EARLY.replace(b"early", b"slow"))
+    connection.protocol.shutdown()
+    await connection.send(1, b"he")
+    connection.state.tasks.pop().cancel()
+    await connection.send(0, 1)
+    assert (connection.statuses(), connection.is_open) == ([200], False)
+
+
 @cases("before, after", {"late request": (b"", GET), "slow request": (SLOW, b"")})
 async def test_stop_tells_the_client_to_close(
     before: bytes, after: bytes, connection: Connection
@@ -3407,7 +3408,6 @@ class Service:  # gunicorn alone; its clients look like ::ffff:127.0.0.1
 
     def get(self, path: str, **headers: str) -> httpx.Response:
         url = f"http://127.0.0.1:{self.port}{path}"
-        # Without `verify=False`, each call would load all certificates: 50 ms.
         return httpx.get(url, headers=headers, timeout=PATIENCE_SECONDS, verify=False)
 
     def await_text(self, text: str, count: int = 1) -> None:
