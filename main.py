@@ -227,8 +227,6 @@ LogLevel = Literal[
 ]
 # At most a day, because more is surely a mistake.
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
-
-
 ENV_FILE = ".env"
 
 
@@ -317,9 +315,9 @@ def check_env_file() -> None:
     if pathlib.Path(ENV_FILE).is_fifo():
         return
     with suppress(FileNotFoundError), open(ENV_FILE, encoding="utf-8") as file:
-        for binding in parse_stream(file):
-            if binding.error:
-                raise ValueError(f"no NAME=value near line {binding.original.line}")
+        lines = [b.original.line for b in parse_stream(file) if b.error]
+        if lines:
+            raise ValueError(f"no NAME=value near line {lines[0]}")
 
 
 @lru_cache
