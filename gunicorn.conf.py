@@ -1,9 +1,7 @@
 """gunicorn reads this file at its start. Its values come from the environment only."""
 
 import gc
-import math
 import os
-import re
 import resource
 import signal
 from contextlib import suppress
@@ -14,34 +12,14 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 
 import main  # it reads no settings when it is imported
+from main import read_number, split_addresses, usable_cpus
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
 HEADER_SECONDS = 10  # from the connect, or from the first byte of a later request
 
-
-def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
-    text = os.getenv(name, "").strip() or str(default)
-    if re.fullmatch("[0-9]{1,7}", text) and minimum <= int(text) <= maximum:
-        return int(text)
-    raise SystemExit(f"bad settings: {name}: not a number from {minimum} to {maximum}")
-
-
-def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
-    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
-    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    with suppress(OSError, ValueError), open(quota_file) as file:
-        quota, period = file.read().split()  # "200000 100000": two CPUs
-        cpus = min(cpus, math.ceil(int(quota) / int(period)))  # ValueError for "max"
-    return cpus
-
-
 wsgi_app = "main:app"
 default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
-bind = re.split(r"\s*,\s*", os.getenv("BIND", "").strip() or default_bind)
-for address in bind:  # checked here, because gunicorn's message would not name BIND
-    match = re.fullmatch(r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd://[0-9]+", address)
-    if not match or int(match[1] or 0) > 65535:  # match[1] is the port
-        raise SystemExit(f"bad settings: BIND: {address!r}: no host:port, unix: or fd:")
+bind = split_addresses(os.getenv("BIND", "").strip() or default_bind)
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 errorlog = None  # gunicorn adds no handler of its own: main.setup_logging adds ours
 preload_app = True  # before the fork: bad settings end gunicorn, limits are shared
@@ -52,11 +30,12 @@ timeout = graceful_timeout + 30  # a worker sends no heartbeats during a shutdow
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
 control_socket_disable = True  # the socket of `gunicornc` needs a writable home
-worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # heartbeats
+# For the files of the heartbeats: on a disk, writing one could block a worker.
+worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def on_starting(server: Any) -> None:  # before the workers are forked
-    if not main.logger.hasHandlers():  # create_app alone sets up no logging
+    if not main.logger.hasHandlers():  # as for `gunicorn "main:create_app()"`
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -65,7 +44,11 @@ def on_starting(server: Any) -> None:  # before the workers are forked
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain."""
+    """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
+
+    Each connection has one. uvicorn's `cycle` is the latest request and its response,
+    or None before the first. The parser calls the methods on_….
+    """
 
     is_in_body = False  # True between the end of the headers and the end of the body
     header_bytes = 0  # received since the last complete headers; can include some body
@@ -81,18 +64,22 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if not self.cycle or self.cycle.response_complete:  # not during a response
             self.refuse(408)
 
-    def data_received(self, data: bytes) -> None:  # uvicorn's stops at an `Upgrade`
+    def data_received(self, data: bytes) -> None:
         if not self.is_in_body:
             self.header_bytes += len(data)
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # CONNECT raises HttpParserUpgrade in the new parser, too
+            # HttpParserUpgrade: the method CONNECT, which stops the new parser, too.
+            self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
-        """Feed the parser. After headers with `Upgrade`, feed a new one, without it."""
+        """Feed the parser, which stops after headers with `Upgrade`.
+
+        Then feed these headers, without `Upgrade`, and the rest to a new parser.
+        """
         while data:
             try:
                 return self.parser.feed_data(data)
@@ -102,11 +89,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
             lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
             self.parser = httptools.HttpRequestParser(self)
+            # As in uvicorn: data after a request with `Connection: close` is no error.
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
             self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
-        super().on_message_begin()
+        super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
         # The timer runs already for a first request, or if `parse` repeats the headers.
         if self.header_timer.cancelled():
@@ -117,20 +105,25 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # data_received: refuse(400) does nothing
+            # Stop the parser. The refuse(400) in data_received then does nothing.
+            raise httptools.HttpParserError
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # a response may have ended meanwhile
+        # Again: if the earlier response has ended meanwhile, the timer was started.
+        self._unset_keepalive_if_required()
         super().on_headers_complete()
         self.is_last_request = self.is_last_request or not self.cycle.keep_alive
-        self.cycle.keep_alive = not self.expect_100_continue  # or a body is on its way
+        # Without keep_alive, uvicorn closes the connection after the response. If the
+        # body is still on its way, the client then loses the response. So wait for the
+        # body's end, unless the client itself waits, for a `100 Continue`.
+        self.cycle.keep_alive = not self.expect_100_continue
         self.headers = []  # a new list: uvicorn would add trailers to the scope's
 
     def on_body(self, body: bytes) -> None:
-        self.cycle.keep_alive = True  # also if the client has not waited
+        self.cycle.keep_alive = True  # it no longer waits for a 100, or never did
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -140,7 +133,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = not self.is_last_request
             if self.is_last_request and self.cycle.response_complete:
                 self.transport.close()
-                raise httptools.HttpParserError  # ends feed_data, as above
+                raise httptools.HttpParserError  # stops the parser, as above
 
     def refuse(self, status: int) -> None:
         if not self.transport.is_closing():  # no other refusal has been sent
@@ -150,11 +143,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def shutdown(self) -> None:
+        """End the connection when the worker stops, after the response in progress."""
         self.is_last_request = True
-        self.timeout_keep_alive = 1  # if the body of an answered request does not end
+        # After a response, wait for the end of the request's body for 1 s only.
+        self.timeout_keep_alive = 1
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        self.loop.call_later(0.5, super().shutdown)  # requests may be on their way
+        # uvicorn closes an idle connection. A request may be on its way: wait 0.5 s.
+        self.loop.call_later(0.5, super().shutdown)
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
@@ -165,11 +161,14 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        signal.signal(signal.SIGTERM, self.handle_quit)  # for uvicorn's own, at its end
+        # uvicorn handles SIGTERM itself until it has finished. Then it restores this
+        # handler, which exits with 0, and raises the signal again.
+        signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn sends it at Ctrl+C
-        signal.raise_signal(signal.SIGTERM)  # then uvicorn finishes the requests
+    def handle_exit(self, *_: object) -> None:
+        """Handle SIGQUIT, which gunicorn sends at Ctrl+C, as SIGTERM."""
+        signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:
         await super().callback_notify()

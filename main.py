@@ -117,7 +117,7 @@ def check_libpq_options(url: sa.URL) -> None:
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
     # Checks connect_timeout. The 0 is a default: it keeps psycopg from checking the
-    # variable PGCONNECT_TIMEOUT, which the service never uses.
+    # variable PGCONNECT_TIMEOUT, which has no effect: the service passes the option.
     timeout_from_conninfo({"connect_timeout": 0, **options})
 
 
@@ -208,7 +208,8 @@ def parse_json(value: object) -> object:
 
 
 # Without NoDecode, pydantic-settings would decode a text as JSON before Settings sees
-# it, for a list and for a tuple. (sa.URL is a kind of tuple.)
+# it, for a list and for a tuple. (sa.URL is a kind of tuple.) Origins is decoded later,
+# by parse_json: after white space is stripped, and so that an error has the name.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
@@ -315,9 +316,10 @@ def check_env_file() -> None:
     if pathlib.Path(ENV_FILE).is_fifo():
         return
     with suppress(FileNotFoundError), open(ENV_FILE, encoding="utf-8") as file:
-        lines = [b.original.line for b in parse_stream(file) if b.error]
-        if lines:
-            raise ValueError(f"no NAME=value near line {lines[0]}")
+        bindings = parse_stream(file)
+        bad_lines = [binding.original.line for binding in bindings if binding.error]
+        if bad_lines:
+            raise ValueError(f"no NAME=value near line {bad_lines[0]}")
 
 
 @lru_cache
@@ -343,6 +345,39 @@ def get_settings() -> Settings:
     except (OSError, ValueError) as error:  # .env cannot be read, decoded or parsed
         reason = f"{error}: in {ENV_FILE}"
     raise SystemExit(f"bad settings: {reason}")
+
+
+# The rest of this section is for gunicorn.conf.py, whose settings come from the
+# environment only.
+def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
+    """Read a variable. A bad value ends the process, as in get_settings."""
+    text = os.getenv(name, "").strip() or str(default)
+    if re.fullmatch("[0-9]{1,7}", text) and minimum <= int(text) <= maximum:
+        return int(text)
+    raise SystemExit(f"bad settings: {name}: not a number from {minimum} to {maximum}")
+
+
+def split_addresses(bind: str) -> list[str]:
+    """Split and check the value of BIND: gunicorn's own errors would not name it."""
+    addresses = re.split(r"\s*,\s*", bind)
+    for address in addresses:
+        pattern = r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd://[0-9]+"
+        match = re.fullmatch(pattern, address)
+        if not match or int(match[1] or 0) > 65535:  # match[1] is the port
+            raise SystemExit(
+                f"bad settings: BIND: {address!r}: no host:port, unix: or fd:"
+            )
+    return addresses
+
+
+def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """Return how many CPUs the container may use: its host may have more."""
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    with suppress(OSError, ValueError), open(quota_file) as file:
+        quota, period = file.read().split()  # "200000 100000": two CPUs
+        cpus = min(cpus, math.ceil(int(quota) / int(period)))  # ValueError for "max"
+    return cpus
 
 
 # --- Logging --------------------------------------------------------------------------
@@ -559,7 +594,7 @@ class UnauthorizedException(AppException):
     status_code = 401
     message = "The access token is not valid."
     # RFC 6750 § 3.1 has this one code for every invalid token.
-    # (Not a ClassVar, which RUF012 wants: RateLimitedException sets it per instance.)
+    # (RUF012 wants a ClassVar, but RateLimitedException sets it for an instance.)
     headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
 
@@ -662,8 +697,8 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # A Mount appends its path to root_path. Restore it: otherwise, the 405 of a mounted
-    # application, such as StaticFiles, would find none of our routes.
+    # If this 405 is of a mounted application, such as StaticFiles, its Mount has
+    # appended its path to root_path. Restore it, or none of our routes would match.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -964,9 +999,8 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def roll_back_sqlite_connection(connection: Any, *_: object) -> None:
     """Roll back a connection that SQLAlchemy gives up, as after a cancelled request.
 
-    SQLAlchemy only closes it. But a cursor that is still referenced keeps a closed
-    connection alive, and with it the lock of SQLite's file, until the garbage collector
-    runs.
+    SQLAlchemy only closes it. That does not release the lock of SQLite's file while the
+    cursor of the cancelled request exists, until the garbage collector runs.
     """
     with suppress(sqlite3.Error):  # the connection may be unusable
         connection.rollback()
@@ -984,9 +1018,9 @@ BEGIN_STATEMENTS = {
 def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction. In autocommit, the driver itself never sends a BEGIN.
 
-    commit() and rollback() end the transaction: drivers send COMMIT and ROLLBACK if
-    they see that one is open. (With DEBUG, SQLAlchemy logs that COMMIT has no effect in
-    autocommit. Here, it has one.)
+    SQLAlchemy's commit() and rollback() call the driver's, which send COMMIT or
+    ROLLBACK, because a transaction is open. (With DEBUG, SQLAlchemy logs that COMMIT
+    has no effect in autocommit. Here, it has one.)
 
     Why not execution_options(isolation_level=…), SQLAlchemy's own way? It switches
     autocommit off for each transaction. If a request is cancelled during the switch,
@@ -1147,8 +1181,7 @@ class Database(MonitoredBackend):
         # The server ends the transaction of a lost worker, which frees its locks.
         idle_timeout = f"-c idle_in_transaction_session_timeout={milliseconds}"
         # psycopg reads times only in ISO format, and those close to datetime.min and
-        # .max only in UTC. (A field of yours may have such a time. The variables
-        # PGDATESTYLE and PGTZ of libpq would override these options: do not set them.)
+        # .max only in UTC. (A field of yours may have such a time.)
         time_format = "-c datestyle=ISO -c timezone=UTC"
         defaults = f"{statement_timeout} {idle_timeout} {time_format}"
         return {
@@ -1477,11 +1510,12 @@ PASSWORD_HASHER = PasswordHash([ARGON2ID])
 # and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 HASHES_AT_A_TIME = 2  # to bound the memory
-# The limiter has a queue. Its length can be read, and a cancelled request leaves it.
-# But a hash that has begun cannot be cancelled, so the executor bounds the threads.
+# Requests queue here: the length of this queue can be read, and a cancelled request
+# leaves it.
 HASHING_LIMITER = CapacityLimiter(HASHES_AT_A_TIME)
-# The threads run beside other Python code, because argon2 releases the GIL. They start
-# at the first hash, so after the fork.
+# Bounded, too: a hash goes on in its thread after its request was cancelled and has
+# left the limiter. (The threads run beside other Python code, because argon2 releases
+# the GIL. They start at the first hash, so after the fork.)
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
 MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or longer
 
@@ -1543,8 +1577,8 @@ def signing_key(settings: Settings) -> dict[str, str]:
     tries to parse it as JSON. For a secret that is JSON, such as a text in quotes, the
     two would use different keys, and no token would be valid.
     """
-    # SECRET_KEY may have bytes that are not UTF-8: unlike a str (see ValidText), a
-    # SecretStr may have them. Python reads them as surrogates; surrogateescape restores
+    # SECRET_KEY may have bytes that are not UTF-8, because pydantic does not check the
+    # Unicode of a SecretStr. Python reads them as surrogates; surrogateescape restores
     # the bytes.
     secret = settings.SECRET_KEY.get_secret_value().encode(errors="surrogateescape")
     return {"kty": "oct", "k": base64url_encode(secret).decode()}
@@ -1849,9 +1883,9 @@ ROWS_IN_BUCKET = 16
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `prepare`, which opens all connections at once
-# How long a request waits for one of a worker's connections. After that, Redis counts
-# as too slow. (2 s are normal in a burst of 3,000 requests. REQUEST_TIMEOUT_SECONDS
-# does not cover this wait in RateLimitMiddleware: that timer starts later.)
+# How long a request waits for one of a worker's connections. After that, an outage
+# begins. (Not less, because 2 s are normal in a burst of 3,000 requests. In
+# RateLimitMiddleware, the timer of REQUEST_TIMEOUT_SECONDS has not started yet.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -1862,7 +1896,7 @@ local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
 -- Keep only the newest `limit` times: there can be more if the limit was lowered.
--- (Rank 0 is the oldest time, -1 the newest, -limit the oldest of those to keep.)
+-- (Rank 0 is the oldest time, and -1 the newest. The kept ones are -limit to -1.)
 redis.call('ZREMRANGEBYRANK', key, 0, -(limit + 1))
 local count = redis.call('ZCARD', key)
 local allowed = count < limit
@@ -2366,9 +2400,9 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    Both uvicorn and cancel_late cancel the task, so its cancelling() is over 0: look at
-    `is_late` before calling this. If it is 0, the route itself has raised the
-    CancelledError, for example because it awaits a task that was cancelled.
+    A CancelledError has three causes. After cancel_late, `is_late` is set: the caller
+    looks at it first. At a shutdown, the task's cancelling() is over 0. Otherwise, the
+    route has raised it, for example because it awaits a task that was cancelled.
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2425,14 +2459,11 @@ class LimitsAndErrorsMiddleware:
         task.cancel()
 
     async def answer_error(self, request: Request, error: BaseException) -> Response:
-        """Return the response to an error, and set `reason` or `exception` for the log.
-
-        If the client has disconnected, nobody receives the response, but the log line
-        needs a status: 400.
-        """
+        """Return the response to an error. Set `reason` or `exception` for the log."""
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
             if "status_code" in request.scope["state"]:  # a response is incomplete
                 request.state.reason = "the client has disconnected"
+            # Nobody receives this response, but the log line needs a status.
             return await http_exception_handler(request, HTTPException(400))
         if "is_late" in request.scope["state"]:
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
@@ -2508,8 +2539,8 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that only reads: in autocommit, which is cheaper."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
-        # Refuse changes that were not flushed: they would be lost silently. (Not by
-        # flush(), which may wait for a connection, only to refuse.)
+        # Refuse changes that were not flushed: they would be lost silently. (flush()
+        # would refuse them, too, but may first wait for a connection.)
         refuse_changes(session.sync_session)
 
 

@@ -3147,7 +3147,7 @@ def test_gunicorn_setting(variables: dict[str, str], name: str, value: object) -
 def test_workers_default_to_quota(quota: str, cpus: int, monkeypatch: Patch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
     Path("cpu.max").write_text(f"{quota} 100000\n")
-    assert load_config().usable_cpus("cpu.max") == cpus
+    assert main.usable_cpus("cpu.max") == cpus
 
 
 def test_open_file_limit_is_raised_to_the_hard_limit() -> None:
