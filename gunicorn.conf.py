@@ -22,7 +22,8 @@ default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
 bind = split_addresses(os.getenv("BIND", "").strip() or default_bind)
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 errorlog = None  # gunicorn adds no handler of its own: main.setup_logging adds ours
-preload_app = True  # before the fork: bad settings end gunicorn, limits are shared
+# Before the fork: so bad settings end gunicorn, and the workers share their limits.
+preload_app = True
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 max_requests_jitter = max_requests // 10  # or all workers would be replaced at once
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
@@ -51,7 +52,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
-    header_bytes = 0  # received since the last complete headers; can include some body
+    header_bytes = 0  # of headers that are not complete yet; can include some body
     is_last_request = False  # True if the connection is to be closed after it
 
     def connection_made(self, transport: Any) -> None:
@@ -70,7 +71,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            # HttpParserUpgrade: the method CONNECT, which stops the new parser, too.
+            # `parse` catches the HttpParserUpgrade of an `Upgrade`, but not of CONNECT.
             self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
@@ -112,15 +113,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        # Again: if the earlier response has ended meanwhile, the timer was started.
+        # Again: if the earlier response ended meanwhile, uvicorn started this timer.
         self._unset_keepalive_if_required()
         super().on_headers_complete()
         self.is_last_request = self.is_last_request or not self.cycle.keep_alive
-        # Without keep_alive, uvicorn closes the connection after the response. If the
-        # body is still on its way, the client then loses the response. So wait for the
-        # body's end, unless the client itself waits, for a `100 Continue`.
+        # Without keep_alive, uvicorn closes the connection after the response. While a
+        # body still arrives, that would destroy the response. (A client that waits for
+        # a `100 Continue` sends no body.) on_message_complete sets the final value.
         self.cycle.keep_alive = not self.expect_100_continue
-        self.headers = []  # a new list: uvicorn would add trailers to the scope's
+        self.headers = []  # or uvicorn would add trailers to the request's headers
 
     def on_body(self, body: bytes) -> None:
         self.cycle.keep_alive = True  # it no longer waits for a 100, or never did
@@ -145,7 +146,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """End the connection when the worker stops, after the response in progress."""
         self.is_last_request = True
-        # After a response, wait for the end of the request's body for 1 s only.
+        # After a response, this timer also ends the wait for the rest of a body.
         self.timeout_keep_alive = 1
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
@@ -161,13 +162,13 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn handles SIGTERM itself until it has finished. Then it restores this
-        # handler, which exits with 0, and raises the signal again.
+        # uvicorn handles SIGTERM itself. At its end, it restores this handler, which is
+        # gunicorn's and exits with 0, and raises the signal again.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
     def handle_exit(self, *_: object) -> None:
-        """Handle SIGQUIT, which gunicorn sends at Ctrl+C, as SIGTERM."""
+        """Handle SIGQUIT (UvicornWorker names it so). gunicorn sends it at Ctrl+C."""
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

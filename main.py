@@ -117,7 +117,7 @@ def check_libpq_options(url: sa.URL) -> None:
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
     # Checks connect_timeout. The 0 is a default: it keeps psycopg from checking the
-    # variable PGCONNECT_TIMEOUT, which has no effect: the service passes the option.
+    # variable PGCONNECT_TIMEOUT, which the service overrides anyway.
     timeout_from_conninfo({"connect_timeout": 0, **options})
 
 
@@ -208,8 +208,8 @@ def parse_json(value: object) -> object:
 
 
 # Without NoDecode, pydantic-settings would decode a text as JSON before Settings sees
-# it, for a list and for a tuple. (sa.URL is a kind of tuple.) Origins is decoded later,
-# by parse_json: after white space is stripped, and so that an error has the name.
+# it, for a list and for a tuple. (sa.URL is a kind of tuple.) parse_json decodes
+# Origins later: by then, white space is stripped, and an error names the variable.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
@@ -251,7 +251,7 @@ class Settings(BaseSettings):
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
     # This URL and REDIS_URL can have passwords. exclude=True leaves them out of
-    # model_dump(), and so out of a log line whose `extra` has the settings.
+    # model_dump(), and of the JSON of a log line whose `extra` has the settings.
     # (The default is parsed, because mypy wants it to have the field's type.)
     DATABASE_URL: DatabaseUrl = Field(
         default=parse_database_url("sqlite:///./app.db"), exclude=True
@@ -451,8 +451,8 @@ class JsonFormatter(logging.Formatter):
     def format_slowly(self, fields: dict[str, object]) -> str:
         """Write what to_json refuses, such as invalid Unicode.
 
-        json.dumps accepts that, but refuses a NaN or a cycle. Then write each value as
-        text.
+        json.dumps accepts that. If it fails, too, because of a NaN or a cycle, write
+        each value as text.
         """
         try:
             return json.dumps(fields, default=str, allow_nan=False)
@@ -594,7 +594,7 @@ class UnauthorizedException(AppException):
     status_code = 401
     message = "The access token is not valid."
     # RFC 6750 § 3.1 has this one code for every invalid token.
-    # (RUF012 wants a ClassVar, but RateLimitedException sets it for an instance.)
+    # (RUF012 wants a ClassVar, but RateLimitedException sets `headers` per instance.)
     headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
 
@@ -697,8 +697,8 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # If this 405 is of a mounted application, such as StaticFiles, its Mount has
-    # appended its path to root_path. Restore it, or none of our routes would match.
+    # If a mounted application, such as StaticFiles, has raised the 405, its Mount has
+    # changed root_path. Use the original one, or none of our routes would match.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -860,8 +860,8 @@ class FairPool(AsyncAdaptedQueuePool):
         # pool. It holds one connection, and opens another if that is lost.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
         # A request holds a connection from "checkout" to "checkin". Start the timer at
-        # "connect", too: after an engine's first connect, SQLAlchemy sends statements
-        # of its own (it asks for the server's version), and these can hang.
+        # "connect", too: at an engine's first connect, SQLAlchemy sends statements of
+        # its own before "checkout" (it asks for the server's version), which can hang.
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -975,7 +975,7 @@ def cut_message(context: sa.engine.ExceptionContext) -> None:
 
 
 def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
-    """Treat a read-only connection as lost: SQLAlchemy then replaces all of the pool.
+    """Treat a read-only connection as lost: then SQLAlchemy replaces the whole pool.
 
     After a failover, a read-only connection leads to the former primary. On SQLite, a
     connection that was opened while the file was not writable stays read-only.
@@ -1313,7 +1313,7 @@ OUTAGE_STATES = (
 )
 
 
-def is_sqlite_bug(error: BaseException | None) -> bool:
+def is_bug_on_sqlite(error: BaseException | None) -> bool:
     """Return True if the SQL is wrong, or a stored value is invalid."""
     # Names that begin with SQLITE_ERROR mean wrong SQL, and SQLITE_SCHEMA that a table
     # was changed, so that the SQL no longer fits. Without a name, the error is not
@@ -1322,7 +1322,7 @@ def is_sqlite_bug(error: BaseException | None) -> bool:
     return not name or name.startswith(("SQLITE_ERROR", "SQLITE_SCHEMA"))
 
 
-def is_postgresql_bug(error: psycopg.Error, statement: str | None) -> bool:
+def is_bug_on_postgresql(error: psycopg.Error, statement: str | None) -> bool:
     """Return True if the statement is wrong: it would fail again."""
     if error.sqlstate is not None:
         return not error.sqlstate.startswith(OUTAGE_STATES)
@@ -1345,8 +1345,8 @@ def is_outage(error: sa_exc.SQLAlchemyError) -> bool:
     # full or not there. But they also raise it for some bugs, such as wrong SQL
     # (sqlite3), or a text that is too long for its index (psycopg).
     if isinstance(error.orig, psycopg.Error):
-        return not is_postgresql_bug(error.orig, error.statement)
-    return not is_sqlite_bug(error.orig)
+        return not is_bug_on_postgresql(error.orig, error.statement)
+    return not is_bug_on_sqlite(error.orig)
 
 
 async def database_exception_handler(
@@ -1510,12 +1510,12 @@ PASSWORD_HASHER = PasswordHash([ARGON2ID])
 # and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 HASHES_AT_A_TIME = 2  # to bound the memory
-# Requests queue here: the length of this queue can be read, and a cancelled request
-# leaves it.
+# Two bounds. The limiter is the queue of requests: its length can be read, and a
+# cancelled request leaves it. The executor bounds the threads: a hash that has begun
+# goes on after its request was cancelled.
 HASHING_LIMITER = CapacityLimiter(HASHES_AT_A_TIME)
-# Bounded, too: a hash goes on in its thread after its request was cancelled and has
-# left the limiter. (The threads run beside other Python code, because argon2 releases
-# the GIL. They start at the first hash, so after the fork.)
+# The threads run beside other Python code, because argon2 releases the GIL. They start
+# at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
 MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or longer
 
@@ -1717,8 +1717,8 @@ PageFields = dict[str, Any]  # from which a route makes a UserPage or ItemPage
 def make_page(name: str, rows: Rows, limit: int) -> PageFields:
     """Return the first `limit` rows under `name`, and the id of the last as `next`.
 
-    `rows` has up to `limit + 1`: one more shows that there is a next page. Without it,
-    `next` is None.
+    `rows` has up to `limit + 1`: one more shows that there is a next page. If it has no
+    more, `next` is None.
     """
     has_next = len(rows) > limit
     return {name: rows[:limit], "next": rows[limit - 1].id if has_next else None}
@@ -1883,9 +1883,9 @@ ROWS_IN_BUCKET = 16
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `prepare`, which opens all connections at once
-# How long a request waits for one of a worker's connections. After that, an outage
-# begins. (Not less, because 2 s are normal in a burst of 3,000 requests. In
-# RateLimitMiddleware, the timer of REQUEST_TIMEOUT_SECONDS has not started yet.)
+# How long a request waits for one of the worker's connections. After that, an outage
+# begins. Not less, because 2 s are normal in a burst of 3,000 requests. (Nothing else
+# limits this wait: RateLimitMiddleware is outside of REQUEST_TIMEOUT_SECONDS.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -2098,7 +2098,7 @@ class RedisRateLimiter(MonitoredBackend):
         # Wait for a slot before the timeout of run_script begins: if all slots are
         # taken, this worker is busy, but Redis need not be slow.
         async with asyncio.timeout(REDIS_WAIT_SECONDS), self.slots:
-            if self.in_outage:  # which may have begun during the wait
+            if self.in_outage:  # checked here, because it may begin during the wait
                 return None
             return await self.run_script(key, limit, seconds)
 
@@ -2196,8 +2196,8 @@ HTTPS_HEADERS = {"Strict-Transport-Security": "max-age=63072000"}
 LIMIT_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset")
 # Set by routes, errors and RequestLoggingMiddleware.
 OTHER_HEADERS = ("Location", "Retry-After", "X-Request-ID", "X-Response-Time")
-# Browsers hide headers from scripts of other origins. Those in CORS_ORIGINS may read
-# all headers that the service adds: none is secret.
+# Browsers hide headers from scripts of other origins. None that the service adds is
+# secret, so the scripts of CORS_ORIGINS may read them all.
 EXPOSED_HEADERS = (*SECURITY_HEADERS, *HTTPS_HEADERS, *LIMIT_HEADERS, *OTHER_HEADERS)
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
 # Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline.
@@ -2400,9 +2400,11 @@ class RateLimitMiddleware:
 def is_cancelled_by_server(error: BaseException) -> bool:
     """Return True if uvicorn has cancelled this task, which it does at a shutdown.
 
-    A CancelledError has three causes. After cancel_late, `is_late` is set: the caller
-    looks at it first. At a shutdown, the task's cancelling() is over 0. Otherwise, the
-    route has raised it, for example because it awaits a task that was cancelled.
+    A CancelledError has three causes:
+
+        cancel_late  it sets `is_late`: the caller looks at this first
+        a shutdown   the task's cancelling() is over 0
+        the route    for example, it awaits a task that was cancelled
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
@@ -2461,7 +2463,7 @@ class LimitsAndErrorsMiddleware:
     async def answer_error(self, request: Request, error: BaseException) -> Response:
         """Return the response to an error. Set `reason` or `exception` for the log."""
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
-            if "status_code" in request.scope["state"]:  # a response is incomplete
+            if "status_code" in request.scope["state"]:  # the response has started
                 request.state.reason = "the client has disconnected"
             # Nobody receives this response, but the log line needs a status.
             return await http_exception_handler(request, HTTPException(400))
