@@ -36,7 +36,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def on_starting(server: Any) -> None:  # before the workers are forked
-    if not main.logger.hasHandlers():  # as for `gunicorn "main:create_app()"`
+    if not main.logger.hasHandlers():  # unlike main:app, create_app sets up no logging
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -77,15 +77,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
-        """Feed the parser, which stops after headers with `Upgrade`.
+        """Feed the parser. After headers with `Upgrade`, httptools stops.
 
-        Then feed these headers, without `Upgrade`, and the rest to a new parser.
+        Then give the same headers, without `Upgrade`, to a new parser, and go on.
         """
         while data:
             try:
                 return self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]  # args[0]: where the rest starts
+                data = data[upgrade.args[0] :]  # the rest, behind the headers
             version = self.parser.get_http_version().encode()
             lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
             lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
@@ -113,13 +113,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        # Again: if the earlier response ended meanwhile, uvicorn started this timer.
+        # Again, because uvicorn starts this timer when an earlier response ends.
         self._unset_keepalive_if_required()
         super().on_headers_complete()
         self.is_last_request = self.is_last_request or not self.cycle.keep_alive
-        # Without keep_alive, uvicorn closes the connection after the response. While a
-        # body still arrives, that would destroy the response. (A client that waits for
-        # a `100 Continue` sends no body.) on_message_complete sets the final value.
+        # uvicorn closes the connection after the response if keep_alive is False. While
+        # a body arrives, the close would destroy the response: so it is True until the
+        # body ends. But a client that waits for a `100 Continue` is not sending.
         self.cycle.keep_alive = not self.expect_100_continue
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
@@ -146,7 +146,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """End the connection when the worker stops, after the response in progress."""
         self.is_last_request = True
-        # After a response, this timer also ends the wait for the rest of a body.
+        # uvicorn starts this timer after a response, also while the body still arrives.
         self.timeout_keep_alive = 1
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
@@ -162,8 +162,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn handles SIGTERM itself. At its end, it restores this handler, which is
-        # gunicorn's and exits with 0, and raises the signal again.
+        # While it runs, uvicorn replaces this handler. At its end, it restores it, and
+        # raises SIGTERM again: then handle_quit (gunicorn's) exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 

@@ -117,7 +117,7 @@ def check_libpq_options(url: sa.URL) -> None:
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
     # Checks connect_timeout. The 0 is a default: it keeps psycopg from checking the
-    # variable PGCONNECT_TIMEOUT, which the service overrides anyway.
+    # variable PGCONNECT_TIMEOUT, which Database.postgresql_parameters overrides.
     timeout_from_conninfo({"connect_timeout": 0, **options})
 
 
@@ -207,9 +207,9 @@ def parse_json(value: object) -> object:
     return value
 
 
-# Without NoDecode, pydantic-settings would decode a text as JSON before Settings sees
-# it, for a list and for a tuple. (sa.URL is a kind of tuple.) parse_json decodes
-# Origins later: by then, white space is stripped, and an error names the variable.
+# pydantic-settings decodes the text of a list or a tuple as JSON, before any validator
+# runs. NoDecode prevents this. DatabaseUrl needs it because sa.URL is a tuple. Origins
+# needs it so that white space is stripped first, and an error names the variable.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
@@ -451,8 +451,8 @@ class JsonFormatter(logging.Formatter):
     def format_slowly(self, fields: dict[str, object]) -> str:
         """Write what to_json refuses, such as invalid Unicode.
 
-        json.dumps accepts that. If it fails, too, because of a NaN or a cycle, write
-        each value as text.
+        json.dumps accepts that. If it fails, too, because there is also a NaN, or a
+        cycle, write each value as text.
         """
         try:
             return json.dumps(fields, default=str, allow_nan=False)
@@ -697,8 +697,9 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # If a mounted application, such as StaticFiles, has raised the 405, its Mount has
-    # changed root_path. Use the original one, or none of our routes would match.
+    # If StaticFiles is mounted at "/", it raises the 405 of a DELETE /api/v1/items.
+    # `Allow` must name our GET and POST. But the Mount has changed root_path: use the
+    # original one, or no route would match.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -925,8 +926,8 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in driver_arguments.)
         """
         del self.timers[record]
-        # driver_connection is None if SQLAlchemy has closed the connection without a
-        # "checkin", as it does if its first statements fail.
+        # If SQLAlchemy's first statements fail, it closes the connection without a
+        # "checkin". Then this timer still runs, and driver_connection is None.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -1271,9 +1272,10 @@ class Database(MonitoredBackend):
             await self.create_missing_tables()
 
     async def recover(self) -> None:
-        # After a failover of PostgreSQL, replace the connections to the former primary.
-        # (read_engine and write_engine share this pool there.) check_engine needs
-        # nothing: SQLAlchemy replaces its connection if it is lost or read-only.
+        # After a failover of PostgreSQL, a former primary that is silent has closed no
+        # connection: each would cost a request its timeout. So replace them all.
+        # (read_engine and write_engine share this pool there. check_engine needs
+        # nothing: SQLAlchemy replaces its connection if it is lost or read-only.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
@@ -1510,9 +1512,9 @@ PASSWORD_HASHER = PasswordHash([ARGON2ID])
 # and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 HASHES_AT_A_TIME = 2  # to bound the memory
-# Two bounds. The limiter is the queue of requests: its length can be read, and a
-# cancelled request leaves it. The executor bounds the threads: a hash that has begun
-# goes on after its request was cancelled.
+# Two bounds are needed. The limiter has a queue, whose length can be checked, and which
+# a cancelled request leaves. But a hash that has begun goes on after its request was
+# cancelled, so the executor bounds the threads.
 HASHING_LIMITER = CapacityLimiter(HASHES_AT_A_TIME)
 # The threads run beside other Python code, because argon2 releases the GIL. They start
 # at the first hash, so after the fork.
@@ -1895,8 +1897,8 @@ local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
--- Keep only the newest `limit` times: there can be more if the limit was lowered.
--- (Rank 0 is the oldest time, and -1 the newest. The kept ones are -limit to -1.)
+-- Remove all but the newest `limit` times: ranks 0 (the oldest) to -(limit + 1). There
+-- can be more if the limit was lowered.
 redis.call('ZREMRANGEBYRANK', key, 0, -(limit + 1))
 local count = redis.call('ZCARD', key)
 local allowed = count < limit
@@ -1932,8 +1934,8 @@ def client_key(address: str) -> str:
 def open_lock_file() -> IO[bytes]:
     """Return the file that a worker locks while it uses the shared memory.
 
-    It is locked by fcntl.lockf, because the kernel releases the lock of a worker that
-    is killed. Two other locks would not work:
+    It is locked by fcntl.lockf: that lock belongs to one process, and the kernel
+    releases it if the process is killed. Two other locks would not work:
 
         fcntl.flock           belongs to the open file, which all workers share: a lock
                               of one would not keep the others out
@@ -2402,9 +2404,9 @@ def is_cancelled_by_server(error: BaseException) -> bool:
 
     A CancelledError has three causes:
 
-        cancel_late  it sets `is_late`: the caller looks at this first
-        a shutdown   the task's cancelling() is over 0
-        the route    for example, it awaits a task that was cancelled
+        a timeout   cancel_late (below) sets `is_late`; answer_error looks at that first
+        a shutdown  the task's cancelling() is over 0
+        the route   for example, it awaits a task that was cancelled
     """
     task = asyncio.current_task()
     is_cancelled = task is not None and task.cancelling() > 0
