@@ -12,14 +12,13 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 
 import main  # it reads no settings when it is imported
-from main import read_number, split_addresses, usable_cpus
+from main import read_addresses, read_number, usable_cpus
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
 HEADER_SECONDS = 10  # from the connect, or from the first byte of a later request
 
 wsgi_app = "main:app"
-default_bind = f"0.0.0.0:{read_number('PORT', 8000, maximum=65535)}"
-bind = split_addresses(os.getenv("BIND", "").strip() or default_bind)
+bind = read_addresses()
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 errorlog = None  # gunicorn adds no handler of its own: main.setup_logging adds ours
 # Before the fork: so bad settings end gunicorn, and the workers share their limits.
@@ -47,13 +46,15 @@ def on_starting(server: Any) -> None:  # before the workers are forked
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
-    Each connection has one. uvicorn's `cycle` is the latest request and its response,
-    or None before the first. The parser calls the methods on_….
+    `cycle` is uvicorn's: the latest request and its response, or None before the first.
+    If cycle.keep_alive is False, uvicorn closes the connection after the response.
+    While a body arrives, the close would destroy the response. So keep_alive is True
+    until the body ends, and is_last_request remembers that it is to be False then.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
     header_bytes = 0  # of headers that are not complete yet; can include some body
-    is_last_request = False  # True if the connection is to be closed after it
+    is_last_request = False  # also True if the worker stops
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -77,9 +78,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
-        """Feed the parser. After headers with `Upgrade`, httptools stops.
+        """Feed the parser. It stops after headers with `Upgrade`, and loses the body.
 
-        Then give the same headers, without `Upgrade`, to a new parser, and go on.
+        So repeat these headers, without `Upgrade`, for a new parser, and go on.
         """
         while data:
             try:
@@ -117,9 +118,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         super().on_headers_complete()
         self.is_last_request = self.is_last_request or not self.cycle.keep_alive
-        # uvicorn closes the connection after the response if keep_alive is False. While
-        # a body arrives, the close would destroy the response: so it is True until the
-        # body ends. But a client that waits for a `100 Continue` is not sending.
+        # A client that waits for a `100 Continue` sends no body: its response is safe.
         self.cycle.keep_alive = not self.expect_100_continue
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
@@ -128,13 +127,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self.parser.should_upgrade():  # else the new parser calls this again
-            super().on_message_complete()
-            self.is_in_body = False
-            self.cycle.keep_alive = not self.is_last_request
-            if self.is_last_request and self.cycle.response_complete:
-                self.transport.close()
-                raise httptools.HttpParserError  # stops the parser, as above
+        if self.parser.should_upgrade():
+            return  # httptools calls this before it raises HttpParserUpgrade
+        super().on_message_complete()
+        self.is_in_body = False
+        self.cycle.keep_alive = not self.is_last_request
+        if self.is_last_request and self.cycle.response_complete:
+            self.transport.close()
+            raise httptools.HttpParserError  # stops the parser, as above
 
     def refuse(self, status: int) -> None:
         if not self.transport.is_closing():  # no other refusal has been sent
@@ -146,7 +146,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """End the connection when the worker stops, after the response in progress."""
         self.is_last_request = True
-        # uvicorn starts this timer after a response, also while the body still arrives.
+        # After a response, uvicorn starts this timer, even if the body has not ended.
         self.timeout_keep_alive = 1
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
@@ -162,13 +162,13 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # While it runs, uvicorn replaces this handler. At its end, it restores it, and
-        # raises SIGTERM again: then handle_quit (gunicorn's) exits with 0.
+        # While uvicorn runs, it has its own handler. At its end, it restores this one,
+        # and raises SIGTERM again: then handle_quit, which is gunicorn's, exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
     def handle_exit(self, *_: object) -> None:
-        """Handle SIGQUIT (UvicornWorker names it so). gunicorn sends it at Ctrl+C."""
+        """Handle SIGQUIT: UvicornWorker registers this. gunicorn sends it at Ctrl+C."""
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

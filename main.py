@@ -116,8 +116,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. The 0 is a default: it keeps psycopg from checking the
-    # variable PGCONNECT_TIMEOUT, which Database.postgresql_parameters overrides.
+    # Checks connect_timeout. If the URL has none, pass 0: otherwise, psycopg would
+    # check PGCONNECT_TIMEOUT, a variable that Database.postgresql_parameters overrides.
     timeout_from_conninfo({"connect_timeout": 0, **options})
 
 
@@ -130,8 +130,8 @@ def parse_database_url(value: str) -> sa.URL:
             check_libpq_options(url)
     except (sa_exc.ArgumentError, psycopg.ProgrammingError, ValueError, KeyError):
         raise ValueError("not a PostgreSQL or SQLite URL with valid options") from None
-    # In user:pass@word@host, the password should have %40 for its @. SQLAlchemy takes
-    # word@host for the host, which drivers write into the log.
+    # A password must have %40 for an @. In user:pass@word@host, SQLAlchemy takes
+    # word@host for the host. Drivers log the host, and so a part of the password.
     if url.get_backend_name() == "postgresql" and value.count("@") > 1:
         raise ValueError("has an @ that is not encoded as %40")
     if url.port is not None and not 1 <= url.port <= 65535:
@@ -201,8 +201,8 @@ def parse_origin(value: str) -> str:
 def parse_json(value: object) -> object:
     """Decode JSON. (Settings(CORS_ORIGINS=[…]) in code passes the list itself.)"""
     if isinstance(value, str):
-        # Pass bytes: if they are not UTF-8, from_json raises ValueError, which pydantic
-        # reports. For a str with surrogates, it would raise TypeError.
+        # A variable that is not UTF-8 is a str with surrogates, for which from_json raises
+        # TypeError. For bytes, it raises ValueError, which pydantic reports.
         return from_json(value.encode(errors="surrogateescape"))
     return value
 
@@ -250,8 +250,8 @@ class Settings(BaseSettings):
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
-    # This URL and REDIS_URL can have passwords. exclude=True leaves them out of
-    # model_dump(), and of the JSON of a log line whose `extra` has the settings.
+    # This URL and REDIS_URL can have passwords. exclude=True: model_dump() omits them,
+    # and so does a log line with extra={"settings": settings}.
     # (The default is parsed, because mypy wants it to have the field's type.)
     DATABASE_URL: DatabaseUrl = Field(
         default=parse_database_url("sqlite:///./app.db"), exclude=True
@@ -275,8 +275,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        For a variable that has only spaces, the default is used, not the value in .env:
-        when this runs, the environment has already overridden .env.
+        A text of spaces only counts as not set. (But then the default is used, not the
+        value in .env: when this runs, the environment has already overridden .env.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -325,8 +325,8 @@ def check_env_file() -> None:
 @lru_cache
 def get_settings() -> Settings:
     """Read the settings. A bad value ends the process with a line that names it."""
-    # The folder is an argument here, and not in model_config: tests call Settings(),
-    # which must not read it. (pydantic-settings warns if it is missing, so pass None.)
+    # The folder is an argument here, and not in model_config, so that Settings() in
+    # tests does not read it. (If it is missing, pydantic-settings warns: pass None.)
     folder = SECRETS_FOLDER if os.path.isdir(SECRETS_FOLDER) else None
     try:
         check_env_file()
@@ -357,9 +357,11 @@ def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6)
     raise SystemExit(f"bad settings: {name}: not a number from {minimum} to {maximum}")
 
 
-def split_addresses(bind: str) -> list[str]:
-    """Split and check the value of BIND: gunicorn's own errors would not name it."""
-    addresses = re.split(r"\s*,\s*", bind)
+def read_addresses() -> list[str]:
+    """Read BIND, else PORT. BIND is checked: gunicorn's own errors do not name it."""
+    port = read_number("PORT", 8000, maximum=65535)
+    text = os.getenv("BIND", "").strip() or f"0.0.0.0:{port}"
+    addresses = re.split(r"\s*,\s*", text)
     for address in addresses:
         pattern = r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd://[0-9]+"
         match = re.fullmatch(pattern, address)
@@ -390,8 +392,8 @@ request_id_context: ContextVar[str | None] = ContextVar("request_id", default=No
 # (color_message is uvicorn's copy of the message for terminals.)
 STANDARD_FIELDS = set(vars(logging.makeLogRecord({}))) | {"color_message"}
 # Linux writes a line of up to 4 KiB (PIPE_BUF) to a pipe in one piece; a longer one
-# could be mixed with others. 3000 leaves room for the other fields.
-MAX_TRACEBACK_BYTES = 3000
+# could be mixed with others. 2800 leaves room for the other fields.
+MAX_TRACEBACK_BYTES = 2800
 # A library's part of a traceback: the line "  File …", and the indented code under it.
 LIBRARY_FRAME = re.compile(r"^  File .*site-packages.*\n(    .*\n)*", re.MULTILINE)
 LIBRARY_LEVELS = {
@@ -403,8 +405,9 @@ LIBRARY_LEVELS = {
     # These repeat what the request's own line says.
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
-    # SQLAlchemy names a pool's logger after its module and class (see Database). This
-    # one logs a harmless ERROR if a request is cancelled while it returns a connection.
+    # SQLAlchemy names a pool's logger after the module and class of the pool, so
+    # "sqlalchemy" does not cover this one (see Database). It logs a harmless ERROR if a
+    # request is cancelled while it returns a connection.
     f"{__name__}.FairPool": "CRITICAL",
 }
 # The servers' loggers. Their own handlers write another format, so setup_logging
@@ -521,7 +524,7 @@ def setup_logging(settings: Settings) -> None:
         # UvicornWorker later gives uvicorn.error the handlers of gunicorn.error, and
         # sets its propagate to False. So gunicorn.error must have our handler.
         server_logger.handlers = [handler]
-        server_logger.setLevel("NOTSET")  # then it has the root logger's level
+        server_logger.setLevel("NOTSET")  # the root's level, also without propagate
         server_logger.propagate = False  # or the root's handler would write it, too
     # uvicorn writes its access log only if this logger or a parent has a handler. So
     # remove its handlers and its link to parents: RequestLoggingMiddleware writes ours.
@@ -697,9 +700,9 @@ def allowed_methods(request: Request) -> str:
     """
     allowed = []
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # If StaticFiles is mounted at "/", it raises the 405 of a DELETE /api/v1/items.
-    # `Allow` must name our GET and POST. But the Mount has changed root_path: use the
-    # original one, or no route would match.
+    # With StaticFiles mounted at "/", a DELETE of /api/v1/items ends there: it raises
+    # the 405, but `Allow` must name our GET and POST. The Mount has changed root_path
+    # in the scope, and our routes match only with the original one.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -949,10 +952,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    A failed connect leaves a reference cycle (psycopg 3.3, SQLAlchemy 2.1): the
-    exception's traceback keeps frames alive, whose variables keep the exception and the
-    connection alive. So its socket would stay open until the garbage collector runs,
-    maybe for minutes. clear_frames empties the variables.
+    A failed connect leaves a reference cycle (psycopg 3.3, SQLAlchemy 2.1): exception,
+    traceback, frame, and a variable of the frame with the exception. It keeps the
+    socket open until the garbage collector runs, maybe for minutes. clear_frames
+    empties the variables, which breaks the cycle.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -1017,11 +1020,11 @@ BEGIN_STATEMENTS = {
 
 
 def begin_transaction(connection: sa.Connection) -> None:
-    """Begin a transaction. In autocommit, the driver itself never sends a BEGIN.
+    """Begin a transaction: the driver is in autocommit, so it sends no BEGIN itself.
 
-    SQLAlchemy's commit() and rollback() call the driver's, which send COMMIT or
-    ROLLBACK, because a transaction is open. (With DEBUG, SQLAlchemy logs that COMMIT
-    has no effect in autocommit. Here, it has one.)
+    But its commit() and rollback(), which SQLAlchemy calls, see the open transaction,
+    and send COMMIT or ROLLBACK. (With DEBUG, SQLAlchemy logs that COMMIT has no effect
+    in autocommit. Here, it has one.)
 
     Why not execution_options(isolation_level=…), SQLAlchemy's own way? It switches
     autocommit off for each transaction. If a request is cancelled during the switch,
@@ -1226,8 +1229,8 @@ class Database(MonitoredBackend):
             # SQLite has one writer at a time: they take turns with one connection.
             engine = self.create_engine(1)
         else:
-            # This returns a copy of read_engine. It shares the pool, but has listeners
-            # of its own, so read_engine sends no BEGIN.
+            # This returns a second engine with the pool of read_engine. A listener of
+            # one does not hear the other, so read_engine sends no BEGIN.
             engine = self.read_engine.execution_options()
         event.listen(engine.sync_engine, "begin", begin_transaction)
         return engine
@@ -1634,7 +1637,7 @@ LIST_ITEMS_QUERIES = {
     # With the conditions of SQLite, PostgreSQL may scan the primary key, and skip the
     # items of all other owners one by one. So compare rows:
     #     (owner_id, id) > (:owner, :after) AND owner_id <= :owner
-    # The second condition excludes the items of later owners.
+    # The second condition excludes later owners: (8, 1) > (7, 100), too.
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1886,8 +1889,9 @@ NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `prepare`, which opens all connections at once
 # How long a request waits for one of the worker's connections. After that, an outage
-# begins. Not less, because 2 s are normal in a burst of 3,000 requests. (Nothing else
-# limits this wait: RateLimitMiddleware is outside of REQUEST_TIMEOUT_SECONDS.)
+# begins. 2 s are normal in a burst of 3,000 requests, so 10 s mean more than that.
+# (Nothing else limits this wait: RateLimitMiddleware is outside of
+# REQUEST_TIMEOUT_SECONDS.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -2000,9 +2004,9 @@ class SlidingWindowRateLimiter:
             fcntl.lockf(self.lock_file, fcntl.LOCK_UN)
 
     def find_row(self, key: str) -> ctypes.Structure:
-        # With a secret key: otherwise, a client could choose addresses of one bucket,
-        # and so make the limiter forget requests. (Python's own seed may be known:
-        # PYTHONHASHSEED sets it. Forked workers have the same seed and key.)
+        # Hash with a secret key: otherwise, a client with many addresses could choose
+        # those of one bucket, and so make the limiter forget requests. (Python's own
+        # seed may be known: PYTHONHASHSEED sets it. Forked workers share seed and key.)
         client_hash = hash(self.hash_key + key)
         index = client_hash % len(self.buckets)
         bucket: Iterable[ctypes.Structure] = self.buckets[index]
@@ -2293,7 +2297,7 @@ class RequestLoggingMiddleware:
         if headers.get(b"x-forwarded-for"):
             # If uvicorn trusts the peer, it takes `address` from this header. So if
             # `address` is not in it, the peer is not trusted. (Search the text, because
-            # an entry can be "address:port". There can be several headers.)
+            # an entry can be "address:port". A false match only omits the warning.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2451,7 +2455,7 @@ class LimitsAndErrorsMiddleware:
         finally:
             timer.cancel()
             if "is_late" in scope["state"]:
-                task.uncancel()  # asyncio's rule for code that swallows a cancel
+                task.uncancel()  # takes back the task.cancel() of cancel_late
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
         # one is incomplete, uvicorn closes the connection.
@@ -2721,7 +2725,7 @@ async def patch_me(change: PasswordChange, user: CurrentUser, db: WriteSession) 
 
 @users_router.delete("/me", status_code=204, responses=document_errors(401))
 async def delete_me(user: CurrentUser, db: WriteSession) -> None:
-    """Delete the account and all its items."""
+    """Delete the account and all that it owns."""
     await discard_user(db, user)
 
 
