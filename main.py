@@ -61,13 +61,21 @@ from datetime import UTC, datetime
 from functools import cache, lru_cache, partial
 from operator import attrgetter
 from traceback import clear_frames
-from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
-from urllib.parse import quote
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeVar,
+)
+from urllib.parse import quote, urlsplit
 
 import psycopg
 import pydantic
 import sqlalchemy as sa
-from anyio import CapacityLimiter
 from dotenv.parser import parse_stream
 from fastapi import APIRouter, Depends, FastAPI, Form, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError, ResponseValidationError
@@ -145,7 +153,8 @@ def parse_database_url(value: str) -> sa.URL:
         # sqlite://./app.db, and options, such as mode=memory. (In memory, each
         # connection of the pool would have its own database.)
         file_url = sa.URL.create(url.drivername, database=url.database)
-        if url != file_url or url.database in {None, "", ":memory:"}:
+        path = url.database or "/"
+        if url != file_url or path == ":memory:" or path.endswith("/"):
             raise ValueError("should name a file, without options: sqlite:///./app.db")
     return url
 
@@ -181,6 +190,8 @@ def check_redis_url(value: str) -> str:
         pool: Any = Redis.from_url(value).connection_pool  # its methods have no types
         pool.get_encoder().encode("")  # checks the option "encoding"
         pool.make_connection()  # checks the other options; it does not connect
+        if urlsplit(value).port == 0:  # redis-py would take 6379
+            raise ValueError
     except Exception:  # noqa: BLE001 - ValueError, TypeError, LookupError, RedisError
         raise ValueError("not a Redis URL with valid options") from None
     return value
@@ -201,8 +212,9 @@ def parse_origin(value: str) -> str:
 def parse_json(value: object) -> object:
     """Decode JSON. (Settings(CORS_ORIGINS=[…]) in code passes the list itself.)"""
     if isinstance(value, str):
-        # A variable that is not UTF-8 is a str with surrogates, for which from_json raises
-        # TypeError. For bytes, it raises ValueError, which pydantic reports.
+        # A variable that is not UTF-8 arrives as a str with surrogates, for which
+        # from_json raises TypeError. For bytes, it raises ValueError, which pydantic
+        # turns into its own error.
         return from_json(value.encode(errors="surrogateescape"))
     return value
 
@@ -1515,40 +1527,37 @@ PASSWORD_HASHER = PasswordHash([ARGON2ID])
 # and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 HASHES_AT_A_TIME = 2  # to bound the memory
-# Two bounds are needed. The limiter has a queue, whose length can be checked, and which
-# a cancelled request leaves. But a hash that has begun goes on after its request was
-# cancelled, so the executor bounds the threads.
-HASHING_LIMITER = CapacityLimiter(HASHES_AT_A_TIME)
+MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or longer
 # The threads run beside other Python code, because argon2 releases the GIL. They start
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
-MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or longer
+UNFINISHED_HASHES: set[object] = set()  # their futures; a cancelled request leaves it
+
+Result = TypeVar("Result")
 
 
-@asynccontextmanager
-async def hashing_slot() -> AsyncIterator[None]:
-    """Wait for a turn. Raises ServiceUnavailableException if too many wait already."""
-    # Nothing waits between this check and joining the queue, so no other request can
-    # come between them.
-    if HASHING_LIMITER.statistics().tasks_waiting >= MAX_WAITING_HASHES:
+async def run_in_hash_thread(hasher: Callable[..., Result], *texts: str) -> Result:
+    """Call `hasher(*texts)` in a thread.
+
+    Raises ServiceUnavailableException if too many calls wait for a thread already.
+    """
+    if len(UNFINISHED_HASHES) >= HASHES_AT_A_TIME + MAX_WAITING_HASHES:
         raise ServiceUnavailableException("too many passwords wait to be hashed")
-    async with HASHING_LIMITER:
-        yield
+    loop = asyncio.get_running_loop()
+    future = loop.run_in_executor(HASH_THREADS, hasher, *texts)
+    UNFINISHED_HASHES.add(future)
+    future.add_done_callback(UNFINISHED_HASHES.discard)
+    return await future
 
 
 async def hash_password(password: str) -> str:
-    loop = asyncio.get_running_loop()
-    async with hashing_slot():
-        return await loop.run_in_executor(HASH_THREADS, PASSWORD_HASHER.hash, password)
+    return await run_in_hash_thread(PASSWORD_HASHER.hash, password)
 
 
 async def verify_password(password: str, stored_hash: str) -> tuple[bool, str | None]:
     """Return whether it matches, and a new hash if `stored_hash` is outdated."""
-    loop = asyncio.get_running_loop()
-    async with hashing_slot():
-        return await loop.run_in_executor(
-            HASH_THREADS, PASSWORD_HASHER.verify_and_update, password, stored_hash
-        )
+    verify = PASSWORD_HASHER.verify_and_update
+    return await run_in_hash_thread(verify, password, stored_hash)
 
 
 # python-jose decodes a signature by Python's base64, which ignores characters outside
@@ -2051,6 +2060,7 @@ class RedisRateLimiter(MonitoredBackend):
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
         self.slots = asyncio.Semaphore(REDIS_CONNECTIONS - 1)
+        self.lookup: asyncio.Task[object] | None = None  # the latest of the host's name
 
     async def ping(self) -> None:
         # The result does not matter, but run_script raises an exception if Redis needs
@@ -2074,14 +2084,30 @@ class RedisRateLimiter(MonitoredBackend):
                 await pool.disconnect()
             raise
 
+    async def look_up_host(self) -> None:
+        """Look up the host's name: at most once at a time.
+
+        A lookup in a silent DNS blocks a thread for many seconds, and cannot be
+        cancelled. If each retry began more of them, PostgreSQL's would get no thread.
+        """
+        host = self.client.connection_pool.connection_kwargs.get("host")
+        if host is None:  # a unix socket
+            return
+        if self.lookup is None or self.lookup.done():
+            lookup = asyncio.get_running_loop().getaddrinfo(host, None)
+            self.lookup = asyncio.create_task(lookup)
+        await asyncio.shield(self.lookup)  # a timeout ends the wait, not the lookup
+
     async def open_connections(self) -> None:
-        # redis-py cannot fill its pool, but it opens a connection for each command that
-        # runs at the same time. So run as many commands at once: SCRIPT LOAD, because
-        # it must run once anyway.
-        commands = [
-            self.client.script_load(REDIS_SCRIPT) for _ in range(REDIS_CONNECTIONS)
-        ]
         async with asyncio.timeout(REDIS_CONNECT_SECONDS):
+            await self.look_up_host()
+            # redis-py cannot fill its pool, but it opens a connection for each command
+            # that runs at the same time. So run as many commands at once: SCRIPT LOAD,
+            # because it must run once anyway.
+            script = REDIS_SCRIPT
+            commands = [
+                self.client.script_load(script) for _ in range(REDIS_CONNECTIONS)
+            ]
             # Wait for all, even if one fails. Otherwise, `prepare` would disconnect
             # while others are still connecting, and these would stay open.
             results = await asyncio.gather(*commands, return_exceptions=True)
@@ -2403,20 +2429,6 @@ class RateLimitMiddleware:
         await self.app(scope, receive, send_with_rate_limit)
 
 
-def is_cancelled_by_server(error: BaseException) -> bool:
-    """Return True if uvicorn has cancelled this task, which it does at a shutdown.
-
-    A CancelledError has three causes:
-
-        a timeout   cancel_late (below) sets `is_late`; answer_error looks at that first
-        a shutdown  the task's cancelling() is over 0
-        the route   for example, it awaits a task that was cancelled
-    """
-    task = asyncio.current_task()
-    is_cancelled = task is not None and task.cancelling() > 0
-    return is_cancelled and isinstance(error, asyncio.CancelledError)
-
-
 class LimitsAndErrorsMiddleware:
     """Limit a request's body and time (not its rate), and answer what goes wrong.
 
@@ -2451,11 +2463,11 @@ class LimitsAndErrorsMiddleware:
         try:
             await self.app(scope, receive_limited, send)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - logged
-            response = await self.answer_error(Request(scope), error)
+            response = await self.answer_error(Request(scope), error, task)
         finally:
             timer.cancel()
             if "is_late" in scope["state"]:
-                task.uncancel()  # takes back the task.cancel() of cancel_late
+                task.uncancel()  # as asyncio asks of code that swallows a cancel()
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
         # one is incomplete, uvicorn closes the connection.
@@ -2466,20 +2478,24 @@ class LimitsAndErrorsMiddleware:
         scope["state"]["is_late"] = True
         task.cancel()
 
-    async def answer_error(self, request: Request, error: BaseException) -> Response:
+    async def answer_error(
+        self, request: Request, error: BaseException, task: asyncio.Task[object]
+    ) -> Response:
         """Return the response to an error. Set `reason` or `exception` for the log."""
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
             if "status_code" in request.scope["state"]:  # the response has started
                 request.state.reason = "the client has disconnected"
             # Nobody receives this response, but the log line needs a status.
             return await http_exception_handler(request, HTTPException(400))
-        if "is_late" in request.scope["state"]:
+        if "is_late" in request.scope["state"]:  # cancel_late has cancelled the task
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
             return await app_exception_handler(request, late)
-        if is_cancelled_by_server(error):
-            # The server cancels a task only once, so this response can still be sent.
+        if isinstance(error, asyncio.CancelledError) and task.cancelling():
+            # uvicorn has cancelled the task, as it does at a shutdown. It does so only
+            # once, so this response can still be sent.
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
+        # A CancelledError is the route's own here: it awaits a task that was cancelled.
         return await unhandled_exception_handler(request, error)
 
     def drop_long_content_type(self, scope: Scope) -> None:

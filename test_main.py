@@ -432,7 +432,7 @@ REFUSED_SETTINGS = {
         *("postgres://u:p@hunter2@h", "postgres://u:hunter2@h:-1", "sqlite:///x?a=1"),
         *("sqlite:///:memory:", "postgres://h?a=1", "postgres://h?connect_timeout=x"),
         *("postgres://u:p@hunter2/x@h/d", "sqlite://./app.db", "sqlite://:hunter2@/x"),
-        "postgres://u:hunter2@h:0",
+        *("postgres://u:hunter2@h:0", "sqlite:////"),
     ],
     "DATABASE_MAX_OVERFLOW": ["-1"],
     "DATABASE_POOL_SIZE": ["0"],
@@ -453,6 +453,7 @@ REFUSED_SETTINGS = {
         *("redis://:hunter2@h?timeout=1", "redis://:hunter2@h?socket_timeout=one"),
         *("redis://u:1#hunter2@h", "redis://u:1/hunter2@h", "redis://h?encoding=x"),
         *("unix://:h/hunter2@/s", "unix://hunter2/s", "redis://hunter2 /0", "redis:1"),
+        "redis://:hunter2@h:0",
     ],
     "LOG_LEVEL": ["info", "HUNTER2"],
 }
@@ -671,11 +672,7 @@ def test_description_of_an_error_is_one_line() -> None:
 # --- Errors ---------------------------------------------------------------------------
 
 USUAL_500 = "Something went wrong. Quote the request_id if you report it."
-
-
-class PaymentException(main.AppException):
-    status_code = 402
-
+Own = type("Own", (main.AppException,), {"status_code": 402})
 
 FAILURES: dict[str, tuple[BaseException, int, str]] = {
     "base": (main.AppException(), 500, USUAL_500),
@@ -685,7 +682,7 @@ FAILURES: dict[str, tuple[BaseException, int, str]] = {
     "taken": (main.UsernameTakenException(), 409, "This username is taken."),
     "rate-limited": (main.RateLimitedException(7), 429, "Too many requests; try"),
     "away": (main.ServiceUnavailableException("hunter2"), 503, "The service is not av"),
-    "own-class": (PaymentException(), 402, USUAL_500),
+    "own-class": (Own(), 402, USUAL_500),
     "own-error": (HTTPException(403, headers={"X-Own": "yes"}), 403, "Forbidden"),
     "own-cache": (HTTPException(403, headers={"Cache-Control": "x"}), 403, "Forbidden"),
     "own-text": (HTTPException(403, "Not on Sundays."), 403, "Not on Sundays."),
@@ -1630,56 +1627,46 @@ async def test_hashing_leaves_the_event_loop_free_and_two_threads_busy() -> None
     await eventually(lambda: len(running) == 2, "two threads")
     hashes[0].cancel()
     await let_others_run()
-    assert len(running) == main.HASHING_LIMITER.borrowed_tokens == 2
+    assert len(running) == 2
     loop_went_on.set()
     assert (await hashes[2]).startswith(PARAMETERS)
 
 
 @contextmanager
 def busy_hashing() -> Iterator[None]:
-    main.HASHING_LIMITER.total_tokens = 0
+    is_over = threading.Event()
+    for _ in range(main.HASHES_AT_A_TIME):
+        main.HASH_THREADS.submit(is_over.wait)
     try:
         yield
     finally:
-        main.HASHING_LIMITER.total_tokens = main.HASHES_AT_A_TIME
-
-
-async def waiting_hashes(number: int) -> None:
-    statistics = main.HASHING_LIMITER.statistics
-    await eventually(lambda: statistics().tasks_waiting == number, f"{number} hashes")
+        is_over.set()
 
 
 ADA = {"username": "ada", "password": PASSWORD}
 CHANGE = {"current_password": PASSWORD, "new_password": PASSWORD[::-1]}
-
-
-class Call(NamedTuple):
-    method: str
-    path: str
-    options: dict[str, Any]
-    status: int
-
-
-HASHING = {
-    "registration": Call("POST", "/users", {"json": ADA | {"username": "eve"}}, 201),
-    "login": Call("POST", "/auth/token", {"data": ADA}, 200),
-    "unknown name": Call("POST", "/auth/token", {"data": ADA | {"username": "x"}}, 401),
-    "password change": Call("PATCH", "/users/me", {"json": CHANGE}, 204),
+HASHING: dict[str, Any] = {
+    "registration": ("POST /users", {"json": ADA | {"username": "eve"}}, 201),
+    "login": ("POST /auth/token", {"data": ADA}, 200),
+    "unknown name": ("POST /auth/token", {"data": ADA | {"username": "x"}}, 401),
+    "password change": ("PATCH /users/me", {"json": CHANGE}, 204),
 }
 
 
 @cases("call", HASHING)
-async def test_hashing_queue_over_100_is_503(call: Call, ada: Client) -> None:
+async def test_hashing_queue_over_100_is_503(call: Any, ada: Client) -> None:
+    line, options, _ = call
     with busy_hashing():
-        hashes = [asyncio.create_task(main.hash_password("x")) for _ in range(103)]
-        await waiting_hashes(100)
+        hashes = [asyncio.create_task(main.hash_password("x")) for _ in range(105)]
+        waiting = main.UNFINISHED_HASHES
+        await eventually(lambda: len(waiting) == 100 + main.HASHES_AT_A_TIME, "a queue")
         refused = [type(task.exception()) for task in hashes if task.done()]
         assert refused == [main.ServiceUnavailableException] * 3
-        request = asyncio.create_task(ada.request(*call[:2], **call.options))
+        request = asyncio.create_task(ada.request(*line.split(), **options))
         await eventually(request.done, "an answer at once")
         for task in hashes:
             task.cancel()
-        await waiting_hashes(0)
+        await eventually(lambda: not waiting, "an empty queue")
     assert error_of(request.result())["error"] == "service_unavailable"
     assert request.result().headers["Retry-After"] == "1"
 
@@ -1908,14 +1895,16 @@ async def test_login_renews_an_outdated_hash(database: main.Database) -> None:
         await main.change_password(db, before, PASSWORD_CHANGE)
 
 
-@cases("call", HASHING)
-async def test_hashing_holds_no_connection(call: Call) -> None:
+@cases("line, options, status", HASHING)
+async def test_hashing_holds_no_connection(
+    line: str, options: Any, status: int
+) -> None:
     async with serve_ada(**ONE_CONNECTION) as ada:
         with busy_hashing():
-            request = asyncio.create_task(ada.request(*call[:2], **call.options))
-            await waiting_hashes(1)
+            request = asyncio.create_task(ada.request(*line.split(), **options))
+            await eventually(lambda: main.UNFINISHED_HASHES, "a hash")
             assert await ada.add_item() == 1
-        assert (await request).status_code == call.status
+        assert (await request).status_code == status
 
 
 async def test_password_change_race_has_one_winner(database: main.Database) -> None:
@@ -2283,6 +2272,17 @@ async def test_redis_is_left_if_its_queue_is_long(monkeypatch: Patch) -> None:
         limiter.redis.slots = asyncio.Semaphore(0)
         assert (await limiter.hit("api", ADDRESS)).allowed
         assert limiter.redis.in_outage
+
+
+async def test_silent_dns_has_one_lookup_for_redis(monkeypatch: Patch) -> None:
+    lookup = mock.Mock(side_effect=lambda *_: asyncio.Event().wait())
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", lookup)
+    monkeypatch.setattr(main, "REDIS_CONNECT_SECONDS", 0.01)
+    async with redis_limiter("redis://h") as limiter:
+        for _ in range(3):
+            await limiter.redis.run_check()
+            assert limiter.redis.in_outage
+    lookup.assert_called_once_with("h", None)
 
 
 class OwnRedis:  # a redis-server of the test's own, which fails in each of these ways
@@ -2721,9 +2721,9 @@ async def test_read_does_not_wait_for_a_writer(ada: Client, app: FastAPI) -> Non
 async def test_rate_limit_of_credentials_is_one_for_all_requests_with_hashing() -> None:
     calls = [*HASHING.values()]
     async with serve_ada(RATE_LIMIT_LOGIN_REQUESTS=len(calls)) as ada:
-        answers = [await ada.request(*c[:2], **c.options) for c in calls * 2]
+        answers = [await ada.request(*c.split(), **o) for c, o, _ in calls * 2]
         assert (await ada.get("/items")).status_code != 429
-    expected = [call.status for call in calls] + [429] * len(calls)
+    expected = [status for _, _, status in calls] + [429] * len(calls)
     assert [answer.status_code for answer in answers] == expected
 
 
