@@ -35,7 +35,8 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def on_starting(server: Any) -> None:  # before the workers are forked
-    if not main.logger.hasHandlers():  # unlike main:app, create_app sets up no logging
+    # main:app has set up logging by now, but not `gunicorn "main:create_app()"`.
+    if not main.logger.hasHandlers():
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
@@ -98,7 +99,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # The timer runs already for a first request, or if `parse` repeats the headers.
+        # It still runs for a first request, and while `parse` repeats the headers.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -118,7 +119,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         super().on_headers_complete()
         self.is_last_request = self.is_last_request or not self.cycle.keep_alive
-        # A client that waits for a `100 Continue` sends no body: its response is safe.
+        # A client that waits for a `100 Continue` sends no body: a close does no harm.
         self.cycle.keep_alive = not self.expect_100_continue
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
@@ -132,7 +133,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
         self.is_in_body = False
         self.cycle.keep_alive = not self.is_last_request
-        if self.is_last_request and self.cycle.response_complete:
+        if self.is_last_request and self.cycle.response_complete:  # kept open until now
             self.transport.close()
             raise httptools.HttpParserError  # stops the parser, as above
 
@@ -144,9 +145,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def shutdown(self) -> None:
-        """End the connection when the worker stops, after the response in progress."""
         self.is_last_request = True
-        # After a response, uvicorn starts this timer, even if the body has not ended.
+        # If the body of an answered request never ends, close the connection after 1 s.
         self.timeout_keep_alive = 1
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
@@ -162,8 +162,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # While uvicorn runs, it has its own handler. At its end, it restores this one,
-        # and raises SIGTERM again: then handle_quit, which is gunicorn's, exits with 0.
+        # uvicorn replaces this handler while it serves. Then it restores it, and raises
+        # SIGTERM again, so that gunicorn's handle_quit ends the worker with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 

@@ -120,7 +120,7 @@ SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"
 
 def check_libpq_options(url: sa.URL) -> None:
     """Raise an exception for options with which every connect would fail."""
-    # create_connect_args takes the options from the URL, as it does at a connect.
+    # SQLAlchemy calls create_connect_args for each connection, to get its options.
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
@@ -287,8 +287,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A text of spaces only counts as not set. (But then the default is used, not the
-        value in .env: when this runs, the environment has already overridden .env.)
+        A variable of spaces only counts as not set. But then it gets its default, even
+        if .env has a value: the environment has replaced that one before this runs.
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -609,7 +609,7 @@ class UnauthorizedException(AppException):
     status_code = 401
     message = "The access token is not valid."
     # RFC 6750 § 3.1 has this one code for every invalid token.
-    # (RUF012 wants a ClassVar, but RateLimitedException sets `headers` per instance.)
+    # (ruff wants a ClassVar, but RateLimitedException sets `headers` per instance.)
     headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
 
@@ -707,14 +707,14 @@ async def app_exception_handler(request: Request, exc: AppException) -> Response
 def allowed_methods(request: Request) -> str:
     """Return the methods of all routes with this path.
 
-    (The framework's own 405 names the methods of one route only.) Try each method on
-    each route, but not on mounted applications: a Mount matches every method.
+    (The framework's own 405 names the methods of one route only.)
     """
     allowed = []
+    # Try no mounted applications: a Mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # With StaticFiles mounted at "/", a DELETE of /api/v1/items ends there: it raises
-    # the 405, but `Allow` must name our GET and POST. The Mount has changed root_path
-    # in the scope, and our routes match only with the original one.
+    # But one can have raised the 405: with StaticFiles mounted at "/", a DELETE of
+    # /api/v1/items ends there. Then its Mount has changed root_path in the scope, and
+    # our routes match only with the original one.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -964,10 +964,9 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    A failed connect leaves a reference cycle (psycopg 3.3, SQLAlchemy 2.1): exception,
-    traceback, frame, and a variable of the frame with the exception. It keeps the
-    socket open until the garbage collector runs, maybe for minutes. clear_frames
-    empties the variables, which breaks the cycle.
+    The exception of a failed connect and its traceback refer to each other (psycopg
+    3.3, SQLAlchemy 2.1). So the socket would stay open until the garbage collector
+    runs, maybe for minutes. clear_frames empties the variables of the traceback.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -1032,11 +1031,10 @@ BEGIN_STATEMENTS = {
 
 
 def begin_transaction(connection: sa.Connection) -> None:
-    """Begin a transaction: the driver is in autocommit, so it sends no BEGIN itself.
+    """Begin a transaction: in autocommit, the driver sends no BEGIN itself.
 
-    But its commit() and rollback(), which SQLAlchemy calls, see the open transaction,
-    and send COMMIT or ROLLBACK. (With DEBUG, SQLAlchemy logs that COMMIT has no effect
-    in autocommit. Here, it has one.)
+    SQLAlchemy's commit() still makes the driver send COMMIT, because a transaction is
+    open. (With DEBUG, SQLAlchemy logs that COMMIT has no effect. Here, it has one.)
 
     Why not execution_options(isolation_level=…), SQLAlchemy's own way? It switches
     autocommit off for each transaction. If a request is cancelled during the switch,
@@ -1287,8 +1285,8 @@ class Database(MonitoredBackend):
             await self.create_missing_tables()
 
     async def recover(self) -> None:
-        # After a failover of PostgreSQL, a former primary that is silent has closed no
-        # connection: each would cost a request its timeout. So replace them all.
+        # After a failover of PostgreSQL, connections to the former primary can be
+        # silent, but not closed. Replace all, or each would make a request time out.
         # (read_engine and write_engine share this pool there. check_engine needs
         # nothing: SQLAlchemy replaces its connection if it is lost or read-only.)
         pool = self.read_engine.pool
@@ -1898,9 +1896,8 @@ NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `prepare`, which opens all connections at once
 # How long a request waits for one of the worker's connections. After that, an outage
-# begins. 2 s are normal in a burst of 3,000 requests, so 10 s mean more than that.
-# (Nothing else limits this wait: RateLimitMiddleware is outside of
-# REQUEST_TIMEOUT_SECONDS.)
+# begins. (A burst of 3,000 requests waits for up to 2 s. Nothing else limits this wait:
+# RateLimitMiddleware is outside of REQUEST_TIMEOUT_SECONDS.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -2430,7 +2427,7 @@ class RateLimitMiddleware:
 
 
 class LimitsAndErrorsMiddleware:
-    """Limit a request's body and time (not its rate), and answer what goes wrong.
+    """Limit the body and the time of a request, and answer what goes wrong.
 
     400 for a multipart form in another charset than UTF-8, 404 for a path that ends
     with a line break, 413 for a large body, 504 for a request that takes too long, 500
@@ -2501,8 +2498,7 @@ class LimitsAndErrorsMiddleware:
     def drop_long_content_type(self, scope: Scope) -> None:
         """Drop a Content-Type that is too long, because it is slow to parse.
 
-        A route with a body, JSON or form, then answers 422, as it does without this
-        header. Other routes do not need it.
+        Without it, a route with a body, JSON or form, answers 422. Others ignore it.
         """
         scope["headers"] = [
             (name, value)
@@ -2563,8 +2559,8 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that only reads: in autocommit, which is cheaper."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
-        # Refuse changes that were not flushed: they would be lost silently. (flush()
-        # would refuse them, too, but may first wait for a connection.)
+        # Refuse changes that were not flushed, which would be lost silently. (flush()
+        # would call refuse_changes, too, but may first wait for a connection.)
         refuse_changes(session.sync_session)
 
 
@@ -2614,7 +2610,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app's setting does not reach these routes: they are passed as `routes=`.)
+    # (Set here, too: create_app passes these routes by `routes=`, without its setting.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2824,7 +2820,7 @@ api_router.include_router(items_router)
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Start the first checks of the database and Redis: wait at most a second."""
+    """Check the database and Redis. After a second, start even if they are silent."""
     database = Database(app.state.settings)
     app.state.database = database
     checks = {database.start_check()}
@@ -2902,8 +2898,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
         # Not include_router: since FastAPI 0.137, it nests the router, which makes a
-        # health check a fifth slower. The price: these routes do not know the
-        # application's dependency_overrides, so they must have no dependencies.
+        # health check a fifth slower. The price: dependency_overrides have no effect on
+        # these routes, so they must have no dependencies.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
@@ -2924,8 +2920,8 @@ def build_app() -> FastAPI:
     try:
         return create_app()
     except AttributeError as error:
-        # If a module's __getattr__ raises AttributeError, servers say that there is no
-        # `app`, and hide the real error.
+        # If __getattr__ (below) raises AttributeError, servers say that there is no
+        # `app`, and hide the cause. With an ImportError, they show it.
         raise ImportError("create_app has failed") from error
 
 
