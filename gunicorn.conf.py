@@ -35,7 +35,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def on_starting(server: Any) -> None:  # before the workers are forked
-    # main:app has set up logging by now, but not `gunicorn "main:create_app()"`.
+    # Nothing has set up logging if this is `gunicorn "main:create_app()"`.
     if not main.logger.hasHandlers():
         main.setup_logging(main.get_settings())
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
@@ -48,13 +48,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
     `cycle` is uvicorn's: the latest request and its response, or None before the first.
-    If cycle.keep_alive is False, uvicorn closes the connection after the response.
-    While a body arrives, the close would destroy the response. So keep_alive is True
-    until the body ends, and is_last_request remembers that it is to be False then.
+    uvicorn closes the connection after a response if cycle.keep_alive is False. While a
+    body arrives, that would reset the connection, and the client could lose the
+    response. So keep_alive is True until the body ends, and then not is_last_request.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
-    header_bytes = 0  # of headers that are not complete yet; can include some body
+    header_bytes = 0  # since the last complete headers; can include a part of a body
     is_last_request = False  # also True if the worker stops
 
     def connection_made(self, transport: Any) -> None:
@@ -99,7 +99,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # It still runs for a first request, and while `parse` repeats the headers.
+        # The header timer runs already for a first request, and if `parse` called this.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -119,12 +119,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         super().on_headers_complete()
         self.is_last_request = self.is_last_request or not self.cycle.keep_alive
-        # A client that waits for a `100 Continue` sends no body: a close does no harm.
+        # A client that waits for a `100 Continue` sends no body yet: uvicorn may close.
         self.cycle.keep_alive = not self.expect_100_continue
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
     def on_body(self, body: bytes) -> None:
-        self.cycle.keep_alive = True  # it no longer waits for a 100, or never did
+        self.cycle.keep_alive = True  # the body has begun
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -146,7 +146,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_last_request = True
-        # If the body of an answered request never ends, close the connection after 1 s.
+        # uvicorn starts this timer after a response, even if the body still arrives.
         self.timeout_keep_alive = 1
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
@@ -162,13 +162,13 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = 1  # each second, call callback_notify (see below)
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn replaces this handler while it serves. Then it restores it, and raises
-        # SIGTERM again, so that gunicorn's handle_quit ends the worker with status 0.
+        # While it serves, uvicorn has its own handler of SIGTERM. Then it restores this
+        # one, and raises SIGTERM again: handle_quit ends the worker with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
     def handle_exit(self, *_: object) -> None:
-        """Handle SIGQUIT: UvicornWorker registers this. gunicorn sends it at Ctrl+C."""
+        """UvicornWorker calls this on SIGQUIT, which gunicorn sends at Ctrl+C."""
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -124,8 +124,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. If the URL has none, pass 0: otherwise, psycopg would
-    # check PGCONNECT_TIMEOUT, a variable that Database.postgresql_parameters overrides.
+    # Checks connect_timeout. The 0 is for a URL without one: otherwise, psycopg would
+    # check the variable PGCONNECT_TIMEOUT, which the service never uses.
     timeout_from_conninfo({"connect_timeout": 0, **options})
 
 
@@ -153,8 +153,8 @@ def parse_database_url(value: str) -> sa.URL:
         # sqlite://./app.db, and options, such as mode=memory. (In memory, each
         # connection of the pool would have its own database.)
         file_url = sa.URL.create(url.drivername, database=url.database)
-        path = url.database or "/"
-        if url != file_url or path == ":memory:" or path.endswith("/"):
+        path = url.database
+        if url != file_url or not path or path == ":memory:" or path.endswith("/"):
             raise ValueError("should name a file, without options: sqlite:///./app.db")
     return url
 
@@ -299,7 +299,8 @@ class Settings(BaseSettings):
         """Raise ValueError for values that are safe in development only."""
         if self.ENVIRONMENT == "development":
             return self
-        # The messages begin with the name, which pydantic does not know here.
+        # The messages begin with the name: this validator belongs to no field, so
+        # pydantic cannot tell it.
         if "SECRET_KEY" not in self.model_fields_set:
             raise ValueError("SECRET_KEY: is required outside development")
         if "*" in self.CORS_ORIGINS:
@@ -379,7 +380,7 @@ def read_addresses() -> list[str]:
         match = re.fullmatch(pattern, address)
         if not match or int(match[1] or 0) > 65535:  # match[1] is the port
             raise SystemExit(
-                f"bad settings: BIND: {address!r}: no host:port, unix: or fd:"
+                f"bad settings: BIND: {address!r} is not host:port, unix:… or fd://…"
             )
     return addresses
 
@@ -417,9 +418,9 @@ LIBRARY_LEVELS = {
     # These repeat what the request's own line says.
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
-    # SQLAlchemy names a pool's logger after the module and class of the pool, so
-    # "sqlalchemy" does not cover this one (see Database). It logs a harmless ERROR if a
-    # request is cancelled while it returns a connection.
+    # If a request is cancelled while it returns a connection, its pool logs an ERROR,
+    # which is harmless. SQLAlchemy names the logger after the module and class of the
+    # pool, so "sqlalchemy" does not cover it.
     f"{__name__}.FairPool": "CRITICAL",
 }
 # The servers' loggers. Their own handlers write another format, so setup_logging
@@ -536,7 +537,7 @@ def setup_logging(settings: Settings) -> None:
         # UvicornWorker later gives uvicorn.error the handlers of gunicorn.error, and
         # sets its propagate to False. So gunicorn.error must have our handler.
         server_logger.handlers = [handler]
-        server_logger.setLevel("NOTSET")  # the root's level, also without propagate
+        server_logger.setLevel("NOTSET")  # use the root's; propagate has no part in it
         server_logger.propagate = False  # or the root's handler would write it, too
     # uvicorn writes its access log only if this logger or a parent has a handler. So
     # remove its handlers and its link to parents: RequestLoggingMiddleware writes ours.
@@ -712,9 +713,9 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     # Try no mounted applications: a Mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # But one can have raised the 405: with StaticFiles mounted at "/", a DELETE of
-    # /api/v1/items ends there. Then its Mount has changed root_path in the scope, and
-    # our routes match only with the original one.
+    # But with StaticFiles mounted at "/", a DELETE of /api/v1/items ends there, because
+    # no route has both this path and this method. The Mount has then changed root_path
+    # in the scope, and our routes match only with the original one.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -964,9 +965,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    The exception of a failed connect and its traceback refer to each other (psycopg
-    3.3, SQLAlchemy 2.1). So the socket would stay open until the garbage collector
-    runs, maybe for minutes. clear_frames empties the variables of the traceback.
+    The traceback of a failed connect keeps the variables of its functions alive, and
+    one of them is the exception (psycopg 3.3, SQLAlchemy 2.1). In this cycle, the
+    socket would stay open until the garbage collector runs, maybe for minutes.
+    clear_frames empties the variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -1239,8 +1241,8 @@ class Database(MonitoredBackend):
             # SQLite has one writer at a time: they take turns with one connection.
             engine = self.create_engine(1)
         else:
-            # This returns a second engine with the pool of read_engine. A listener of
-            # one does not hear the other, so read_engine sends no BEGIN.
+            # This returns a second engine, with the pool and the listeners of
+            # read_engine. It alone gets the listener below: read_engine sends no BEGIN.
             engine = self.read_engine.execution_options()
         event.listen(engine.sync_engine, "begin", begin_transaction)
         return engine
@@ -1437,7 +1439,7 @@ class UserIn(RequestBody):
     password: NewPassword = Field(examples=["correct horse battery staple"])
 
 
-class UserOut(BaseModel, from_attributes=True):
+class UserOut(BaseModel, from_attributes=True):  # so UserPage takes rows, too
     id: Int64
     username: str
     created_at: UtcTime
@@ -1529,7 +1531,7 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 # The threads run beside other Python code, because argon2 releases the GIL. They start
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
-UNFINISHED_HASHES: set[object] = set()  # their futures; a cancelled request leaves it
+UNFINISHED_HASHES: set[object] = set()  # futures; a cancelled one is removed at once
 
 Result = TypeVar("Result")
 
@@ -2057,7 +2059,9 @@ class RedisRateLimiter(MonitoredBackend):
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
         self.slots = asyncio.Semaphore(REDIS_CONNECTIONS - 1)
-        self.lookup: asyncio.Task[object] | None = None  # the latest of the host's name
+        self.lookup: asyncio.Task[object] | None = (
+            None  # the latest lookup of the host's name
+        )
 
     async def ping(self) -> None:
         # The result does not matter, but run_script raises an exception if Redis needs
@@ -2084,8 +2088,9 @@ class RedisRateLimiter(MonitoredBackend):
     async def look_up_host(self) -> None:
         """Look up the host's name: at most once at a time.
 
-        A lookup in a silent DNS blocks a thread for many seconds, and cannot be
-        cancelled. If each retry began more of them, PostgreSQL's would get no thread.
+        In a silent DNS, a lookup blocks a thread for many seconds, and cannot be
+        cancelled. If each retry began another one, they would take all threads, and the
+        host of PostgreSQL could not be looked up.
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket
@@ -2101,9 +2106,8 @@ class RedisRateLimiter(MonitoredBackend):
             # redis-py cannot fill its pool, but it opens a connection for each command
             # that runs at the same time. So run as many commands at once: SCRIPT LOAD,
             # because it must run once anyway.
-            script = REDIS_SCRIPT
             commands = [
-                self.client.script_load(script) for _ in range(REDIS_CONNECTIONS)
+                self.client.script_load(REDIS_SCRIPT) for _ in range(REDIS_CONNECTIONS)
             ]
             # Wait for all, even if one fails. Otherwise, `prepare` would disconnect
             # while others are still connecting, and these would stay open.
@@ -2498,7 +2502,8 @@ class LimitsAndErrorsMiddleware:
     def drop_long_content_type(self, scope: Scope) -> None:
         """Drop a Content-Type that is too long, because it is slow to parse.
 
-        Without it, a route with a body, JSON or form, answers 422. Others ignore it.
+        A route with a body then answers 422, as if the client had sent none. Other
+        routes are not affected.
         """
         scope["headers"] = [
             (name, value)
@@ -2610,7 +2615,8 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (Set here, too: create_app passes these routes by `routes=`, without its setting.)
+    # (create_app sets this for the routes that it includes. It passes these by
+    # `routes=`, so set it here, too.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
