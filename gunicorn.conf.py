@@ -30,7 +30,7 @@ timeout = graceful_timeout + 30  # a worker sends no heartbeats during a shutdow
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
 control_socket_disable = True  # the socket of `gunicornc` needs a writable home
-# For the files of the heartbeats: on a disk, writing one could block a worker.
+# For the files of the heartbeats: on a disk, a heartbeat could block a worker.
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
@@ -73,7 +73,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            # `parse` catches the HttpParserUpgrade of an `Upgrade`, but not of CONNECT.
+            # For the method CONNECT, the new parser raises HttpParserUpgrade, too.
             self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
@@ -124,7 +124,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
     def on_body(self, body: bytes) -> None:
-        self.cycle.keep_alive = True  # the body has begun
+        self.cycle.keep_alive = True  # who sends a body waits for no `100 Continue`
         super().on_body(body)
 
     def on_message_complete(self) -> None:

@@ -120,7 +120,7 @@ SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"
 
 def check_libpq_options(url: sa.URL) -> None:
     """Raise an exception for options with which every connect would fail."""
-    # SQLAlchemy calls create_connect_args for each connection, to get its options.
+    # create_engine calls create_connect_args, too, to get the options of connections.
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
@@ -221,7 +221,7 @@ def parse_json(value: object) -> object:
 
 # pydantic-settings decodes the text of a list or a tuple as JSON, before any validator
 # runs. NoDecode prevents this. DatabaseUrl needs it because sa.URL is a tuple. Origins
-# needs it so that white space is stripped first, and an error names the variable.
+# needs it so that white space is stripped first, and its errors are like all others.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
@@ -713,9 +713,9 @@ def allowed_methods(request: Request) -> str:
     allowed = []
     # Try no mounted applications: a Mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # But with StaticFiles mounted at "/", a DELETE of /api/v1/items ends there, because
-    # no route has both this path and this method. The Mount has then changed root_path
-    # in the scope, and our routes match only with the original one.
+    # But with StaticFiles mounted at "/api", a DELETE of /api/v1/items ends there,
+    # because no route has both this path and this method. The Mount has then changed
+    # root_path in the scope, and our routes match only with the original one.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -1531,7 +1531,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 # The threads run beside other Python code, because argon2 releases the GIL. They start
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
-UNFINISHED_HASHES: set[object] = set()  # futures; a cancelled one is removed at once
+# Their futures. That of a cancelled request is removed, though its hash may still run.
+UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
 
@@ -1898,8 +1899,8 @@ NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for `prepare`, which opens all connections at once
 # How long a request waits for one of the worker's connections. After that, an outage
-# begins. (A burst of 3,000 requests waits for up to 2 s. Nothing else limits this wait:
-# RateLimitMiddleware is outside of REQUEST_TIMEOUT_SECONDS.)
+# begins. (A burst of 3,000 requests waits for up to 2 s. In RateLimitMiddleware,
+# nothing else limits this wait: it is outside of REQUEST_TIMEOUT_SECONDS.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -2086,23 +2087,31 @@ class RedisRateLimiter(MonitoredBackend):
             raise
 
     async def look_up_host(self) -> None:
-        """Look up the host's name: at most once at a time.
+        """Look up the host's name: one lookup at a time, for all checks.
 
         In a silent DNS, a lookup blocks a thread for many seconds, and cannot be
-        cancelled. If each retry began another one, they would take all threads, and the
-        host of PostgreSQL could not be looked up.
+        cancelled. If each check began others, they would take all threads, and the host
+        of PostgreSQL could not be looked up.
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
-        if host is None:  # a unix socket
+        if host is None:  # a unix socket, or the default, localhost
             return
-        if self.lookup is None or self.lookup.done():
-            lookup = asyncio.get_running_loop().getaddrinfo(host, None)
-            self.lookup = asyncio.create_task(lookup)
-        await asyncio.shield(self.lookup)  # a timeout ends the wait, not the lookup
+        if self.lookup is None:
+            # With this type, uvloop needs no thread if the host is an address.
+            kind = socket.SOCK_STREAM
+            lookup = asyncio.get_running_loop().getaddrinfo(host, None, type=kind)
+            self.lookup = asyncio.ensure_future(lookup)
+        await asyncio.wait({self.lookup}, timeout=REDIS_CONNECT_SECONDS)
+        if not self.lookup.done():
+            raise TimeoutError(f"the lookup of {host} goes on")
+        error = self.lookup.exception()
+        self.lookup = None
+        if error is not None:
+            raise ConnectionError(f"{host}: {error}")
 
     async def open_connections(self) -> None:
+        await self.look_up_host()
         async with asyncio.timeout(REDIS_CONNECT_SECONDS):
-            await self.look_up_host()
             # redis-py cannot fill its pool, but it opens a connection for each command
             # that runs at the same time. So run as many commands at once: SCRIPT LOAD,
             # because it must run once anyway.
@@ -2564,8 +2573,8 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that only reads: in autocommit, which is cheaper."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
-        # Refuse changes that were not flushed, which would be lost silently. (flush()
-        # would call refuse_changes, too, but may first wait for a connection.)
+        # Refuse changes that were not flushed, which would be lost silently. (Not by
+        # flush(), which waits for a connection if a value was only set to itself.)
         refuse_changes(session.sync_session)
 
 
