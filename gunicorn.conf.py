@@ -50,7 +50,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     `cycle` is uvicorn's: the latest request and its response, or None before the first.
     uvicorn closes the connection after a response if cycle.keep_alive is False. While a
     body arrives, that would reset the connection, and the client could lose the
-    response. So keep_alive is True until the body ends, and then not is_last_request.
+    response. So keep_alive is True until the body ends. Then it is set for good.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -73,7 +73,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            # For the method CONNECT, the new parser raises HttpParserUpgrade, too.
+            # For the method CONNECT, `parse` itself raises HttpParserUpgrade.
             self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
@@ -124,7 +124,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
     def on_body(self, body: bytes) -> None:
-        self.cycle.keep_alive = True  # who sends a body waits for no `100 Continue`
+        self.cycle.keep_alive = True  # a client that sends a body does not wait
         super().on_body(body)
 
     def on_message_complete(self) -> None:

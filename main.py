@@ -124,9 +124,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. The 0 is for a URL without one: otherwise, psycopg would
-    # check the variable PGCONNECT_TIMEOUT, which the service never uses.
-    timeout_from_conninfo({"connect_timeout": 0, **options})
+    # Checks connect_timeout. (Database passes one of its own if the URL has none.)
+    timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
 def parse_database_url(value: str) -> sa.URL:
@@ -212,9 +211,9 @@ def parse_origin(value: str) -> str:
 def parse_json(value: object) -> object:
     """Decode JSON. (Settings(CORS_ORIGINS=[…]) in code passes the list itself.)"""
     if isinstance(value, str):
-        # A variable that is not UTF-8 arrives as a str with surrogates, for which
-        # from_json raises TypeError. For bytes, it raises ValueError, which pydantic
-        # turns into its own error.
+        # For invalid Unicode in a str, from_json raises TypeError. In bytes, it raises
+        # ValueError, which pydantic reports. (A variable that is not UTF-8 arrives with
+        # surrogates; surrogateescape restores its bytes.)
         return from_json(value.encode(errors="surrogateescape"))
     return value
 
@@ -287,8 +286,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A variable of spaces only counts as not set. But then it gets its default, even
-        if .env has a value: the environment has replaced that one before this runs.
+        A variable that has only spaces counts as not set. But then it gets its default,
+        even if .env has a value: the environment has replaced that before this runs.
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -386,7 +385,10 @@ def read_addresses() -> list[str]:
 
 
 def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
-    """Return how many CPUs the container may use: its host may have more."""
+    """Return how many CPUs the container may use: its host may have more.
+
+    (A test passes another `quota_file`.)
+    """
     affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     with suppress(OSError, ValueError), open(quota_file) as file:
@@ -537,7 +539,7 @@ def setup_logging(settings: Settings) -> None:
         # UvicornWorker later gives uvicorn.error the handlers of gunicorn.error, and
         # sets its propagate to False. So gunicorn.error must have our handler.
         server_logger.handlers = [handler]
-        server_logger.setLevel("NOTSET")  # use the root's; propagate has no part in it
+        server_logger.setLevel("NOTSET")  # use the root's level, despite propagate
         server_logger.propagate = False  # or the root's handler would write it, too
     # uvicorn writes its access log only if this logger or a parent has a handler. So
     # remove its handlers and its link to parents: RequestLoggingMiddleware writes ours.
@@ -965,9 +967,9 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    The traceback of a failed connect keeps the variables of its functions alive, and
-    one of them is the exception (psycopg 3.3, SQLAlchemy 2.1). In this cycle, the
-    socket would stay open until the garbage collector runs, maybe for minutes.
+    A failed connect leaves a cycle (psycopg 3.3, SQLAlchemy 2.1): the exception has a
+    traceback, this has the functions' variables, and one of them is the exception. It
+    keeps the socket open until the garbage collector runs, maybe for minutes.
     clear_frames empties the variables.
     """
     try:
@@ -1016,8 +1018,8 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def roll_back_sqlite_connection(connection: Any, *_: object) -> None:
     """Roll back a connection that SQLAlchemy gives up, as after a cancelled request.
 
-    SQLAlchemy only closes it. That does not release the lock of SQLite's file while the
-    cursor of the cancelled request exists, until the garbage collector runs.
+    SQLAlchemy only closes it. But sqlite3 holds the lock of the file until the last
+    cursor is gone. That of a cancelled request waits for the garbage collector.
     """
     with suppress(sqlite3.Error):  # the connection may be unusable
         connection.rollback()
@@ -1439,7 +1441,7 @@ class UserIn(RequestBody):
     password: NewPassword = Field(examples=["correct horse battery staple"])
 
 
-class UserOut(BaseModel, from_attributes=True):  # so UserPage takes rows, too
+class UserOut(BaseModel, from_attributes=True):  # so UserPage takes a list of rows
     id: Int64
     username: str
     created_at: UtcTime
@@ -1531,7 +1533,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 # The threads run beside other Python code, because argon2 releases the GIL. They start
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
-# Their futures. That of a cancelled request is removed, though its hash may still run.
+# The futures of hashes that wait or run. That of a cancelled request is removed at
+# once, although its hash may still run.
 UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
@@ -1749,9 +1752,9 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # The name is free now: its user was deleted between the INSERT and this SELECT.
-        # So insert again. (After rollback(), `user` can be added again.) A second
-        # IntegrityError is a bug.
+        # The name is free now: its user was deleted after our INSERT. So insert again.
+        # (After rollback(), `user` can be added again.) A second IntegrityError is a
+        # bug.
         await add_row(db, user)
     await db.commit()
     return user
@@ -2060,9 +2063,8 @@ class RedisRateLimiter(MonitoredBackend):
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
         self.slots = asyncio.Semaphore(REDIS_CONNECTIONS - 1)
-        self.lookup: asyncio.Task[object] | None = (
-            None  # the latest lookup of the host's name
-        )
+        # The running lookup of the host's name, if any.
+        self.lookup: asyncio.Task[object] | None = None
 
     async def ping(self) -> None:
         # The result does not matter, but run_script raises an exception if Redis needs
@@ -2097,7 +2099,7 @@ class RedisRateLimiter(MonitoredBackend):
         if host is None:  # a unix socket, or the default, localhost
             return
         if self.lookup is None:
-            # With this type, uvloop needs no thread if the host is an address.
+            # With SOCK_STREAM, uvloop needs no thread if the host is an address.
             kind = socket.SOCK_STREAM
             lookup = asyncio.get_running_loop().getaddrinfo(host, None, type=kind)
             self.lookup = asyncio.ensure_future(lookup)
@@ -2377,16 +2379,16 @@ class SecurityHeadersMiddleware:
 
         async def send_with_security_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = dict(message["headers"])
-                missing = [header for header in headers if header[0] not in own]
+                present = dict(message["headers"])
+                missing = [header for header in headers if header[0] not in present]
                 message["headers"] = [*message["headers"], *missing]
             await send(message)
 
         await self.app(scope, receive, send_with_security_headers)
 
     def headers_for(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        # Call this before the routing: a Mount changes root_path, and then the /docs of
-        # the mounted application would look like ours.
+        # This is called before the routing, because a Mount changes root_path: then the
+        # /docs of a mounted application would look like ours.
         is_docs = scope["path"].removeprefix(scope["root_path"]) in DOCS_PATHS
         headers = self.docs_headers if is_docs else self.headers
         if scope["scheme"] == "https":
@@ -2573,8 +2575,8 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that only reads: in autocommit, which is cheaper."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
-        # Refuse changes that were not flushed, which would be lost silently. (Not by
-        # flush(), which waits for a connection if a value was only set to itself.)
+        # Refuse changes that were not flushed, which would be lost silently. (flush()
+        # would wait for a connection even if a value was only set to itself.)
         refuse_changes(session.sync_session)
 
 
