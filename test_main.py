@@ -500,9 +500,9 @@ def test_settings_source_is_environment_file_secrets(environment: Environment) -
 
 def test_secret_that_is_no_file_is_refused(environment: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(main, "SECRETS_FOLDER", ".")
-    Path("REDIS_URL").mkdir()
+    Path("DATABASE_URL").mkdir()
     warnings.simplefilter("ignore")  # as outside of `pytest -W error`
-    with pytest.raises(SystemExit, match=r"\Abad settings: .*REDIS_URL.* directory"):
+    with pytest.raises(SystemExit, match=r"\Abad settings: .*DATABASE_URL.* dire"):
         environment()
 
 
