@@ -1900,7 +1900,7 @@ SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 ROWS_IN_BUCKET = 16
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
-REDIS_CONNECT_SECONDS = 1  # for `prepare`, which opens all connections at once
+REDIS_CONNECT_SECONDS = 1  # for each connection that `prepare` opens
 # How long a request waits for one of the worker's connections. After that, an outage
 # begins. (A burst of 3,000 requests waits for up to 2 s. In RateLimitMiddleware,
 # nothing else limits this wait: it is outside of REQUEST_TIMEOUT_SECONDS.)
@@ -2063,8 +2063,7 @@ class RedisRateLimiter(MonitoredBackend):
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
         self.slots = asyncio.Semaphore(REDIS_CONNECTIONS - 1)
-        # The running lookup of the host's name, if any.
-        self.lookup: asyncio.Task[object] | None = None
+        self.lookup: asyncio.Task[OSError | None] | None = None  # the latest one
 
     async def ping(self) -> None:
         # The result does not matter, but run_script raises an exception if Redis needs
@@ -2088,44 +2087,51 @@ class RedisRateLimiter(MonitoredBackend):
                 await pool.disconnect()
             raise
 
-    async def look_up_host(self) -> None:
-        """Look up the host's name: one lookup at a time, for all checks.
+    async def look_up(self, host: str) -> OSError | None:
+        """Look up the address of a host. Return the error if that fails."""
+        # With SOCK_STREAM, uvloop needs no thread if the host is an address.
+        kind = socket.SOCK_STREAM
+        try:
+            await asyncio.get_running_loop().getaddrinfo(host, None, type=kind)
+        except OSError as error:
+            return error
+        return None
 
-        In a silent DNS, a lookup blocks a thread for many seconds, and cannot be
-        cancelled. If each check began others, they would take all threads, and the host
-        of PostgreSQL could not be looked up.
+    async def check_lookup(self) -> None:
+        """Raise an exception if the host's name cannot be looked up in a second.
+
+        A lookup cannot be cancelled: it blocks a thread until it ends. uvloop has two
+        threads for all lookups, also for that of PostgreSQL's host. So begin none while
+        another one goes on, and connect only if lookups are fast.
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
             return
-        if self.lookup is None:
-            # With SOCK_STREAM, uvloop needs no thread if the host is an address.
-            kind = socket.SOCK_STREAM
-            lookup = asyncio.get_running_loop().getaddrinfo(host, None, type=kind)
-            self.lookup = asyncio.ensure_future(lookup)
+        if self.lookup is not None and not self.lookup.done():
+            raise TimeoutError(f"an earlier lookup of {host} goes on")
+        self.lookup = asyncio.create_task(self.look_up(host))
         await asyncio.wait({self.lookup}, timeout=REDIS_CONNECT_SECONDS)
         if not self.lookup.done():
-            raise TimeoutError(f"the lookup of {host} goes on")
-        error = self.lookup.exception()
-        self.lookup = None
+            raise TimeoutError(f"the lookup of {host} takes too long")
+        error = self.lookup.result()
         if error is not None:
             raise ConnectionError(f"{host}: {error}")
 
     async def open_connections(self) -> None:
-        await self.look_up_host()
+        await self.check_lookup()
+        pool = self.client.connection_pool
+        connections = []
+        try:
+            # One after the other, because each looks up the host's name again.
+            for _ in range(REDIS_CONNECTIONS):
+                async with asyncio.timeout(REDIS_CONNECT_SECONDS):
+                    new = await pool.get_connection()  # type: ignore[no-untyped-call]
+                    connections.append(new)
+        finally:
+            for connection in connections:
+                await pool.release(connection)
         async with asyncio.timeout(REDIS_CONNECT_SECONDS):
-            # redis-py cannot fill its pool, but it opens a connection for each command
-            # that runs at the same time. So run as many commands at once: SCRIPT LOAD,
-            # because it must run once anyway.
-            commands = [
-                self.client.script_load(REDIS_SCRIPT) for _ in range(REDIS_CONNECTIONS)
-            ]
-            # Wait for all, even if one fails. Otherwise, `prepare` would disconnect
-            # while others are still connecting, and these would stay open.
-            results = await asyncio.gather(*commands, return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
+            await self.client.script_load(REDIS_SCRIPT)
 
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""

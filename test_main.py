@@ -2277,12 +2277,12 @@ async def test_silent_dns_has_one_lookup_for_redis(monkeypatch: Patch) -> None:
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", lookup)
     monkeypatch.setattr(main, "REDIS_CONNECT_SECONDS", 0.01)
     async with redis_limiter("redis://h") as limiter:
-        await limiter.redis.run_check()
-        await limiter.redis.run_check()
+        await asyncio.gather(limiter.redis.run_check(), limiter.redis.run_check())
+        lookup.assert_called_once_with("h", None, type=socket.SOCK_STREAM)
         answer.set_exception(OSError)  # while no check waits for it
+        await asyncio.wait([limiter.redis.lookup])
         await limiter.redis.run_check()
-        assert limiter.redis.lookup is None and limiter.redis.in_outage
-    lookup.assert_called_once_with("h", None, type=socket.SOCK_STREAM)
+        assert limiter.redis.in_outage and lookup.call_count == 2
 
 
 class OwnRedis:  # a redis-server of the test's own, which fails in each of these ways
