@@ -2272,14 +2272,13 @@ async def test_redis_is_left_if_its_queue_is_long(monkeypatch: Patch) -> None:
 
 
 async def test_silent_dns_has_one_lookup_for_redis(monkeypatch: Patch) -> None:
-    answer = asyncio.get_running_loop().create_future()
-    lookup = mock.Mock(return_value=answer)
+    lookup = mock.Mock(return_value=asyncio.get_running_loop().create_future())
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", lookup)
     monkeypatch.setattr(main, "REDIS_CONNECT_SECONDS", 0.01)
     async with redis_limiter("redis://h") as limiter:
         await asyncio.gather(limiter.redis.run_check(), limiter.redis.run_check())
         lookup.assert_called_once_with("h", None, type=socket.SOCK_STREAM)
-        answer.set_exception(OSError)  # while no check waits for it
+        lookup.return_value.set_exception(OSError)  # while no check waits for it
         await asyncio.wait([limiter.redis.lookup])
         await limiter.redis.run_check()
         assert limiter.redis.in_outage and lookup.call_count == 2
@@ -2384,6 +2383,7 @@ async def test_redis_without_room_for_all_connections(own_redis: OwnRedis) -> No
     async with redis_limiter(f"redis://localhost:{own_redis.port}") as limiter:
         await limiter.redis.start_check()
         assert limiter.redis.in_outage
+        assert limiter.redis.client.connection_pool.get_connection_count()[0][0] == 5
         await eventually(lambda: len(own_redis.client.client_list()) == 1, "free slots")
 
 
