@@ -1900,7 +1900,7 @@ SHARED_MEMORY_BYTES = 64 * 2**20  # for all limits together
 ROWS_IN_BUCKET = 16
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
-REDIS_CONNECT_SECONDS = 1  # for each connection that `prepare` opens
+REDIS_CONNECT_SECONDS = 1  # for each step of `prepare`, such as opening a connection
 # How long a request waits for one of the worker's connections. After that, an outage
 # begins. (A burst of 3,000 requests waits for up to 2 s. In RateLimitMiddleware,
 # nothing else limits this wait: it is outside of REQUEST_TIMEOUT_SECONDS.)
@@ -2101,8 +2101,8 @@ class RedisRateLimiter(MonitoredBackend):
         """Raise an exception if the host's name cannot be looked up in a second.
 
         A lookup cannot be cancelled: it blocks a thread until it ends. uvloop has two
-        threads for all lookups, also for that of PostgreSQL's host. So begin none while
-        another one goes on, and connect only if lookups are fast.
+        threads for all lookups, also for that of PostgreSQL's host. So a check begins
+        none while an earlier one goes on, and connects only if lookups are fast.
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2148,7 +2148,9 @@ class RedisRateLimiter(MonitoredBackend):
         # Wait for a slot before the timeout of run_script begins: if all slots are
         # taken, this worker is busy, but Redis need not be slow.
         async with asyncio.timeout(REDIS_WAIT_SECONDS), self.slots:
-            if self.in_outage:  # checked here, because it may begin during the wait
+            # Checked here, because an outage may begin during the wait. Until `prepare`
+            # has succeeded, each request would have to connect.
+            if self.in_outage or not self.is_prepared:
                 return None
             return await self.run_script(key, limit, seconds)
 
