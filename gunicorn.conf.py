@@ -50,7 +50,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     `cycle` is uvicorn's: the latest request and its response, or None before the first.
     uvicorn closes the connection after a response if cycle.keep_alive is False. While a
     body arrives, that would reset the connection, and the client could lose the
-    response. So keep_alive is True until the body ends. Then it is set for good.
+    response. So keep_alive is True until the body ends. Then it gets its final value.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -64,7 +64,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def refuse_slow(self) -> None:
-        if not self.cycle or self.cycle.response_complete:  # not during a response
+        if not self.cycle or self.cycle.response_complete:  # do not cut a response off
             self.refuse(408)
 
     def data_received(self, data: bytes) -> None:

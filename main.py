@@ -539,7 +539,7 @@ def setup_logging(settings: Settings) -> None:
         # UvicornWorker later gives uvicorn.error the handlers of gunicorn.error, and
         # sets its propagate to False. So gunicorn.error must have our handler.
         server_logger.handlers = [handler]
-        server_logger.setLevel("NOTSET")  # use the root's level, despite propagate
+        server_logger.setLevel("NOTSET")  # no level of its own: it takes the root's
         server_logger.propagate = False  # or the root's handler would write it, too
     # uvicorn writes its access log only if this logger or a parent has a handler. So
     # remove its handlers and its link to parents: RequestLoggingMiddleware writes ours.
@@ -1037,8 +1037,9 @@ BEGIN_STATEMENTS = {
 def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction: in autocommit, the driver sends no BEGIN itself.
 
-    SQLAlchemy's commit() still makes the driver send COMMIT, because a transaction is
-    open. (With DEBUG, SQLAlchemy logs that COMMIT has no effect. Here, it has one.)
+    But SQLAlchemy's commit() calls the driver's, which sees that a transaction is open,
+    and sends COMMIT. (With DEBUG, SQLAlchemy logs that COMMIT has no effect in
+    autocommit. Here, it has one.)
 
     Why not execution_options(isolation_level=…), SQLAlchemy's own way? It switches
     autocommit off for each transaction. If a request is cancelled during the switch,
@@ -1173,7 +1174,7 @@ class Database(MonitoredBackend):
 
     def driver_arguments(self) -> dict[str, Any]:
         """Return the arguments of create_async_engine that depend on the database."""
-        if self.is_sqlite:  # the timeout is for its lock
+        if self.is_sqlite:  # the longest wait for the lock of the file
             return {"connect_args": {"timeout": self.settings.DATABASE_TIMEOUT_SECONDS}}
         return {
             "connect_args": {
@@ -1291,8 +1292,8 @@ class Database(MonitoredBackend):
     async def recover(self) -> None:
         # After a failover of PostgreSQL, connections to the former primary can be
         # silent, but not closed. Replace all, or each would make a request time out.
-        # (read_engine and write_engine share this pool there. check_engine needs
-        # nothing: SQLAlchemy replaces its connection if it is lost or read-only.)
+        # (With PostgreSQL, read_engine and write_engine share this pool. check_engine
+        # needs nothing: SQLAlchemy replaces its connection if it is lost or read-only.)
         pool = self.read_engine.pool
         assert isinstance(pool, FairPool)  # for mypy
         pool.invalidate_all()
