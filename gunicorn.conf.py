@@ -12,7 +12,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 
 import main  # it reads no settings when it is imported
-from main import read_addresses, read_number, usable_cpus
+from main import read_addresses, read_number, read_text, usable_cpus
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
 HEADER_SECONDS = 10  # from the connect, or from the first byte of a later request
@@ -28,7 +28,7 @@ max_requests_jitter = max_requests // 10  # or all workers would be replaced at 
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
 timeout = graceful_timeout + 30  # a worker sends no heartbeats during a shutdown
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
-forwarded_allow_ips = os.getenv("FORWARDED_ALLOW_IPS", "").strip() or "127.0.0.1,::1"
+forwarded_allow_ips = read_text("FORWARDED_ALLOW_IPS", "127.0.0.1,::1")
 control_socket_disable = True  # the socket of `gunicornc` needs a writable home
 # For the files of the heartbeats: on a disk, a heartbeat could block a worker.
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

@@ -189,10 +189,10 @@ def check_redis_url(value: str) -> str:
         pool: Any = Redis.from_url(value).connection_pool  # its methods have no types
         pool.get_encoder().encode("")  # checks the option "encoding"
         pool.make_connection()  # checks the other options; it does not connect
-        if urlsplit(value).port == 0:  # redis-py would take 6379
-            raise ValueError
     except Exception:  # noqa: BLE001 - ValueError, TypeError, LookupError, RedisError
         raise ValueError("not a Redis URL with valid options") from None
+    if urlsplit(value).port == 0:  # redis-py would take 6379
+        raise ValueError("has a bad port")
     return value
 
 
@@ -361,9 +361,13 @@ def get_settings() -> Settings:
 
 # The rest of this section is for gunicorn.conf.py, whose settings come from the
 # environment only.
+def read_text(name: str, default: str) -> str:
+    return os.getenv(name, "").strip() or default
+
+
 def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6) -> int:
-    """Read a variable. A bad value ends the process, as in get_settings."""
-    text = os.getenv(name, "").strip() or str(default)
+    """Read a number. A bad value ends the process, as in get_settings."""
+    text = read_text(name, str(default))
     if re.fullmatch("[0-9]{1,7}", text) and minimum <= int(text) <= maximum:
         return int(text)
     raise SystemExit(f"bad settings: {name}: not a number from {minimum} to {maximum}")
@@ -372,10 +376,9 @@ def read_number(name: str, default: int, minimum: int = 1, maximum: int = 10**6)
 def read_addresses() -> list[str]:
     """Read BIND, else PORT. BIND is checked: gunicorn's own errors do not name it."""
     port = read_number("PORT", 8000, maximum=65535)
-    text = os.getenv("BIND", "").strip() or f"0.0.0.0:{port}"
-    addresses = re.split(r"\s*,\s*", text)
+    addresses = re.split(r"\s*,\s*", read_text("BIND", f"0.0.0.0:{port}"))
+    pattern = r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd://[0-9]+"
     for address in addresses:
-        pattern = r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd://[0-9]+"
         match = re.fullmatch(pattern, address)
         if not match or int(match[1] or 0) > 65535:  # match[1] is the port
             raise SystemExit(
@@ -2123,11 +2126,10 @@ class RedisRateLimiter(MonitoredBackend):
         pool = self.client.connection_pool
         connections = []
         try:
-            # One after the other, because each looks up the host's name again.
+            # Not all at once, because each looks up the host's name again.
             for _ in range(REDIS_CONNECTIONS):
-                async with asyncio.timeout(REDIS_CONNECT_SECONDS):
-                    new = await pool.get_connection()  # type: ignore[no-untyped-call]
-                    connections.append(new)
+                new = pool.get_connection()  # type: ignore[no-untyped-call]
+                connections.append(await asyncio.wait_for(new, REDIS_CONNECT_SECONDS))
         finally:
             for connection in connections:
                 await pool.release(connection)

@@ -470,14 +470,14 @@ def test_settings_refused_are_all_named_with_a_reason(environment: Environment) 
         environment(DATABASE_URL="hunter2", LOG_LEVEL="loud")
 
 
-FILES = {"é": (b"A=\xe9", ".+: in .env"), "x": (b"CORS_ORIGINS=x", ".+: .*value at")}
-FILES |= {"'": (b"A\nB='1", ".+ line 2: in .env"), "folder": (b"", ".+: .+: in .env")}
+FILES = {"é": (b"A=\xe9", "cod.*: in [.]env"), "'": (b"A\nB='1", "line 2: in [.]env")}
+FILES |= {"x": (b"CORS_ORIGINS=x", "S: .*value at.*"), "dir": (b"", "Is.*: in [.]env")}
 
 
 @cases("line, why", FILES)
 def test_settings_file_is_refused(line: bytes, why: str, environment: Any) -> None:
     Path(".env").write_bytes(line) if line else Path(".env").mkdir()
-    with pytest.raises(SystemExit, match=rf"\Abad settings: {why}"):
+    with pytest.raises(SystemExit, match=rf"\Abad settings: .*{why}\Z"):
         environment()
 
 
@@ -498,9 +498,9 @@ def test_settings_source_is_environment_file_secrets(environment: Environment) -
 
 def test_secret_that_is_no_file_is_refused(environment: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(main, "SECRETS_FOLDER", ".")
-    Path("DATABASE_URL").mkdir()
+    Path("VERSION").mkdir()
     warnings.simplefilter("ignore")  # as outside of `pytest -W error`
-    with pytest.raises(SystemExit, match=r"\Abad settings: .*DATABASE_URL.* dire"):
+    with pytest.raises(SystemExit, match=r"\Abad settings: .*VERSION.* directory"):
         environment()
 
 
@@ -2241,7 +2241,7 @@ async def test_rate_limit_keys_in_redis_bear_a_name_and_expire(redis_url: str) -
             await limiter.hit(budget, ADDRESS)
     with Redis.from_url(redis_url) as redis:
         lifetimes = [redis.pttl(key) for key in redis.keys(f"{project}:*")]
-    assert [50_000 < time <= 60_000 for time in lifetimes] == [True] * len(BUDGETS)
+    assert [50_000 < ms <= 60_000 for ms in lifetimes] == [True] * len(BUDGETS)
 
 
 async def test_rate_limit_of_many_requests_at_once_asks_a_silent_redis_seldom() -> None:
