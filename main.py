@@ -2092,7 +2092,10 @@ class RedisRateLimiter(MonitoredBackend):
             raise
 
     async def look_up(self, host: str) -> OSError | None:
-        """Look up the address of a host. Return the error if that fails."""
+        """Look up the address of a host. Return an error: do not raise it.
+
+        If no check awaited the task any longer, asyncio would log the exception.
+        """
         # With SOCK_STREAM, uvloop needs no thread if the host is an address.
         kind = socket.SOCK_STREAM
         try:
@@ -2128,8 +2131,9 @@ class RedisRateLimiter(MonitoredBackend):
         try:
             # Not all at once, because each looks up the host's name again.
             for _ in range(REDIS_CONNECTIONS):
-                new = pool.get_connection()  # type: ignore[no-untyped-call]
-                connections.append(await asyncio.wait_for(new, REDIS_CONNECT_SECONDS))
+                connecting = pool.get_connection()  # type: ignore[no-untyped-call]
+                connection = await asyncio.wait_for(connecting, REDIS_CONNECT_SECONDS)
+                connections.append(connection)
         finally:
             for connection in connections:
                 await pool.release(connection)

@@ -1081,6 +1081,7 @@ async def test_outage_at_start_ends(forwarder: Forwarder, caplog: CapLog) -> Non
         await end_of_outage(client.app.state.database)
         assert (await client.register()).status_code == 201
     assert reasons(caplog) == ["the database is not reachable"]
+    assert "connection failed" in vars(caplog.records[0])["reason"]
 
 
 async def test_silence_after_the_login_ends(forwarder: Forwarder) -> None:
@@ -1890,13 +1891,11 @@ async def test_login_renews_an_outdated_hash(database: main.Database) -> None:
         await main.change_password(db, before, PASSWORD_CHANGE)
 
 
-@cases("line, options, status", HASHING)
-async def test_hashing_holds_no_connection(
-    line: str, options: Any, status: int
-) -> None:
+@cases("line, sent, status", HASHING)
+async def test_hashing_holds_no_connection(line: str, sent: Any, status: int) -> None:
     async with serve_ada(**ONE_CONNECTION) as ada:
         with busy_hashing():
-            request = asyncio.create_task(ada.request(*line.split(), **options))
+            request = asyncio.create_task(ada.request(*line.split(), **sent))
             await eventually(lambda: main.UNFINISHED_HASHES, "a hash")
             assert await ada.add_item() == 1
         assert (await request).status_code == status
