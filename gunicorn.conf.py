@@ -159,7 +159,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
         self.config.lifespan = "on"  # with "auto", an exception at the start is hidden
-        self.config.timeout_notify = 1  # each second, call callback_notify (see below)
+        # Call callback_notify each second, also after the system's clock was set back.
+        self.config.timeout_notify = float("-inf")
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
         # While it serves, uvicorn has its own handler of SIGTERM. Then it restores this
@@ -167,8 +168,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:
-        """UvicornWorker calls this on SIGQUIT, which gunicorn sends at Ctrl+C."""
+    def handle_exit(self, *_: object) -> None:  # of SIGQUIT, which Ctrl+C sends
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -1917,6 +1917,8 @@ local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
+-- If Redis's clock was set back, some times are in the future. Remove these, too.
+redis.call('ZREMRANGEBYSCORE', key, now + 1, '+inf')
 -- Remove all but the newest `limit` times: ranks 0 (the oldest) to -(limit + 1). There
 -- can be more if the limit was lowered.
 redis.call('ZREMRANGEBYRANK', key, 0, -(limit + 1))

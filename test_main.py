@@ -2230,6 +2230,8 @@ async def test_rate_limit_in_redis_is_the_same_as_in_memory(redis_url: str) -> N
             expected = model.check(clock.now_ns)
             assert result[:3] == expected[:3]
             assert -3 <= result.reset_seconds - expected.reset_seconds <= 0
+        make_older(redis_url, project, -600)  # as if Redis's clock was set back
+        assert await admitted(limiter, 4) == 3
 
 
 @pytest.mark.usefixtures("patience")
@@ -3458,7 +3460,9 @@ def test_gunicorn_rate_limit_is_shared_by_all_workers(service: Service) -> None:
 
 
 def test_worker_stops_when_gunicorn_is_killed(tmp_path: Path) -> None:
-    with running_service(tmp_path, WORKERS="1") as service:
+    clock = "import time; time.time = lambda: 1e9 - time.monotonic()"  # runs backwards
+    (tmp_path / "sitecustomize.py").write_text(clock)
+    with running_service(tmp_path, WORKERS="1", PYTHONPATH=f"{tmp_path}") as service:
         service.process.kill()
         service.await_text("Application shutdown complete.")
 
