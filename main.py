@@ -2069,7 +2069,6 @@ class RedisRateLimiter(MonitoredBackend):
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
         self.slots = asyncio.Semaphore(REDIS_CONNECTIONS - 1)
-        self.lookup: asyncio.Task[OSError | None] | None = None  # the latest one
 
     async def ping(self) -> None:
         # The result does not matter, but run_script raises an exception if Redis needs
@@ -2093,38 +2092,23 @@ class RedisRateLimiter(MonitoredBackend):
                 await pool.disconnect()
             raise
 
-    async def look_up(self, host: str) -> OSError | None:
-        """Look up the address of a host. Return an error: do not raise it.
-
-        If no check awaited the task any longer, asyncio would log the exception.
-        """
-        # With SOCK_STREAM, uvloop needs no thread if the host is an address.
-        kind = socket.SOCK_STREAM
-        try:
-            await asyncio.get_running_loop().getaddrinfo(host, None, type=kind)
-        except OSError as error:
-            return error
-        return None
-
     async def check_lookup(self) -> None:
         """Raise an exception if the host's name cannot be looked up in a second.
 
-        A lookup cannot be cancelled: it blocks a thread until it ends. uvloop has two
-        threads for all lookups, also for that of PostgreSQL's host. So a check begins
-        none while an earlier one goes on, and connects only if lookups are fast.
+        Each connection looks it up again. A lookup cannot be cancelled: it blocks a
+        thread until it ends, and uvloop has two threads for all lookups, also for that
+        of PostgreSQL's host. So connect only if lookups are fast. This one has no
+        timeout: until it ends, no other check begins, and so no other lookup.
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
             return
-        if self.lookup is not None and not self.lookup.done():
-            raise TimeoutError(f"an earlier lookup of {host} goes on")
-        self.lookup = asyncio.create_task(self.look_up(host))
-        await asyncio.wait({self.lookup}, timeout=REDIS_CONNECT_SECONDS)
-        if not self.lookup.done():
+        started = time.monotonic()
+        # With SOCK_STREAM, uvloop needs no thread if the host is an address.
+        kind = socket.SOCK_STREAM
+        await asyncio.get_running_loop().getaddrinfo(host, None, type=kind)
+        if time.monotonic() - started > REDIS_CONNECT_SECONDS:
             raise TimeoutError(f"the lookup of {host} takes too long")
-        error = self.lookup.result()
-        if error is not None:
-            raise ConnectionError(f"{host}: {error}")
 
     async def open_connections(self) -> None:
         await self.check_lookup()
@@ -2145,23 +2129,16 @@ class RedisRateLimiter(MonitoredBackend):
     async def hit(self, key: str, limit: int, seconds: int) -> RateLimitResult | None:
         """Count a request. Returns None if Redis cannot be used now."""
         try:
-            return await self.run_in_slot(key, limit, seconds)
+            # Wait for a slot before the timeout of run_script begins: if all slots are
+            # taken, this worker is busy, but Redis need not be slow.
+            async with asyncio.timeout(REDIS_WAIT_SECONDS), self.slots:
+                # Checked here, because an outage may begin during the wait. Until
+                # `prepare` has succeeded, each request would have to connect.
+                is_usable = self.is_prepared and not self.in_outage
+                return await self.run_script(key, limit, seconds) if is_usable else None
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
             self.handle_failure(error)
             return None
-
-    async def run_in_slot(
-        self, key: str, limit: int, seconds: int
-    ) -> RateLimitResult | None:
-        """Run the script when a connection is free. Returns None in an outage."""
-        # Wait for a slot before the timeout of run_script begins: if all slots are
-        # taken, this worker is busy, but Redis need not be slow.
-        async with asyncio.timeout(REDIS_WAIT_SECONDS), self.slots:
-            # Checked here, because an outage may begin during the wait. Until `prepare`
-            # has succeeded, each request would have to connect.
-            if self.in_outage or not self.is_prepared:
-                return None
-            return await self.run_script(key, limit, seconds)
 
     async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
         keys = [f"{self.key_prefix}:{key}"]

@@ -52,7 +52,7 @@ from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, timezone
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 from unittest import mock
 
 import argon2
@@ -67,7 +67,9 @@ from fastapi.exceptions import ResponseValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from gunicorn.util import import_app  # type: ignore[import-untyped]
 from jose import jwt
-from redis import Redis, RedisError
+from redis import Redis
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_
 from starlette.requests import ClientDisconnect
@@ -2270,44 +2272,39 @@ async def test_redis_is_left_if_its_queue_is_long(monkeypatch: Patch) -> None:
         assert limiter.redis.in_outage
 
 
-async def test_silent_dns_has_one_lookup_for_redis(monkeypatch: Patch) -> None:
+@cases("end, value", {"fails": ("set_exception", OSError()), "ok": ("set_result", [])})
+async def test_slow_dns_has_one_lookup_for_redis(
+    end: str, value: object, monkeypatch: Patch
+) -> None:
     lookup = mock.Mock(return_value=asyncio.get_running_loop().create_future())
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", lookup)
-    monkeypatch.setattr(main, "REDIS_CONNECT_SECONDS", 0.01)
+    monkeypatch.setattr(main, "REDIS_CONNECT_SECONDS", 1e-9)
+    monkeypatch.setattr(main, "HEALTH_CHECK_TIMEOUT_SECONDS", 0.01)
     async with redis_limiter("redis://h") as limiter:
         limiter.redis.is_prepared = False
         assert await admitted(limiter, 4) == 3 and not limiter.redis.in_outage
-        await asyncio.gather(limiter.redis.run_check(), limiter.redis.run_check())
+        assert not (await limiter.redis.is_ready() or await limiter.redis.is_ready())
+        getattr(lookup.return_value, end)(value)
+        await limiter.redis.start_check()
         lookup.assert_called_once_with("h", None, type=socket.SOCK_STREAM)
-        lookup.return_value.set_exception(OSError)  # while no check waits for it
-        await asyncio.wait([limiter.redis.lookup])
-        await limiter.redis.run_check()
-        assert limiter.redis.in_outage and lookup.call_count == 2
+        assert limiter.redis.in_outage
 
 
 class OwnRedis:  # a redis-server of the test's own, which fails in each of these ways
     def __init__(self, port: int) -> None:
         self.port = port
         self.url = f"redis://127.0.0.1:{port}"
-        self.client = Redis(port=port)
-
-    def __enter__(self) -> Self:
+        self.client = Redis(port=port, retry=Retry(ConstantBackoff(0.01), 500))
         self.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.client.close()
         self.kill()
 
     def start(self) -> None:
         command = ["redis-server", "--port", str(self.port), "--save", ""]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        until(self.answers, "redis-server answers")
-
-    def answers(self) -> bool:
-        with suppress(RedisError):
-            return bool(self.client.ping())
-        return False
+        self.client.ping()  # until it answers
 
     def kill(self) -> None:
         self.process.kill()
@@ -2330,7 +2327,7 @@ class OwnRedis:  # a redis-server of the test's own, which fails in each of thes
 def own_redis() -> Iterator[OwnRedis]:
     if not shutil.which("redis-server"):
         pytest.skip("there is no redis-server")
-    with OwnRedis(free_port()) as redis:
+    with closing(OwnRedis(free_port())) as redis:
         yield redis
 
 
@@ -2365,7 +2362,7 @@ async def test_rate_limit_goes_on_in_redis_successor(own_redis: OwnRedis) -> Non
         assert await admitted(limiter, 1) == 1
         own_redis.demote()
         own_redis.client.config_set("port", free_port())
-        with OwnRedis(own_redis.port) as successor:
+        with closing(OwnRedis(own_redis.port)) as successor:
             assert await admitted(limiter, 1) == 1
             await end_of_outage(limiter.redis)
             assert await admitted(limiter, 4) == 3
