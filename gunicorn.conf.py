@@ -2,9 +2,7 @@
 
 import gc
 import os
-import resource
 import signal
-from contextlib import suppress
 from typing import Any
 
 import httptools
@@ -38,9 +36,7 @@ def on_starting(server: Any) -> None:  # before the workers are forked
     # Nothing has set up logging if this is `gunicorn "main:create_app()"`.
     if not main.logger.hasHandlers():
         main.setup_logging(main.get_settings())
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # connections are files
-    with suppress(OSError, ValueError):  # macOS refuses its own hard limit
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+    main.raise_open_file_limit()
     gc.freeze()  # else garbage collections copy memory that the workers share
 
 
@@ -48,17 +44,19 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
     `cycle` is uvicorn's: the latest request and its response, or None before the first.
-    uvicorn closes the connection after a response if cycle.keep_alive is False. While a
-    body arrives, that would reset the connection, and the client could lose the
-    response. So keep_alive is True until the body ends. Then it gets its final value.
+    If cycle.keep_alive is False, a response starts with `Connection: close`, and at its
+    end, the cycle closes its transport. It is False until the body has arrived. (After
+    an early response, haproxy 2.6 may send a new request in place of the rest.)
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
     header_bytes = 0  # since the last complete headers; can include a part of a body
-    is_last_request = False  # also True if the worker stops
+    is_stopping = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.write = transport.write  # for the cycle: see on_headers_complete
+        self.is_closing = transport.is_closing
         host, port = self.client or ("127.0.0.1", 0)  # a unix socket counts as local
         self.client = (host.removeprefix("::ffff:"), port)  # the IPv4 form
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
@@ -118,22 +116,25 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         # Again, because uvicorn starts this timer when an earlier response ends.
         self._unset_keepalive_if_required()
         super().on_headers_complete()
-        self.is_last_request = self.is_last_request or not self.cycle.keep_alive
-        # A client that waits for a `100 Continue` sends no body yet: uvicorn may close.
-        self.cycle.keep_alive = not self.expect_100_continue
+        self.keep_alive_after_body = self.cycle.keep_alive
+        self.cycle.keep_alive = False
+        # This object is the transport of the cycle, which so calls our close().
+        self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
-    def on_body(self, body: bytes) -> None:
-        self.cycle.keep_alive = True  # a client that sends a body does not wait
-        super().on_body(body)
+    def close(self) -> None:
+        # While a body arrives, closing would reset the connection, and the client could
+        # lose the response. Leave it to on_message_complete, or the keep-alive timer.
+        if not (self.is_in_body and self.cycle.response_complete):
+            self.transport.close()
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # httptools calls this before it raises HttpParserUpgrade
         super().on_message_complete()
         self.is_in_body = False
-        self.cycle.keep_alive = not self.is_last_request
-        if self.is_last_request and self.cycle.response_complete:  # kept open until now
+        self.cycle.keep_alive = self.keep_alive_after_body and not self.is_stopping
+        if self.cycle.response_complete:  # `close` has kept the connection open
             self.transport.close()
             raise httptools.HttpParserError  # stops the parser, as above
 
@@ -145,9 +146,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def shutdown(self) -> None:
-        self.is_last_request = True
-        # uvicorn starts this timer after a response, even if the body still arrives.
-        self.timeout_keep_alive = 1
+        self.is_stopping = True
+        self.timeout_keep_alive = 1  # it also ends a body that outlasts its response
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         # uvicorn closes an idle connection. A request may be on its way: wait 0.5 s.
@@ -159,7 +159,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
         self.config.lifespan = "on"  # with "auto", an exception at the start is hidden
-        # Call callback_notify each second, also after the system's clock was set back.
+        # -inf: uvicorn calls callback_notify each second, even if a clock is set back.
         self.config.timeout_notify = float("-inf")
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
@@ -168,7 +168,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # of SIGQUIT, which Ctrl+C sends
+    def handle_exit(self, *_: object) -> None:  # of SIGQUIT: gunicorn's at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

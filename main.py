@@ -37,6 +37,7 @@ import mmap
 import os
 import pathlib
 import re
+import resource
 import secrets
 import select
 import socket
@@ -398,6 +399,13 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
         quota, period = file.read().split()  # "200000 100000": two CPUs
         cpus = min(cpus, math.ceil(int(quota) / int(period)))  # ValueError for "max"
     return cpus
+
+
+def raise_open_file_limit() -> None:
+    """Raise the soft limit to the hard one. (Each connection is an open file.)"""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS refuses its own hard limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 # --- Logging --------------------------------------------------------------------------

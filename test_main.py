@@ -2319,9 +2319,6 @@ class OwnRedis:  # a redis-server of the test's own, which fails in each of thes
     def demote(self) -> None:  # to a replica of no server, which refuses to write
         self.client.slaveof("127.0.0.1", 1)
 
-    def promote(self) -> None:
-        self.client.slaveof()
-
 
 @pytest.fixture
 def own_redis() -> Iterator[OwnRedis]:
@@ -2334,7 +2331,7 @@ def own_redis() -> Iterator[OwnRedis]:
 OUTAGES = {
     "down": (OwnRedis.kill, OwnRedis.start),
     "silent": (OwnRedis.pause, OwnRedis.resume),
-    "read-only": (OwnRedis.demote, OwnRedis.promote),
+    "read-only": (OwnRedis.demote, lambda redis: redis.client.slaveof()),
 }
 
 
@@ -3230,7 +3227,7 @@ HEADS = {
     "path": ([b"GET /" + LARGE + b" HTTP/1.1\r\nhost: test\r\n\r\n"], [431]),
     "upgrade": ([POST + UPGRADE + b"x: " + LARGE + b"\r\n" + SIZE_5], [431]),
     "upgrades": ([GET[:-2] + UPGRADE + b"upgrade: " + LARGE + b"\r\n\r\n"], [431]),
-    "after an early answer": ([EARLY, b"hello", POST + b"x: ", LARGE], [200, 431]),
+    "after a late body": ([POST + SIZE_5, b"hello", POST + b"x: ", LARGE], [200, 431]),
 }
 
 
@@ -3259,7 +3256,7 @@ async def test_request_body_does_not_count_as_head(connection: Connection) -> No
         "answered": ([GET], 75, [200]),
         "head begun late": ([GET, 70, GET[:9], 9, GET[9:]], 75, [200, 200]),
         "an empty line after it": ([GET, b"\r\n"], 75, [200]),
-        "answered before the body": ([EARLY, b"hello"], 75, [200]),
+        "answered, and no body": ([EARLY], 75, [200]),
     },
 )
 async def test_timeout_of_an_idle_connection(
@@ -3315,9 +3312,10 @@ async def test_last_request_is_answered(last: bytes, connection: Connection) -> 
 
 
 @pytest.mark.parametrize("body", [b"", b"he"])
-async def test_expected_body_ends_the_connection(body: bytes, connection: Any) -> None:
+async def test_early_answer_says_to_close(body: Any, connection: Any) -> None:
     await connection.send(EARLY[:-2] + b"expect: 100-continue\r\n\r\n" + body)
-    assert (connection.statuses(), connection.is_open) == ([200], bool(body))
+    assert (connection.statuses(), connection.is_open) == ([200], True)
+    assert b"\r\nconnection: close\r\n" in connection.received
 
 
 async def test_early_answer_is_not_lost_if_the_body_is_late(connection: Any) -> None:
