@@ -19,7 +19,7 @@ wsgi_app = "main:app"
 bind = read_addresses()
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 errorlog = None  # gunicorn adds no handler of its own: main.setup_logging adds ours
-# Before the fork: so bad settings end gunicorn, and the workers share their limits.
+# Before the fork, so that bad settings end gunicorn, and the workers share the limits.
 preload_app = True
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 max_requests_jitter = max_requests // 10  # or all workers would be replaced at once
@@ -33,7 +33,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def on_starting(server: Any) -> None:  # before the workers are forked
-    # Nothing has set up logging if this is `gunicorn "main:create_app()"`.
+    # main:app has set up logging. But `gunicorn "main:create_app()"` has not.
     if not main.logger.hasHandlers():
         main.setup_logging(main.get_settings())
     main.raise_open_file_limit()

@@ -724,11 +724,11 @@ def allowed_methods(request: Request) -> str:
     (The framework's own 405 names the methods of one route only.)
     """
     allowed = []
-    # Try no mounted applications: a Mount matches every method.
+    # Leave out mounted applications: a Mount matches every method.
     routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # But with StaticFiles mounted at "/api", a DELETE of /api/v1/items ends there,
-    # because no route has both this path and this method. The Mount has then changed
-    # root_path in the scope, and our routes match only with the original one.
+    # But the request may have gone to one: with StaticFiles mounted at "/api", a DELETE
+    # of /api/v1/items does, because no route has both this path and this method. Then
+    # the Mount has changed root_path, and our routes match only with the original one.
     root_path = request.app.state.settings.ROOT_PATH
     for method in METHODS:
         scope = {**request.scope, "method": method, "root_path": root_path}
@@ -889,9 +889,9 @@ class FairPool(AsyncAdaptedQueuePool):
         # A timer for each connection. A ConnectionPoolEntry, or record, stays in the
         # pool. It holds one connection, and opens another if that is lost.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # A request holds a connection from "checkout" to "checkin". Start the timer at
-        # "connect", too: at an engine's first connect, SQLAlchemy sends statements of
-        # its own before "checkout" (it asks for the server's version), which can hang.
+        # A request holds a connection from "checkout" to "checkin". But an engine's
+        # first connection is used before its "checkout": SQLAlchemy asks for the
+        # server's version, which can hang. So "connect" starts the timer, too.
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -966,10 +966,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    A failed connect leaves a cycle (psycopg 3.3, SQLAlchemy 2.1): the exception has a
-    traceback, this has the functions' variables, and one of them is the exception. It
-    keeps the socket open until the garbage collector runs, maybe for minutes.
-    clear_frames empties the variables.
+    A failed connect leaves a cycle (psycopg 3.3, SQLAlchemy 2.1): the exception, its
+    traceback, the variables of a function, and again the exception. The cycle keeps the
+    socket open until the garbage collector runs, maybe for minutes. clear_frames
+    empties the variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -1017,8 +1017,8 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 def roll_back_sqlite_connection(connection: Any, *_: object) -> None:
     """Roll back a connection that SQLAlchemy gives up, as after a cancelled request.
 
-    SQLAlchemy only closes it. But sqlite3 holds the lock of the file until the last
-    cursor is gone. That of a cancelled request waits for the garbage collector.
+    SQLAlchemy only closes it. But sqlite3 keeps the file locked until the last cursor
+    is gone. The cursor of a cancelled request stays until the garbage collector runs.
     """
     with suppress(sqlite3.Error):  # the connection may be unusable
         connection.rollback()
@@ -1036,9 +1036,9 @@ BEGIN_STATEMENTS = {
 def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction: in autocommit, the driver sends no BEGIN itself.
 
-    But SQLAlchemy's commit() calls the driver's, which sees that a transaction is open,
-    and sends COMMIT. (With DEBUG, SQLAlchemy logs that COMMIT has no effect in
-    autocommit. Here, it has one.)
+    COMMIT needs no help: SQLAlchemy's commit() calls the driver's, which sends COMMIT,
+    because it sees that a transaction is open. (With DEBUG, SQLAlchemy logs that COMMIT
+    has no effect in autocommit. Here, it has one.)
 
     Why not execution_options(isolation_level=…), SQLAlchemy's own way? It switches
     autocommit off for each transaction. If a request is cancelled during the switch,
@@ -1243,8 +1243,9 @@ class Database(MonitoredBackend):
             # SQLite has one writer at a time: they take turns with one connection.
             engine = self.create_engine(1)
         else:
-            # This returns a second engine, with the pool and the listeners of
-            # read_engine. It alone gets the listener below: read_engine sends no BEGIN.
+            # Without arguments, this returns a copy of read_engine, which shares its
+            # pool and its listeners so far. Only the copy gets the listener below, so
+            # read_engine sends no BEGIN.
             engine = self.read_engine.execution_options()
         event.listen(engine.sync_engine, "begin", begin_transaction)
         return engine
@@ -1290,14 +1291,14 @@ class Database(MonitoredBackend):
 
     async def recover(self) -> None:
         # After a failover of PostgreSQL, connections to the former primary can be
-        # silent, but not closed. Replace all, or each would make a request time out.
-        # (With PostgreSQL, read_engine and write_engine share this pool. check_engine
-        # needs nothing: SQLAlchemy replaces its connection if it is lost or read-only.)
-        # At each checkout, SQLAlchemy replaces a connection that was opened before
-        # `_invalidate_time`, a private attribute (as of 2.1.9). Why not dispose()? It
-        # would begin a new pool at once, while connections of the old one are in use:
-        # together, they could be too many.
+        # silent, but not closed: each would make a request time out. So let SQLAlchemy
+        # replace them: at a checkout, it replaces a connection that was opened before
+        # `_invalidate_time` (a private attribute, as of 2.1.9).
         self.read_engine.pool._invalidate_time = time.time()
+        # Why not dispose()? It would begin a new pool at once, while connections of the
+        # old one are in use: together, they could be too many. Why only this pool? With
+        # PostgreSQL, write_engine shares it, and SQLAlchemy itself replaces the
+        # connection of check_engine if it is lost or read-only.
         # Create tables only in a new database, which has none. In others, a running
         # migration may be about to create those that are missing. (At `prepare`, this
         # cannot be: migrations run before the service starts.)
@@ -1348,8 +1349,8 @@ def is_bug_on_postgresql(error: psycopg.Error, statement: str | None) -> bool:
     if error.sqlstate is not None:
         return not error.sqlstate.startswith(OUTAGE_STATES)
     # Without a SQLSTATE, the error is psycopg's own. If there was a statement, psycopg
-    # has refused it, for example for its 70,000 parameters. If there was none, the
-    # connect has failed.
+    # has refused it (for example, because it has 70,000 parameters), which is a bug. If
+    # there was none, the connect has failed.
     return statement is not None
 
 
@@ -1443,7 +1444,8 @@ class UserIn(RequestBody):
     password: NewPassword = Field(examples=["correct horse battery staple"])
 
 
-class UserOut(BaseModel, from_attributes=True):  # so UserPage takes a list of rows
+# from_attributes: it can be made from a row, also in the list of a UserPage.
+class UserOut(BaseModel, from_attributes=True):
     id: Int64
     username: str
     created_at: UtcTime
@@ -1754,7 +1756,7 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # The name is free now: its user was deleted after our INSERT. So insert again.
+        # Nobody has the name now: its user was deleted after our INSERT. Insert again.
         # (After rollback(), `user` can be added again.) A second IntegrityError is a
         # bug.
         await add_row(db, user)
@@ -1904,8 +1906,8 @@ NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for each step of `prepare`, such as opening a connection
 # How long a request waits for one of the worker's connections. After that, an outage
-# begins. (A burst of 3,000 requests waits for up to 2 s. In RateLimitMiddleware,
-# nothing else limits this wait: it is outside of REQUEST_TIMEOUT_SECONDS.)
+# begins. (A burst of 3,000 requests waits for up to 2 s. REQUEST_TIMEOUT_SECONDS does
+# not limit this wait, because RateLimitMiddleware is outside of it.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -1917,8 +1919,8 @@ local now = time[1] * 1000000 + time[2]
 redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
 -- If Redis's clock was set back, some times are in the future. Remove these, too.
 redis.call('ZREMRANGEBYSCORE', key, now + 1, '+inf')
--- Remove all but the newest `limit` times: ranks 0 (the oldest) to -(limit + 1). There
--- can be more if the limit was lowered.
+-- Remove all but the newest `limit` times. (Rank 0 is the oldest one, -1 the newest.)
+-- There can be more if the limit was lowered.
 redis.call('ZREMRANGEBYRANK', key, 0, -(limit + 1))
 local count = redis.call('ZCARD', key)
 local allowed = count < limit
@@ -2021,8 +2023,9 @@ class SlidingWindowRateLimiter:
 
     def find_row(self, key: str) -> ctypes.Structure:
         # Hash with a secret key: otherwise, a client with many addresses could choose
-        # those of one bucket, and so make the limiter forget requests. (Python's own
-        # seed may be known: PYTHONHASHSEED sets it. Forked workers share seed and key.)
+        # those of one bucket, and so make the limiter forget requests. (Python's hash()
+        # has a random seed, but PYTHONHASHSEED can set it. All workers have the same
+        # seed and key, because they are forked.)
         client_hash = hash(self.hash_key + key)
         index = client_hash % len(self.buckets)
         bucket: Iterable[ctypes.Structure] = self.buckets[index]
@@ -2091,12 +2094,12 @@ class RedisRateLimiter(MonitoredBackend):
             raise
 
     async def check_lookup(self) -> None:
-        """Raise an exception if the host's name cannot be looked up in a second.
+        """Raise an exception if the lookup of the host's name takes over a second.
 
         Each connection looks it up again. A lookup cannot be cancelled: it blocks a
         thread until it ends, and uvloop has two threads for all lookups, also for that
-        of PostgreSQL's host. So connect only if lookups are fast. This one has no
-        timeout: until it ends, no other check begins, and so no other lookup.
+        of PostgreSQL's host. So connect only if a lookup is fast. This one is awaited
+        to its end, however late: until then, no other check begins, so no other lookup.
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2567,8 +2570,8 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that only reads: in autocommit, which is cheaper."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
-        # Refuse changes that were not flushed, which would be lost silently. (flush()
-        # would wait for a connection even if a value was only set to itself.)
+        # Refuse changes that were not flushed, which would be lost silently. (Not by
+        # flush(): it waits for a connection, even if a value was only set to itself.)
         refuse_changes(session.sync_session)
 
 
