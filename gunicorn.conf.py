@@ -168,7 +168,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # of SIGQUIT: gunicorn's at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # on gunicorn's SIGQUIT, after Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -856,7 +856,7 @@ def shut_down_socket(descriptor: int) -> None:
 
 
 def is_readable(descriptor: int) -> bool:
-    """Return True if a socket has received data, or the other side has closed it."""
+    """Return True if a socket has received data, or was closed by either side."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(0))
@@ -960,7 +960,7 @@ class FairPool(AsyncAdaptedQueuePool):
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
-            # (replace_if_closed finds it closed, so the next request gets a new one.)
+            # Now the socket is readable, so replace_if_closed replaces the connection.
 
 
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
@@ -1917,8 +1917,8 @@ local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
--- If Redis's clock was set back, some times are in the future. Remove these, too.
-redis.call('ZREMRANGEBYSCORE', key, now + 1, '+inf')
+-- If Redis's clock was set back by more than a window, forget the times before that.
+redis.call('ZREMRANGEBYSCORE', key, now + window, '+inf')
 -- Remove all but the newest `limit` times. (Rank 0 is the oldest one, -1 the newest.)
 -- There can be more if the limit was lowered.
 redis.call('ZREMRANGEBYRANK', key, 0, -(limit + 1))
@@ -2096,20 +2096,27 @@ class RedisRateLimiter(MonitoredBackend):
     async def check_lookup(self) -> None:
         """Raise an exception if the lookup of the host's name takes over a second.
 
-        Each connection looks it up again. A lookup cannot be cancelled: it blocks a
+        Each new connection looks it up again. A lookup cannot be cancelled: it blocks a
         thread until it ends, and uvloop has two threads for all lookups, also for that
         of PostgreSQL's host. So connect only if a lookup is fast. This one is awaited
-        to its end, however late: until then, no other check begins, so no other lookup.
+        to its end, however late: until then, checks begin no other one.
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
             return
-        started = time.monotonic()
-        # With SOCK_STREAM, uvloop needs no thread if the host is an address.
-        kind = socket.SOCK_STREAM
-        await asyncio.get_running_loop().getaddrinfo(host, None, type=kind)
-        if time.monotonic() - started > REDIS_CONNECT_SECONDS:
-            raise TimeoutError(f"the lookup of {host} takes too long")
+        loop = asyncio.get_running_loop()
+        late = TimeoutError(f"the lookup of {host} takes too long")
+        # The outage begins when the lookup is late, and not when it ends.
+        timer = loop.call_later(REDIS_CONNECT_SECONDS, self.handle_failure, late)
+        try:
+            # With SOCK_STREAM, uvloop needs no thread if the host is an address.
+            await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise ConnectionError(f"{host}: {error}") from None
+        finally:
+            timer.cancel()
+        if loop.time() > timer.when():
+            raise late
 
     async def open_connections(self) -> None:
         await self.check_lookup()

@@ -2008,8 +2008,7 @@ class Clock:  # which the test sets, in nanoseconds
 
 
 def make_limiter(limit: int, clock: Any = None, table_bytes: int = 2**20) -> Any:
-    """A `main.SlidingWindowRateLimiter` with a window of 60 s."""
-    limiter = main.SlidingWindowRateLimiter(limit, 60, table_bytes)
+    limiter = main.SlidingWindowRateLimiter(limit, 60, table_bytes)  # 60 seconds
     limiter.clock_ns = clock or Clock()
     return limiter
 
@@ -2272,22 +2271,27 @@ async def test_redis_is_left_if_its_queue_is_long(monkeypatch: Patch) -> None:
         assert limiter.redis.in_outage
 
 
-@cases("end, value", {"fails": ("set_exception", OSError()), "ok": ("set_result", [])})
+REASONS_OF_DNS = {1: "h: no DNS", 1e-9: "the lookup of h takes too long"}
+
+
+@pytest.mark.parametrize("seconds, reason", REASONS_OF_DNS.items())
 async def test_slow_dns_has_one_lookup_for_redis(
-    end: str, value: object, monkeypatch: Patch
+    seconds: float, reason: str, monkeypatch: Patch, caplog: CapLog
 ) -> None:
-    lookup = mock.Mock(return_value=asyncio.get_running_loop().create_future())
+    found = asyncio.get_running_loop().create_future()
+    lookup = mock.Mock(return_value=found)
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", lookup)
-    monkeypatch.setattr(main, "REDIS_CONNECT_SECONDS", 1e-9)
+    monkeypatch.setattr(main, "REDIS_CONNECT_SECONDS", seconds)
     monkeypatch.setattr(main, "HEALTH_CHECK_TIMEOUT_SECONDS", 0.01)
     async with redis_limiter("redis://h") as limiter:
         limiter.redis.is_prepared = False
         assert await admitted(limiter, 4) == 3 and not limiter.redis.in_outage
         assert not (await limiter.redis.is_ready() or await limiter.redis.is_ready())
-        getattr(lookup.return_value, end)(value)
+        assert limiter.redis.in_outage == (seconds < 1)
+        found.set_result([]) if seconds < 1 else found.set_exception(OSError("no DNS"))
         await limiter.redis.start_check()
         lookup.assert_called_once_with("h", None, type=socket.SOCK_STREAM)
-        assert limiter.redis.in_outage
+    assert [vars(record)["reason"] for record in caplog.records] == [reason]
 
 
 class OwnRedis:  # a redis-server of the test's own, which fails in each of these ways
@@ -2313,9 +2317,6 @@ class OwnRedis:  # a redis-server of the test's own, which fails in each of thes
     def pause(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
 
-    def resume(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-
     def demote(self) -> None:  # to a replica of no server, which refuses to write
         self.client.slaveof("127.0.0.1", 1)
 
@@ -2330,7 +2331,7 @@ def own_redis() -> Iterator[OwnRedis]:
 
 OUTAGES = {
     "down": (OwnRedis.kill, OwnRedis.start),
-    "silent": (OwnRedis.pause, OwnRedis.resume),
+    "silent": (OwnRedis.pause, lambda redis: redis.process.send_signal(signal.SIGCONT)),
     "read-only": (OwnRedis.demote, lambda redis: redis.client.slaveof()),
 }
 
@@ -2777,6 +2778,8 @@ async def test_health_without_redis_is_degraded_but_ready(caplog: CapLog) -> Non
 
 async def test_health_with_redis_is_healthy(redis_url: str) -> None:
     async with serve(REDIS_URL=redis_url) as guest:
+        skip_time(main.REDIS_CONNECT_SECONDS)
+        await let_others_run()
         body = (await guest.get(HEALTH)).json()
     assert (body["status"], body["checks"]["redis"]) == ("healthy", HEALTHY)
 
@@ -2958,15 +2961,14 @@ async def test_lifespan_leaves_no_task_and_no_connection() -> None:
 
 async def test_lifespan_opens_and_closes_connections_to_redis(redis_url: str) -> None:
     name = f"test-{secrets.token_hex(8)}"
-    redis = Redis.from_url(redis_url)
-    async with serve(REDIS_URL=f"{redis_url}?client_name={name}") as client:
-        assert str(redis.client_list()).count(name) == main.REDIS_CONNECTIONS
-        limiter = client.app.state.rate_limiter
-        counts = [limiter.hit("api", ADDRESS) for _ in range(48)]
-        await asyncio.gather(*counts, limiter.redis.is_ready())
-        assert str(redis.client_list()).count(name) == main.REDIS_CONNECTIONS
-    until(lambda: name not in str(redis.client_list()), "the connections' end")
-    redis.close()
+    with Redis.from_url(redis_url) as redis:
+        async with serve(REDIS_URL=f"{redis_url}?client_name={name}") as client:
+            assert str(redis.client_list()).count(name) == main.REDIS_CONNECTIONS
+            limiter = client.app.state.rate_limiter
+            counts = [limiter.hit("api", ADDRESS) for _ in range(48)]
+            await asyncio.gather(*counts, limiter.redis.is_ready())
+            assert str(redis.client_list()).count(name) == main.REDIS_CONNECTIONS
+        until(lambda: name not in str(redis.client_list()), "the connections' end")
 
 
 OWN_STATUSES = {  # which only the rules of a route can give
