@@ -432,8 +432,8 @@ LIBRARY_LEVELS = {
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
     # If a request is cancelled while it returns a connection, its pool logs an ERROR,
-    # which is harmless. SQLAlchemy names the logger after the module and class of the
-    # pool, so "sqlalchemy" does not cover it.
+    # which is harmless. SQLAlchemy names the logger after the module (here, this one)
+    # and the class of the pool, so "sqlalchemy" does not cover it.
     f"{__name__}.FairPool": "CRITICAL",
 }
 # The servers' loggers. Their own handlers write another format, so setup_logging
@@ -1050,8 +1050,9 @@ def begin_transaction(connection: sa.Connection) -> None:
 class ReadOnlySession(Session):
     """Refuses to write: in autocommit, a write could not be rolled back.
 
-    It cannot detect a write in sa.text(), in a CTE, or through `await db.connection()`:
-    such a write takes effect at once.
+    It cannot detect a write in sa.text(), in a CTE, through `await db.connection()` or
+    by a legacy method `bulk_…`: such a write takes effect at once. And FOR UPDATE locks
+    nothing in autocommit.
     """
 
 

@@ -1188,7 +1188,7 @@ async def test_old_table_is_500_and_unready(database_url: str, caplog: CapLog) -
         await execute(database, "ALTER TABLE items RENAME COLUMN title TO old")
         assert not any([await database.is_ready() for _ in range(2)])
         assert error_of(await ada.get("/items"))["error"] == "internal_error"
-    outage, request = [r for r in caplog.records if r.name == "main"]
+    outage, request = [r for r in caplog.records if r.name == main.logger.name]
     assert "title" in vars(outage)["reason"] and request.exc_info
 
 
@@ -2340,7 +2340,7 @@ OUTAGES = {
 async def test_rate_limit_is_kept_in_memory_while_redis_is_away(
     begin: Any, end: Any, own_redis: OwnRedis, patience: Patch, caplog: CapLog
 ) -> None:
-    caplog.set_level("INFO", "main")
+    caplog.set_level("INFO", main.logger.name)
     async with redis_limiter(own_redis.url) as limiter:
         assert await admitted(limiter, 3) == 3
         patience.setattr(main, "REDIS_TIMEOUT_SECONDS", 0.1)
@@ -2922,15 +2922,15 @@ def test_main_app_is_built_once_and_sets_up_logging(log: Log) -> None:
 
 
 @pytest.mark.usefixtures("main_app")
-@pytest.mark.parametrize("name", ["main:app", "main:create_app()"])
+@pytest.mark.parametrize("name", [":app", ":create_app()"])
 async def test_app_can_be_served_by_its_name(name: str) -> None:
-    async with started(import_app(name)) as app, Client(app) as client:
+    async with started(import_app(main.__name__ + name)) as app, Client(app) as client:
         assert (await client.get("http://test/health/ready")).status_code == 200
 
 
 def test_importing_main_reads_no_environment_and_opens_nothing() -> None:
-    script = """if True:
-        import logging, os, threading, main
+    script = f"""if True:
+        import logging, os, threading, {main.__name__} as main
         assert "app" not in vars(main) and not logging.getLogger().handlers
         assert os.listdir() == [".env"] and threading.active_count() == 1
     """
@@ -3390,7 +3390,7 @@ HOST = "[::ffff:127.0.0.1]" if socket.has_dualstack_ipv6() else "127.0.0.1"
 
 class Service:  # gunicorn alone; its clients look like ::ffff:127.0.0.1
     def __init__(self, folder: Path, **variables: str) -> None:
-        for name in ("main.py", "gunicorn.conf.py"):
+        for name in (Path(main.__file__).name, "gunicorn.conf.py"):
             (folder / name).symlink_to(ROOT / name)
         self.port = free_port()
         env = {"SECRET_KEY": KEY, "BIND": f"{HOST}:{self.port}"} | variables
