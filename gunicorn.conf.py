@@ -1,6 +1,5 @@
 """gunicorn reads this file at its start. Its values come from the environment only."""
 
-import gc
 import os
 import signal
 from typing import Any
@@ -33,11 +32,7 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def on_starting(server: Any) -> None:  # before the workers are forked
-    # main:app has set up logging. But `gunicorn "main:create_app()"` has not.
-    if not main.logger.hasHandlers():
-        main.setup_logging(main.get_settings())
-    main.raise_open_file_limit()
-    gc.freeze()  # else garbage collections copy memory that the workers share
+    main.prepare_process()
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
@@ -61,6 +56,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.client = (host.removeprefix("::ffff:"), port)  # the IPv4 form
         self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # uvicorn does not do so after a reset
+        if self.cycle:  # no reference to this object: both can be freed at once
+            self.cycle.transport = self.transport
+
     def refuse_slow(self) -> None:
         if not self.cycle or self.cycle.response_complete:  # do not cut a response off
             self.refuse(408)
@@ -77,10 +78,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
-        """Feed the parser. It stops after headers with `Upgrade`, and loses the body.
-
-        So repeat these headers, without `Upgrade`, for a new parser, and go on.
-        """
+        # The parser stops after headers with `Upgrade`, and loses the body. So repeat
+        # these headers, without `Upgrade`, for a new parser, and go on.
         while data:
             try:
                 return self.parser.feed_data(data)
@@ -133,10 +132,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             return  # httptools calls this before it raises HttpParserUpgrade
         super().on_message_complete()
         self.is_in_body = False
-        self.cycle.keep_alive = self.keep_alive_after_body and not self.is_stopping
         if self.cycle.response_complete:  # `close` has kept the connection open
             self.transport.close()
             raise httptools.HttpParserError  # stops the parser, as above
+        if not self.cycle.response_started:  # it has not yet said `Connection: close`
+            self.cycle.keep_alive = self.keep_alive_after_body and not self.is_stopping
 
     def refuse(self, status: int) -> None:
         if not self.transport.is_closing():  # no other refusal has been sent

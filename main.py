@@ -29,6 +29,7 @@ read_user a service, find_user a repository function.
 import asyncio
 import ctypes
 import fcntl
+import gc
 import ipaddress
 import json
 import logging
@@ -399,13 +400,6 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
         quota, period = file.read().split()  # "200000 100000": two CPUs
         cpus = min(cpus, math.ceil(int(quota) / int(period)))  # ValueError for "max"
     return cpus
-
-
-def raise_open_file_limit() -> None:
-    """Raise the soft limit to the hard one. (Each connection is an open file.)"""
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # macOS refuses its own hard limit
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 # --- Logging --------------------------------------------------------------------------
@@ -2943,6 +2937,17 @@ def build_app() -> FastAPI:
         # If __getattr__ (below) raises AttributeError, servers say that there is no
         # `app`, and hide the cause. With an ImportError, they show it.
         raise ImportError("create_app has failed") from error
+
+
+def prepare_process() -> None:
+    """Prepare gunicorn's main process, before the workers are forked."""
+    if not logger.hasHandlers():  # `gunicorn "main:create_app()"` calls no build_app
+        setup_logging(get_settings())
+    # Each connection is an open file. So raise the soft limit to the hard one.
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS refuses its own hard limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+    gc.freeze()  # else garbage collections copy memory that the workers share
 
 
 # `app = create_app()` would read the settings at the import. But tests import this

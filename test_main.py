@@ -349,7 +349,8 @@ def skip_time(seconds: float) -> None:  # so that no test waits for a timer
     loop.time = lambda: real_time() + seconds  # type: ignore[method-assign]
 
 
-async def let_others_run() -> None:
+async def let_others_run(after: float = 0) -> None:  # after so many seconds
+    skip_time(after)
     for _ in range(100):
         await asyncio.sleep(0)
 
@@ -417,8 +418,7 @@ def test_settings_value(name: str, value: str, environment: Environment) -> None
     assert getattr(settings, name) == SETTINGS[name][value]
 
 
-# Where a value might be secret it has "hunter2" in it. Some are refused in production.
-REFUSED_SETTINGS = {
+REFUSED_SETTINGS = {  # some in production only; "hunter2" stands for what may be secret
     "PROJECT_NAME": ["hunter2\udce9", "hunter2" * 143],
     "ENVIRONMENT": ["hunter2", "Production"],
     "DEBUG": ["hunter2", "true"],
@@ -869,8 +869,7 @@ async def test_outage_is_checked_every_second_until_it_ends() -> None:
     assert database.start_check() is database.start_check()
     counts = []
     for seconds, database.is_away in ((0, True), (0.5, True), (0.5, False), (1, True)):
-        skip_time(seconds)
-        await let_others_run()
+        await let_others_run(after=seconds)
         counts.append(database.checks)
     assert counts == [1, 1, 2, 2]
 
@@ -881,8 +880,7 @@ async def test_outage_logs_start_and_end_once(caplog: CapLog) -> None:
     for database.is_away in (False, True, True, False, False, True):
         database.start_check()
         await let_others_run()
-        skip_time(1)
-        await let_others_run()
+        await let_others_run(after=1)
     down = ("WARNING", "the database is not ready")
     up = ("INFO", "the database is ready again")
     assert [(r.levelname, r.message) for r in caplog.records] == [down, up, down]
@@ -1046,10 +1044,8 @@ async def test_connection_is_used_again_unless_held_for_too_long(pg_ada: Any) ->
     for seconds in (0, 0, 5, 0):
         async with held_connection(pg_ada.app.state.database) as db:
             pids.append(await db.scalar(sa.select(sa.func.pg_backend_pid())))
-            skip_time(seconds)
-            await let_others_run()
-        skip_time(5)
-        await let_others_run()
+            await let_others_run(after=seconds)
+        await let_others_run(after=5)
     assert pids[0] == pids[1] == pids[2] != pids[3]
 
 
@@ -1107,8 +1103,7 @@ async def test_server_away_and_back(pg_ada: Any, forwarder: Forwarder) -> None:
 async def test_no_statement_while_all_is_well(database: Any, statements: Any) -> None:
     assert await database.is_ready()
     statements.clear()
-    skip_time(60)
-    await let_others_run()
+    await let_others_run(after=60)
     assert not statements
 
 
@@ -1133,8 +1128,7 @@ async def test_readiness_check_may_go_on(postgresql_url: str, caplog: CapLog) ->
             other.execute("LOCK TABLE users")
             check = asyncio.create_task(database.is_ready())
             for seconds, is_done in ((0, False), (1.1, False), (0.9, True)):
-                skip_time(seconds)
-                await let_others_run()
+                await let_others_run(after=seconds)
                 assert check.done() == is_done
         assert (await check, await database.is_ready()) == (False, True)
     assert not caplog.records  # slow is not away
@@ -1795,9 +1789,7 @@ FILL_ITEMS = (
 
 
 @pytest.mark.parametrize("name", LISTS)
-async def test_pagination_uses_an_index(
-    name: str, database: main.Database, statements: list[Any]
-) -> None:
+async def test_list_uses_an_index(name: str, database: Any, statements: Any) -> None:
     for statement in (FILL_USERS, FILL_ITEMS, "ANALYZE"):
         await execute(database, statement)
     async with database.session(writes=False) as db:
@@ -2778,8 +2770,7 @@ async def test_health_without_redis_is_degraded_but_ready(caplog: CapLog) -> Non
 
 async def test_health_with_redis_is_healthy(redis_url: str) -> None:
     async with serve(REDIS_URL=redis_url) as guest:
-        skip_time(main.REDIS_CONNECT_SECONDS)
-        await let_others_run()
+        await let_others_run(after=main.REDIS_CONNECT_SECONDS)
         body = (await guest.get(HEALTH)).json()
     assert (body["status"], body["checks"]["redis"]) == ("healthy", HEALTHY)
 
@@ -3160,6 +3151,10 @@ def test_open_file_limit_is_raised_to_the_hard_limit() -> None:
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     request = Request(scope, receive)
+    if scope["path"] == "/stream":  # its response starts before its body has arrived
+        await send({"type": "http.response.start", "status": 200})
+        await request.body()
+        return await send({"type": "http.response.body"})
     size = len(await request.body()) if scope["path"] == "/" else 0
     if scope["path"] == "/slow":
         with suppress(asyncio.CancelledError):
@@ -3180,8 +3175,7 @@ class Connection:  # a client's end of a real connection to a LimitedHttpProtoco
         self.protocol = load_config()["LimitedHttpProtocol"](config, self.state, {})
 
     async def forward(self, seconds: float) -> None:  # and take what the server sends
-        skip_time(seconds)
-        await let_others_run()
+        await let_others_run(after=seconds)
         with suppress(BlockingIOError):
             while self.is_open:
                 data = self.client.recv(65536)
@@ -3301,16 +3295,26 @@ async def test_upgrade_in_a_pipeline_keeps_the_order(connection: Connection) -> 
     assert connection.sizes() == [0, 5, 0, 5, 0]
 
 
-LAST_HEADS = {
-    "HTTP/1.0 without host": b"GET / HTTP/1.0\r\n\r\n",
-    "upgrade and close": POST + UPGRADE + b"connection: close\r\n" + HELLO,
+LAST_REQUESTS_OF_A_CONNECTION = {
+    "HTTP/1.0 without host": [b"GET / HTTP/1.0\r\n\r\n" + GET],
+    "upgrade and close": [POST + UPGRADE + b"connection: close\r\n" + HELLO + GET],
+    "early stream": [EARLY.replace(b"early", b"stream"), b"hello" + GET],
 }
 
 
-@cases("last", LAST_HEADS)
-async def test_last_request_is_answered(last: bytes, connection: Connection) -> None:
-    await connection.send(last + GET)
+@cases("segments", LAST_REQUESTS_OF_A_CONNECTION)
+async def test_last_request_is_answered(segments: Any, connection: Connection) -> None:
+    await connection.send(*segments)
     assert (connection.statuses(), connection.is_open) == ([200], False)
+
+
+async def test_reset_ends_the_keep_alive_timer(connection: Connection) -> None:
+    connection.client.sendall(EARLY)
+    await let_others_run()
+    connection.client.close()  # a reset, because the response is not read
+    await let_others_run()
+    assert connection.protocol.timeout_keep_alive_task is None
+    assert connection.protocol.cycle.transport is not connection.protocol
 
 
 @pytest.mark.parametrize("body", [b"", b"he"])
@@ -3371,9 +3375,7 @@ async def test_stop_does_not_wait_for_a_body(connection: Connection) -> None:
 
 
 @cases("before, after", {"late request": (b"", GET), "slow request": (SLOW, b"")})
-async def test_stop_tells_the_client_to_close(
-    before: bytes, after: bytes, connection: Connection
-) -> None:
+async def test_stop_says_to_close(before: bytes, after: bytes, connection: Any) -> None:
     await connection.send(GET, before)
     connection.protocol.shutdown()
     await connection.send(after)
@@ -3448,10 +3450,8 @@ def test_gunicorn_rate_limit_is_shared_by_all_workers(service: Service) -> None:
     statuses = []
     for sleeper in service.workers()[-2:]:
         os.kill(sleeper, signal.SIGSTOP)
-        try:
-            tries = [service.get("/api/v1/nowhere", **client) for _ in range(11)]
-        finally:
-            os.kill(sleeper, signal.SIGCONT)
+        tries = [service.get("/api/v1/nowhere", **client) for _ in range(11)]
+        os.kill(sleeper, signal.SIGCONT)
         statuses += [response.status_code for response in tries]
     assert statuses == [404] * 20 + [429] * 2
 
