@@ -39,9 +39,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
     `cycle` is uvicorn's: the latest request and its response, or None before the first.
-    If cycle.keep_alive is False, a response starts with `Connection: close`, and at its
-    end, the cycle closes its transport. It is False until the body has arrived. (After
-    an early response, haproxy 2.6 may send a new request in place of the rest.)
+    If its keep_alive is False, a response starts with `Connection: close`, and at its
+    end, the cycle closes its transport. This class keeps it False until the body has
+    arrived. And it is the transport itself, so that the cycle calls `close` below.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -50,7 +50,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.write = transport.write  # for the cycle: see on_headers_complete
+        self.write = transport.write  # the cycle calls this and is_closing, too
         self.is_closing = transport.is_closing
         host, port = self.client or ("127.0.0.1", 0)  # a unix socket counts as local
         self.client = (host.removeprefix("::ffff:"), port)  # the IPv4 form
@@ -59,7 +59,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # uvicorn does not do so after a reset
-        if self.cycle:  # no reference to this object: both can be freed at once
+        if self.cycle:  # do not refer to each other any longer: so both are freed now
             self.cycle.transport = self.transport
 
     def refuse_slow(self) -> None:
@@ -117,13 +117,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self.keep_alive_after_body = self.cycle.keep_alive
         self.cycle.keep_alive = False
-        # This object is the transport of the cycle, which so calls our close().
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
     def close(self) -> None:
         # While a body arrives, closing would reset the connection, and the client could
         # lose the response. Leave it to on_message_complete, or the keep-alive timer.
+        # (If the response is incomplete, the application has failed: close now.)
         if not (self.is_in_body and self.cycle.response_complete):
             self.transport.close()
 
@@ -147,7 +147,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        self.timeout_keep_alive = 1  # it also ends a body that outlasts its response
+        self.timeout_keep_alive = 1  # the most that a body may outlast its response
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         # uvicorn closes an idle connection. A request may be on its way: wait 0.5 s.
@@ -163,8 +163,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = float("-inf")
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # While it serves, uvicorn has its own handler of SIGTERM. Then it restores this
-        # one, and raises SIGTERM again: handle_quit ends the worker with status 0.
+        # uvicorn has its own handler of SIGTERM. At its end, it restores handle_quit,
+        # and raises SIGTERM again. So the worker ends with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 

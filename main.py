@@ -126,7 +126,7 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. (Database passes one of its own if the URL has none.)
+    # Checks connect_timeout. (5 stands for Database's own, which the URL can override.)
     timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
@@ -1238,9 +1238,9 @@ class Database(MonitoredBackend):
             # SQLite has one writer at a time: they take turns with one connection.
             engine = self.create_engine(1)
         else:
-            # Without arguments, this returns a copy of read_engine, which shares its
-            # pool and its listeners so far. Only the copy gets the listener below, so
-            # read_engine sends no BEGIN.
+            # Without arguments, this returns a copy of read_engine, with the same pool
+            # and the listeners of create_engine. Only the copy gets the listener below,
+            # so read_engine sends no BEGIN.
             engine = self.read_engine.execution_options()
         event.listen(engine.sync_engine, "begin", begin_transaction)
         return engine
@@ -2089,19 +2089,18 @@ class RedisRateLimiter(MonitoredBackend):
             raise
 
     async def check_lookup(self) -> None:
-        """Raise an exception if the lookup of the host's name takes over a second.
+        """Raise an exception if DNS is slow, before each connection looks up the host.
 
-        Each new connection looks it up again. A lookup cannot be cancelled: it blocks a
-        thread until it ends, and uvloop has two threads for all lookups, also for that
-        of PostgreSQL's host. So connect only if a lookup is fast. This one is awaited
-        to its end, however late: until then, checks begin no other one.
+        A lookup cannot be cancelled: it blocks a thread until it ends, and uvloop has
+        two threads for all lookups, also for that of PostgreSQL's host. So this looks
+        up the host once. After a second, an outage begins. But the check goes on until
+        the lookup ends, so that no other check begins another lookup.
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
             return
         loop = asyncio.get_running_loop()
         late = TimeoutError(f"the lookup of {host} takes too long")
-        # The outage begins when the lookup is late, and not when it ends.
         timer = loop.call_later(REDIS_CONNECT_SECONDS, self.handle_failure, late)
         try:
             # With SOCK_STREAM, uvloop needs no thread if the host is an address.
