@@ -29,10 +29,7 @@ forwarded_allow_ips = read_text("FORWARDED_ALLOW_IPS", "127.0.0.1,::1")
 control_socket_disable = True  # the socket of `gunicornc` needs a writable home
 # For the files of the heartbeats: on a disk, a heartbeat could block a worker.
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-
-
-def on_starting(server: Any) -> None:  # before the workers are forked
-    main.prepare_process()
+on_starting = main.prepare_process  # before the workers are forked
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
@@ -58,8 +55,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self.header_timer.cancel()
         self._unset_keepalive_if_required()  # uvicorn does not do so after a reset
-        if self.cycle:  # do not refer to each other any longer: so both are freed now
+        if self.cycle:  # else the two would wait for the garbage collector
             self.cycle.transport = self.transport
 
     def refuse_slow(self) -> None:
@@ -168,7 +166,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # on gunicorn's SIGQUIT, after Ctrl+C
+    def handle_exit(self, *_: object) -> None:
+        """UvicornWorker calls this on SIGQUIT, which gunicorn sends after Ctrl+C."""
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -1912,7 +1912,7 @@ local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
--- If Redis's clock was set back by more than a window, forget the times before that.
+-- Forget times a window ahead, or more: Redis's clock was set back since then.
 redis.call('ZREMRANGEBYSCORE', key, now + window, '+inf')
 -- Remove all but the newest `limit` times. (Rank 0 is the oldest one, -1 the newest.)
 -- There can be more if the limit was lowered.
@@ -2938,8 +2938,8 @@ def build_app() -> FastAPI:
         raise ImportError("create_app has failed") from error
 
 
-def prepare_process() -> None:
-    """Prepare gunicorn's main process, before the workers are forked."""
+def prepare_process(server: object) -> None:
+    """Prepare gunicorn's main process. (`server` is an object of gunicorn.)"""
     if not logger.hasHandlers():  # `gunicorn "main:create_app()"` calls no build_app
         setup_logging(get_settings())
     # Each connection is an open file. So raise the soft limit to the hard one.
