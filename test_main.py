@@ -2768,7 +2768,7 @@ async def test_health_without_redis_is_degraded_but_ready(caplog: CapLog) -> Non
 
 async def test_health_with_redis_is_healthy(redis_url: str) -> None:
     async with serve(REDIS_URL=redis_url) as guest:
-        await let_others_run(after=main.REDIS_CONNECT_SECONDS)
+        await let_others_run(after=main.REDIS_CONNECT_SECONDS)  # no timer is left
         body = (await guest.get(HEALTH)).json()
     assert (body["status"], body["checks"]["redis"]) == ("healthy", HEALTHY)
 
