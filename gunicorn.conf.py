@@ -38,7 +38,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     `cycle` is uvicorn's: the latest request and its response, or None before the first.
     If its keep_alive is False, a response starts with `Connection: close`, and at its
     end, the cycle closes its transport. This class keeps it False until the body has
-    arrived. And it is the transport itself, so that the cycle calls `close` below.
+    arrived. And for the cycle, this object is the transport: it calls `close` below.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -47,7 +47,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.write = transport.write  # the cycle calls this and is_closing, too
+        self.write = transport.write  # the cycle also calls this and is_closing
         self.is_closing = transport.is_closing
         host, port = self.client or ("127.0.0.1", 0)  # a unix socket counts as local
         self.client = (host.removeprefix("::ffff:"), port)  # the IPv4 form
@@ -56,8 +56,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # uvicorn does not do so after a reset
-        if self.cycle:  # else the two would wait for the garbage collector
+        self._unset_keepalive_if_required()  # after a reset, uvicorn leaves it running
+        if self.cycle:  # end the cycle of references: so the memory is freed at once
             self.cycle.transport = self.transport
 
     def refuse_slow(self) -> None:
@@ -145,7 +145,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        self.timeout_keep_alive = 1  # the most that a body may outlast its response
+        self.timeout_keep_alive = 1  # from the end of a response to that of its body
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         # uvicorn closes an idle connection. A request may be on its way: wait 0.5 s.

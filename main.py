@@ -1295,8 +1295,8 @@ class Database(MonitoredBackend):
         # PostgreSQL, write_engine shares it, and SQLAlchemy itself replaces the
         # connection of check_engine if it is lost or read-only.
         # Create tables only in a new database, which has none. In others, a running
-        # migration may be about to create those that are missing. (At `prepare`, this
-        # cannot be: migrations run before the service starts.)
+        # migration may be about to create those that are missing. (When `prepare` runs,
+        # none does: a migration ends before the service starts.)
         if not await self.table_names():
             await self.create_missing_tables()
 
