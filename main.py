@@ -1288,12 +1288,12 @@ class Database(MonitoredBackend):
         # After a failover of PostgreSQL, connections to the former primary can be
         # silent, but not closed: each would make a request time out. So let SQLAlchemy
         # replace them: at a checkout, it replaces a connection that was opened before
-        # `_invalidate_time` (a private attribute, as of 2.1.9).
+        # `_invalidate_time` (a private attribute, as of 2.1.9). Why not dispose()? It
+        # would begin a new pool at once, while connections of the old one are in use:
+        # together, they could be too many. Why only this pool? With PostgreSQL,
+        # write_engine shares it, and SQLAlchemy itself replaces the connection of
+        # check_engine if it is lost or read-only.
         self.read_engine.pool._invalidate_time = time.time()
-        # Why not dispose()? It would begin a new pool at once, while connections of the
-        # old one are in use: together, they could be too many. Why only this pool? With
-        # PostgreSQL, write_engine shares it, and SQLAlchemy itself replaces the
-        # connection of check_engine if it is lost or read-only.
         # Create tables only in a new database, which has none. In others, a running
         # migration may be about to create those that are missing. (When `prepare` runs,
         # none does: a migration ends before the service starts.)
@@ -2938,17 +2938,6 @@ def build_app() -> FastAPI:
         raise ImportError("create_app has failed") from error
 
 
-def prepare_process(server: object) -> None:
-    """Prepare gunicorn's main process. (`server` is an object of gunicorn.)"""
-    if not logger.hasHandlers():  # `gunicorn "main:create_app()"` calls no build_app
-        setup_logging(get_settings())
-    # Each connection is an open file. So raise the soft limit to the hard one.
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # macOS refuses its own hard limit
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
-    gc.freeze()  # else garbage collections copy memory that the workers share
-
-
 # `app = create_app()` would read the settings at the import. But tests import this
 # module, and set no variables. So `app` is built when a server asks for it: Python
 # calls a module's __getattr__ for a name that is missing (PEP 562).
@@ -2960,3 +2949,14 @@ else:
         if name == "app":
             return build_app()
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def prepare_process(server: object) -> None:
+    """Prepare gunicorn's main process. (`server` is an object of gunicorn.)"""
+    if not logger.hasHandlers():  # `gunicorn "main:create_app()"` calls no build_app
+        setup_logging(get_settings())
+    # Each connection is an open file. So raise the soft limit to the hard one.
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS refuses its own hard limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+    gc.freeze()  # else garbage collections copy memory that the workers share

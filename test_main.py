@@ -3446,13 +3446,14 @@ def test_proxy_on_this_host_tells_the_scheme(service: Service) -> None:
 
 def test_gunicorn_rate_limit_is_shared_by_all_workers(service: Service) -> None:
     client = {"X-Forwarded-For": "203.0.113.1"}
-    statuses = []
+    tries: list[httpx.Response] = []
     for sleeper in service.workers()[-2:]:
         os.kill(sleeper, signal.SIGSTOP)
-        tries = [service.get("/api/v1/nowhere", **client) for _ in range(11)]
-        os.kill(sleeper, signal.SIGCONT)
-        statuses += [response.status_code for response in tries]
-    assert statuses == [404] * 20 + [429] * 2
+        try:
+            tries += [service.get("/api/v1/nowhere", **client) for _ in range(11)]
+        finally:
+            os.kill(sleeper, signal.SIGCONT)
+    assert [response.status_code for response in tries] == [404] * 20 + [429] * 2
 
 
 def test_worker_stops_when_gunicorn_is_killed(tmp_path: Path) -> None:
