@@ -57,22 +57,13 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from contextvars import Context, ContextVar
 from datetime import UTC, datetime
 from functools import cache, lru_cache, partial
 from operator import attrgetter
 from traceback import clear_frames
-from typing import (
-    IO,
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    TypeVar,
-)
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit
 
 import psycopg
@@ -81,6 +72,7 @@ import sqlalchemy as sa
 from dotenv.parser import parse_stream
 from fastapi import APIRouter, Depends, FastAPI, Form, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError, ResponseValidationError
+from fastapi.routing import iter_route_contexts
 from fastapi.security import OAuth2PasswordBearer
 from jose import jwt
 from jose.utils import base64url_encode
@@ -106,7 +98,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.routing import Host, Match, Mount
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # --- Settings -------------------------------------------------------------------------
@@ -249,6 +241,7 @@ class Settings(BaseSettings):
         env_file=ENV_FILE,
         env_ignore_empty=True,  # an empty variable counts as not set
         extra="ignore",  # .env may have variables of other programs
+        hide_input_in_errors=True,  # an invalid value may be a secret
     )
     PROJECT_NAME: ValidText = "Items"
     PROJECT_DESCRIPTION: ValidText = "Users and their items."
@@ -422,6 +415,7 @@ LIBRARY_LEVELS = {
     "asyncio": "WARNING",  # logs the name of its selector at each start
     "httpx": "WARNING",  # if you use it, as the tests do
     "sqlalchemy": "WARNING",
+    "uvicorn.asgi": "WARNING",  # at NOTSET, it logs each request's query string
     # These repeat what the request's own line says.
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
@@ -594,7 +588,7 @@ ERROR_CODES = {  # status code: the `error` in the body
 }
 # (Retry-After is 1, because the database is checked every second in an outage.)
 DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
-# The methods that allowed_methods tries, for the header Allow (RFC 9110 § 15.5.6).
+# In the order in which the header Allow names them (RFC 9110 § 15.5.6).
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -717,20 +711,16 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    allowed = []
-    # Leave out mounted applications: a Mount matches every method.
-    routes = [r for r in request.app.routes if not isinstance(r, Mount | Host)]
-    # But the request may have gone to one: with StaticFiles mounted at "/api", a DELETE
-    # of /api/v1/items does, because no route has both this path and this method. Then
-    # the Mount has changed root_path, and our routes match only with the original one.
-    root_path = request.app.state.settings.ROOT_PATH
-    for method in METHODS:
-        scope = {**request.scope, "method": method, "root_path": root_path}
-        # Not route.methods: since FastAPI 0.137, app.routes also contains routers,
-        # which have `matches`, but no `methods`.
-        if any(route.matches(scope)[0] == Match.FULL for route in routes):
-            allowed.append(method)
-    return ", ".join(allowed)
+    # The request may have gone to a mounted application: with StaticFiles mounted at
+    # "/api", a DELETE of /api/v1/items does, because no route has both this path and
+    # this method. Then the Mount has changed root_path, and our routes match only with
+    # the original one.
+    scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
+    allowed: set[str] = set()
+    for route in iter_route_contexts(request.app.routes):
+        if route.methods and route.matches(scope)[0] != Match.NONE:  # a Mount has none
+            allowed |= route.methods
+    return ", ".join(method for method in METHODS if method in allowed)
 
 
 async def http_exception_handler(request: Request, exc: HTTPException) -> Response:
@@ -1163,7 +1153,15 @@ class Database(MonitoredBackend):
         self.is_sqlite = settings.DATABASE_URL.get_backend_name() == "sqlite"
         size = settings.DATABASE_POOL_SIZE + settings.DATABASE_MAX_OVERFLOW
         self.read_engine = self.create_engine(size)
-        self.write_engine = self.create_write_engine()
+        if self.is_sqlite:
+            # SQLite has one writer at a time: they take turns with one connection.
+            self.write_engine = self.create_engine(1)
+        else:
+            # Without arguments, this returns a copy of read_engine, with the same pool
+            # and the listeners of create_engine. Only the copy gets the listener below,
+            # so read_engine sends no BEGIN.
+            self.write_engine = self.read_engine.execution_options()
+        event.listen(self.write_engine.sync_engine, "begin", begin_transaction)
         self.check_engine = self.create_engine(1)
 
     def driver_arguments(self) -> dict[str, Any]:
@@ -1233,18 +1231,6 @@ class Database(MonitoredBackend):
             event.listen(engine.sync_engine, "invalidate", roll_back_sqlite_connection)
         return engine
 
-    def create_write_engine(self) -> AsyncEngine:
-        if self.is_sqlite:
-            # SQLite has one writer at a time: they take turns with one connection.
-            engine = self.create_engine(1)
-        else:
-            # Without arguments, this returns a copy of read_engine, with the same pool
-            # and the listeners of create_engine. Only the copy gets the listener below,
-            # so read_engine sends no BEGIN.
-            engine = self.read_engine.execution_options()
-        event.listen(engine.sync_engine, "begin", begin_transaction)
-        return engine
-
     def session(self, writes: bool) -> AsyncSession:
         """Return a new session.
 
@@ -1262,8 +1248,8 @@ class Database(MonitoredBackend):
             close_resets_only=False,
         )
 
-    async def table_names(self) -> set[str]:
-        async with self.check_engine.connect() as connection:
+    async def table_names(self, engine: AsyncEngine) -> set[str]:
+        async with engine.connect() as connection:
             names = await connection.run_sync(lambda c: sa.inspect(c).get_table_names())
         return set(names)
 
@@ -1276,11 +1262,9 @@ class Database(MonitoredBackend):
             await connection.run_sync(Base.metadata.create_all)
 
     async def prepare(self) -> None:
-        # Open a connection, which takes long, before the first request needs it.
-        async with self.read_engine.connect():
-            pass
-        # Create the tables that the database lacks: this version may have new ones.
-        names = await self.table_names()
+        # Create the tables that the database lacks: this version may have new ones. Use
+        # read_engine to open a connection, which takes long, before a request needs it.
+        names = await self.table_names(self.read_engine)
         if Base.metadata.tables.keys() - names:
             await self.create_missing_tables()
 
@@ -1297,7 +1281,7 @@ class Database(MonitoredBackend):
         # Create tables only in a new database, which has none. In others, a running
         # migration may be about to create those that are missing. (When `prepare` runs,
         # none does: a migration ends before the service starts.)
-        if not await self.table_names():
+        if not await self.table_names(self.check_engine):
             await self.create_missing_tables()
 
     async def ping(self) -> None:
@@ -1566,8 +1550,6 @@ async def verify_password(password: str, stored_hash: str) -> tuple[bool, str | 
 # python-jose decodes a signature by Python's base64, which ignores characters outside
 # its alphabet. Without this pattern, a token with such characters would still be valid.
 TOKEN_PATTERN = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")
-
-
 TOKEN_OPTIONS = {
     "require_sub": True,
     "require_iat": True,
@@ -1947,18 +1929,13 @@ def client_key(address: str) -> str:
     return str(ipaddress.ip_network((ip, 64), strict=False))
 
 
-@cache  # one file for all limiters
-def open_lock_file() -> IO[bytes]:
-    """Return the file that a worker locks while it uses the shared memory.
-
-    It is locked by fcntl.lockf: that lock belongs to one process, and the kernel
-    releases it if the process is killed. Two other locks would not work:
-
-        fcntl.flock           belongs to the open file, which all workers share: a lock
-                              of one would not keep the others out
-        multiprocessing.Lock  if its owner is killed, it stays locked for ever
-    """
-    return tempfile.TemporaryFile()
+# Opens the file that a worker locks while it uses the shared memory: one file for all
+# limiters. It is locked by fcntl.lockf: that lock belongs to one process, and the
+# kernel releases it if the process is killed. Two other locks would not work:
+#     fcntl.flock           belongs to the open file, which all workers share: a lock
+#                           of one would not keep the others out
+#     multiprocessing.Lock  if its owner is killed, it stays locked for ever
+open_lock_file = cache(tempfile.TemporaryFile)
 
 
 def row_type(limit: int) -> type[ctypes.Structure]:
@@ -2115,16 +2092,12 @@ class RedisRateLimiter(MonitoredBackend):
     async def open_connections(self) -> None:
         await self.check_lookup()
         pool = self.client.connection_pool
-        connections = []
-        try:
+        async with AsyncExitStack() as stack:
             # Not all at once, because each looks up the host's name again.
             for _ in range(REDIS_CONNECTIONS):
                 connecting = pool.get_connection()  # type: ignore[no-untyped-call]
                 connection = await asyncio.wait_for(connecting, REDIS_CONNECT_SECONDS)
-                connections.append(connection)
-        finally:
-            for connection in connections:
-                await pool.release(connection)
+                stack.push_async_callback(pool.release, connection)
         async with asyncio.timeout(REDIS_CONNECT_SECONDS):
             await self.client.script_load(REDIS_SCRIPT)
 
@@ -2168,14 +2141,16 @@ class RateLimiter:
             name: SlidingWindowRateLimiter(limit, seconds, table_bytes)
             for name, limit in limits.items()
         }
-        self.redis: RedisRateLimiter | None = None
-        if settings.REDIS_URL:
-            self.redis = RedisRateLimiter(settings.REDIS_URL, settings.PROJECT_NAME)
+        url = settings.REDIS_URL
+        self.redis = RedisRateLimiter(url, settings.PROJECT_NAME) if url else None
 
-    async def hit(self, name: str, address: str) -> RateLimitResult:
-        """Count a request, if the limit of this name allows it."""
+    async def hit(self, name: str, client: str) -> RateLimitResult:
+        """Count a request, if the limit of this name allows it.
+
+        `client` is any text: a client_key, or for example a user's id.
+        """
         limiter = self.memory_limiters[name]
-        key = f"{name}:{client_key(address)}"
+        key = f"{name}:{client}"
         result = None
         if self.redis:
             result = await self.redis.hit(key, limiter.limit, limiter.seconds)
@@ -2195,7 +2170,7 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
     refused, else the one with the fewest requests remaining.
     """
     state = scope["state"]  # RequestLoggingMiddleware (below) sets `client` in it
-    result = await limiter.hit(name, state["client"])
+    result = await limiter.hit(name, client_key(state["client"]))
     previous: RateLimitResult | None = state.get("rate_limit")
     if not result.allowed:
         state["rate_limit"] = result
@@ -2555,8 +2530,7 @@ class LimitsAndErrorsMiddleware:
 # What a route asks for, and what a test overrides. All are async: sync functions would
 # wait for one of FastAPI's 40 threads.
 
-# A placeholder: the token's URL depends on settings. customize_openapi writes the real
-# one into the OpenAPI document.
+# A placeholder: customize_openapi writes the real URL, which depends on settings.
 oauth2_scheme = OAuth2PasswordBearer("auth/token")
 BearerToken = Annotated[str, Depends(oauth2_scheme)]
 
@@ -2896,7 +2870,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or get_settings()
     if "SECRET_KEY" not in settings.model_fields_set:
         # This warning is not in Settings, because they are read before setup_logging.
-        logger.warning("SECRET_KEY is not set: no token will outlive a restart")
+        logger.warning("no SECRET_KEY: tokens are valid in this process only")
     rate_limiter = RateLimiter(settings)
     app = FastAPI(
         title=settings.PROJECT_NAME,
