@@ -99,21 +99,20 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
-        # header_bytes can include some body, so count anew. (4: for ": " and "\r\n".)
-        size = len(self.url) + sum(len(k) + len(v) + 4 for k, v in self.headers)
+        # header_bytes can include some body, so count anew. (The parser omits 4 bytes
+        # of a header, ": " and "\r\n", and 14 of the rest, such as "HTTP/1.1".)
+        size = len(self.parser.get_method() + self.url) + 14
+        size += sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            # Stop the parser. The refuse(400) in data_received then does nothing.
-            raise httptools.HttpParserError
+            raise httptools.HttpParserError  # stops it; refuse(400) then does nothing
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        # Again, because uvicorn starts this timer when an earlier response ends.
-        self._unset_keepalive_if_required()
+        self._unset_keepalive_if_required()  # an earlier response's end has set it
         super().on_headers_complete()
-        self.keep_alive_after_body = self.cycle.keep_alive
         self.cycle.keep_alive = False
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
@@ -134,7 +133,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
             raise httptools.HttpParserError  # stops the parser, as above
         if not self.cycle.response_started:  # it has not yet said `Connection: close`
-            self.cycle.keep_alive = self.keep_alive_after_body and not self.is_stopping
+            # uvicorn asks before the body. But a trailer can be `Connection: close`.
+            is_kept = self.parser.should_keep_alive() and not self.is_stopping
+            self.cycle.keep_alive = is_kept and self.scope["http_version"] != "1.0"
 
     def refuse(self, status: int) -> None:
         if not self.transport.is_closing():  # no other refusal has been sent

@@ -1710,10 +1710,10 @@ async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
 # or when the dependency closes it. No service holds one while a password is hashed,
 # which takes 30 ms.
 
-PageFields = dict[str, Any]  # from which a route makes a UserPage or ItemPage
+Page = dict[str, Any]  # from which a route makes a UserPage or ItemPage
 
 
-def make_page(name: str, rows: Rows, limit: int) -> PageFields:
+def make_page(name: str, rows: Rows, limit: int) -> Page:
     """Return the first `limit` rows under `name`, and the id of the last as `next`.
 
     `rows` has up to `limit + 1`: one more shows that there is a next page. If it has no
@@ -1782,7 +1782,7 @@ async def read_token_owner(db: AsyncSession, user_id: int, version: int) -> User
     return user
 
 
-async def read_users(db: AsyncSession, after: int, limit: int) -> PageFields:
+async def read_users(db: AsyncSession, after: int, limit: int) -> Page:
     return make_page("users", await list_users(db, after, limit + 1), limit)
 
 
@@ -1838,9 +1838,7 @@ async def read_item(db: AsyncSession, owner: User, item_id: int) -> Item:
     return item
 
 
-async def read_items(
-    db: AsyncSession, owner: User, after: int, limit: int
-) -> PageFields:
+async def read_items(db: AsyncSession, owner: User, after: int, limit: int) -> Page:
     return make_page("items", await list_items(db, owner.id, after, limit + 1), limit)
 
 
@@ -1938,24 +1936,6 @@ def client_key(address: str) -> str:
 open_lock_file = cache(tempfile.TemporaryFile)
 
 
-def row_type(limit: int) -> type[ctypes.Structure]:
-    """Return the type of a row: a struct, as in C, with room for `limit` times.
-
-    In ctypes, `type * n` is the type of an array.
-    """
-
-    class Row(ctypes.Structure):
-        _fields_ = (
-            ("client_hash", ctypes.c_int64),
-            ("last_seen_ns", ctypes.c_int64),
-            ("times", ctypes.c_int64 * limit),  # a ring buffer
-            ("oldest", ctypes.c_int64),  # the index of the oldest time
-            ("count", ctypes.c_int64),  # how many times it holds
-        )
-
-    return Row
-
-
 class SlidingWindowRateLimiter:
     """Allow at most `limit` requests of a client in any period of `seconds`, exactly.
 
@@ -1970,8 +1950,17 @@ class SlidingWindowRateLimiter:
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
-        # Arrays of ctypes: a table of buckets, each with rows.
-        bucket_type = row_type(limit) * ROWS_IN_BUCKET
+        # A struct, as in C. In ctypes, `type * n` is the type of an array.
+        class Row(ctypes.Structure):
+            _fields_ = (
+                ("client_hash", ctypes.c_int64),
+                ("last_seen_ns", ctypes.c_int64),
+                ("times", ctypes.c_int64 * limit),  # a ring buffer
+                ("oldest", ctypes.c_int64),  # the index of the oldest time
+                ("count", ctypes.c_int64),  # how many times it holds
+            )
+
+        bucket_type = Row * ROWS_IN_BUCKET
         bucket_count = table_bytes // ctypes.sizeof(bucket_type)
         table_type = bucket_type * bucket_count
         # Anonymous memory, which forked processes share.
