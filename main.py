@@ -8,10 +8,10 @@ read_user a service, find_user a repository function.
     Settings       every variable is validated before the server starts
     Logging        one JSON object per record; clients cannot forge a line
     Errors         every error has one format and reveals nothing internal
-    Models         the tables
+    Models         the tables; nothing changes them once they are created
     Database       a request holds a connection only while it talks to the database
     Schemas        bodies of requests and responses; text is bounded and valid Unicode
-    Security       passwords and tokens
+    Security       passwords are hashed in threads; tokens can be revoked
     Repositories   SQL; functions named add_ find_ list_ update_ remove_
     Services       business logic; register_ create_ read_ change_ discard_ and others
     Rate limiting  exact sliding windows, in shared memory or in Redis
@@ -253,6 +253,7 @@ class Settings(BaseSettings):
     ROOT_PATH: str = Field(default="", pattern=rf"^({PATH_SEGMENT})*$")
     # The random default is for development only: see refuse_unsafe_values. All workers
     # have the same key, because gunicorn imports this module before it forks.
+    # (RFC 7518 § 3.2 wants a key as long as the hash: 32 bytes for HS256.)
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
@@ -547,7 +548,7 @@ def setup_logging(settings: Settings) -> None:
     access_logger.propagate = False
     logging.captureWarnings(True)  # or Python would write them to stderr, as text
     # Do not look up which line of code, thread and process logs: saves 7 µs. (Python's
-    # Logging HOWTO describes this, under "Optimization".)
+    # Logging HOWTO describes all four, under "Optimization".)
     logging._srcfile = None
     logging.logThreads = False
     logging.logProcesses = False
@@ -731,7 +732,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     """
     if exc.status_code in {204, 304}:  # must not have a body
         return Response(None, exc.status_code, exc.headers)
-    error = AppException(exc.detail)  # the argument is for the log line of a 5xx
+    error = AppException(exc.detail)
     error.status_code = exc.status_code
     error.headers = exc.headers
     if exc.status_code != 500:
@@ -1032,7 +1033,7 @@ def begin_transaction(connection: sa.Connection) -> None:
 
 
 class ReadOnlySession(Session):
-    """Refuses to write: in autocommit, a write could not be rolled back.
+    """A session that refuses to write: in autocommit, no write can be rolled back.
 
     It cannot detect a write in sa.text(), in a CTE, through `await db.connection()` or
     by a legacy method `bulk_…`: such a write takes effect at once. And FOR UPDATE locks
@@ -1153,15 +1154,7 @@ class Database(MonitoredBackend):
         self.is_sqlite = settings.DATABASE_URL.get_backend_name() == "sqlite"
         size = settings.DATABASE_POOL_SIZE + settings.DATABASE_MAX_OVERFLOW
         self.read_engine = self.create_engine(size)
-        if self.is_sqlite:
-            # SQLite has one writer at a time: they take turns with one connection.
-            self.write_engine = self.create_engine(1)
-        else:
-            # Without arguments, this returns a copy of read_engine, with the same pool
-            # and the listeners of create_engine. Only the copy gets the listener below,
-            # so read_engine sends no BEGIN.
-            self.write_engine = self.read_engine.execution_options()
-        event.listen(self.write_engine.sync_engine, "begin", begin_transaction)
+        self.write_engine = self.create_write_engine()
         self.check_engine = self.create_engine(1)
 
     def driver_arguments(self) -> dict[str, Any]:
@@ -1231,6 +1224,19 @@ class Database(MonitoredBackend):
             event.listen(engine.sync_engine, "invalidate", roll_back_sqlite_connection)
         return engine
 
+    def create_write_engine(self) -> AsyncEngine:
+        """Return an engine that begins a transaction before its first statement."""
+        if self.is_sqlite:
+            # SQLite has one writer at a time: they take turns with one connection.
+            engine = self.create_engine(1)
+        else:
+            # Without arguments, this returns a copy of read_engine, with the same pool
+            # and the listeners of create_engine. Only the copy gets the listener below,
+            # so read_engine sends no BEGIN.
+            engine = self.read_engine.execution_options()
+        event.listen(engine.sync_engine, "begin", begin_transaction)
+        return engine
+
     def session(self, writes: bool) -> AsyncSession:
         """Return a new session.
 
@@ -1254,7 +1260,7 @@ class Database(MonitoredBackend):
         return set(names)
 
     async def create_missing_tables(self) -> None:
-        """Create them under a lock: many workers and hosts may do so at once."""
+        """Create the missing tables under a lock: many workers may do so at once."""
         async with self.write_engine.begin() as connection:
             if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
                 lock = sa.func.pg_advisory_xact_lock(7411)  # an arbitrary number
@@ -1262,8 +1268,8 @@ class Database(MonitoredBackend):
             await connection.run_sync(Base.metadata.create_all)
 
     async def prepare(self) -> None:
-        # Create the tables that the database lacks: this version may have new ones. Use
-        # read_engine to open a connection, which takes long, before a request needs it.
+        """Create the tables that the database lacks: this version may have new ones."""
+        # read_engine opens a connection, which takes long, before a request needs it.
         names = await self.table_names(self.read_engine)
         if Base.metadata.tables.keys() - names:
             await self.create_missing_tables()
@@ -1278,17 +1284,19 @@ class Database(MonitoredBackend):
         # write_engine shares it, and SQLAlchemy itself replaces the connection of
         # check_engine if it is lost or read-only.
         self.read_engine.pool._invalidate_time = time.time()
-        # Create tables only in a new database, which has none. In others, a running
-        # migration may be about to create those that are missing. (When `prepare` runs,
-        # none does: a migration ends before the service starts.)
+        # Create tables only in a new database, which has none. In any other one, a
+        # running migration may be about to create the missing tables. (When the service
+        # starts, and so in `prepare`, all migrations have ended.)
         if not await self.table_names(self.check_engine):
             await self.create_missing_tables()
 
     async def ping(self) -> None:
-        # One statement checks that the database answers, that it has all columns of all
-        # tables, and, on PostgreSQL, that it is not read-only. (A read-only one refuses
-        # FOR UPDATE, which SQLAlchemy omits on SQLite.) With LIMIT 0, no row is read or
-        # locked.
+        """Check with one statement that the database answers and has all columns.
+
+        On PostgreSQL, it also fails if the database is read-only, because FOR UPDATE is
+        refused then. (SQLAlchemy omits it on SQLite.) With LIMIT 0, no row is read or
+        locked.
+        """
         tables = Base.metadata.tables.values()
         query = sa.select(*tables).limit(0).with_for_update()
         async with self.check_engine.connect() as connection:
@@ -1301,8 +1309,7 @@ class Database(MonitoredBackend):
             await engine.dispose()
 
 
-# SQLSTATEs, or their first two characters, by which PostgreSQL tells that it cannot
-# serve now.
+# SQLSTATEs, or their first two characters, with which PostgreSQL cannot serve now.
 OUTAGE_STATES = (
     "08",  # no connection
     "28",  # the login is refused: a fault of the setup, not of the code
@@ -1406,6 +1413,7 @@ NextCursor = Annotated[
 ]
 
 
+# extra="forbid": a misspelt field gets 422. By default, pydantic ignores it silently.
 # hide_input_in_errors: if your own code makes, for example, a UserIn with an invalid
 # password, the traceback in the log does not show it.
 class RequestBody(BaseModel, extra="forbid", hide_input_in_errors=True):
@@ -1516,8 +1524,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 # The threads run beside other Python code, because argon2 releases the GIL. They start
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
-# The futures of hashes that wait or run. That of a cancelled request is removed at
-# once, although its hash may still run.
+# The futures of hashes that wait or run. If a request is cancelled, its future is
+# removed at once, although its hash may still run.
 UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
@@ -1542,7 +1550,7 @@ async def hash_password(password: str) -> str:
 
 
 async def verify_password(password: str, stored_hash: str) -> tuple[bool, str | None]:
-    """Return whether it matches, and a new hash if `stored_hash` is outdated."""
+    """Return whether the hash is of this password, and a new hash if it is outdated."""
     verify = PASSWORD_HASHER.verify_and_update
     return await run_in_hash_thread(verify, password, stored_hash)
 
@@ -1551,6 +1559,7 @@ async def verify_password(password: str, stored_hash: str) -> tuple[bool, str | 
 # its alphabet. Without this pattern, a token with such characters would still be valid.
 TOKEN_PATTERN = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){2}")
 TOKEN_OPTIONS = {
+    # python-jose requires no claim by default: a token without `exp` never expires.
     "require_sub": True,
     "require_iat": True,
     "require_exp": True,
@@ -1603,6 +1612,7 @@ def decode_access_token(token: str, settings: Settings) -> TokenClaims:
         raise UnauthorizedException
     key = signing_key(settings)
     try:
+        # Without this list, python-jose would accept the algorithm that a token names.
         claims = jwt.decode(token, key, [settings.ALGORITHM], TOKEN_OPTIONS)
         return TokenClaims.model_validate(claims)
     except Exception:  # noqa: BLE001 - such as RecursionError for deeply nested JSON
@@ -1670,7 +1680,7 @@ async def update_user(db: AsyncSession, user: User, **changes: object) -> bool:
 
 
 async def update_token_version(db: AsyncSession, user_id: int) -> None:
-    """Add 1, which makes all tokens of the user invalid."""
+    """Raise the user's token_version by 1, which makes all earlier tokens invalid."""
     query = sa.update(User).where(User.id == user_id)
     # The database adds, not Python: another request may have done so in the meantime.
     await db.execute(query.values(token_version=User.token_version + 1))
@@ -1765,6 +1775,7 @@ async def authenticate_user(
 
 
 async def read_user(db: AsyncSession, user_id: int) -> User:
+    """Return the user. Raises NotFoundException."""
     user = await find_user(db, user_id)
     if user is None:
         raise NotFoundException
@@ -1832,6 +1843,7 @@ async def create_item(db: AsyncSession, owner: User, item_in: ItemIn) -> Item:
 
 
 async def read_item(db: AsyncSession, owner: User, item_id: int) -> Item:
+    """Return an item of this owner. Raises NotFoundException for any other."""
     item = await find_item(db, owner.id, item_id)
     if item is None:
         raise NotFoundException
@@ -1845,6 +1857,7 @@ async def read_items(db: AsyncSession, owner: User, after: int, limit: int) -> P
 async def change_item(
     db: AsyncSession, owner: User, item_id: int, patch: ItemPatch
 ) -> Item:
+    """Change the fields that were sent, and `updated_at`. Raises NotFoundException."""
     changes = patch.model_dump()
     if not changes:
         return await read_item(db, owner, item_id)  # `updated_at` stays
@@ -1856,6 +1869,7 @@ async def change_item(
 
 
 async def discard_item(db: AsyncSession, owner: User, item_id: int) -> None:
+    """Delete an item of this owner. Raises NotFoundException for any other."""
     if not await remove_item(db, owner.id, item_id):
         raise NotFoundException
     await db.commit()
@@ -1947,6 +1961,9 @@ class SlidingWindowRateLimiter:
 
     In a full bucket, a new client takes the row of the one that was idle for longest,
     whose requests are then forgotten.
+
+    Cost: one lock, one hash, and at most 16 comparisons. The memory is fixed at the
+    start, and shared by the processes that are forked later. Other hosts need Redis.
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
@@ -1983,10 +2000,13 @@ class SlidingWindowRateLimiter:
             fcntl.lockf(self.lock_file, fcntl.LOCK_UN)
 
     def find_row(self, key: str) -> ctypes.Structure:
-        # Hash with a secret key: otherwise, a client with many addresses could choose
-        # those of one bucket, and so make the limiter forget requests. (Python's hash()
-        # has a random seed, but PYTHONHASHSEED can set it. All workers have the same
-        # seed and key, because they are forked.)
+        """Return the client's row. A new client gets an unused one, else an idle one.
+
+        The hash has a secret key: otherwise, a client with many addresses could choose
+        those of one bucket, and so make the limiter forget requests. (Python's hash()
+        has a random seed, but PYTHONHASHSEED can set it. All workers have the same
+        seed and key, because they are forked.)
+        """
         client_hash = hash(self.hash_key + key)
         index = client_hash % len(self.buckets)
         bucket: Iterable[ctypes.Structure] = self.buckets[index]
@@ -2060,7 +2080,8 @@ class RedisRateLimiter(MonitoredBackend):
         A lookup cannot be cancelled: it blocks a thread until it ends, and uvloop has
         two threads for all lookups, also for that of PostgreSQL's host. So this looks
         up the host once. After a second, an outage begins. But the check goes on until
-        the lookup ends, so that no other check begins another lookup.
+        the lookup ends, so that no other check begins another lookup. With SOCK_STREAM,
+        uvloop needs no thread if the host is an address.
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2069,7 +2090,6 @@ class RedisRateLimiter(MonitoredBackend):
         late = TimeoutError(f"the lookup of {host} takes too long")
         timer = loop.call_later(REDIS_CONNECT_SECONDS, self.handle_failure, late)
         try:
-            # With SOCK_STREAM, uvloop needs no thread if the host is an address.
             await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except OSError as error:
             raise ConnectionError(f"{host}: {error}") from None
@@ -2140,10 +2160,11 @@ class RateLimiter:
         """
         limiter = self.memory_limiters[name]
         key = f"{name}:{client}"
-        result = None
         if self.redis:
-            result = await self.redis.hit(key, limiter.limit, limiter.seconds)
-        return limiter.hit(key) if result is None else result
+            in_redis = await self.redis.hit(key, limiter.limit, limiter.seconds)
+            if in_redis is not None:
+                return in_redis
+        return limiter.hit(key)
 
     async def close(self) -> None:
         if self.redis:
@@ -2159,13 +2180,13 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
     refused, else the one with the fewest requests remaining.
     """
     state = scope["state"]  # RequestLoggingMiddleware (below) sets `client` in it
-    result = await limiter.hit(name, client_key(state["client"]))
+    rate_limit = await limiter.hit(name, client_key(state["client"]))
     previous: RateLimitResult | None = state.get("rate_limit")
-    if not result.allowed:
-        state["rate_limit"] = result
-        raise RateLimitedException(result.reset_seconds)
-    if previous is None or result.remaining < previous.remaining:
-        state["rate_limit"] = result
+    if not rate_limit.allowed:
+        state["rate_limit"] = rate_limit
+        raise RateLimitedException(rate_limit.reset_seconds)
+    if previous is None or rate_limit.remaining < previous.remaining:
+        state["rate_limit"] = rate_limit
 
 
 # --- Middleware -----------------------------------------------------------------------
@@ -2173,6 +2194,7 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
 # share data in scope["state"], which is `request.state`: request_id, client, trace_id,
 # user_id, rate_limit, status_code, is_late, and reason and exception for the log line.
 
+# A caller's id that does not match is replaced: ids get into headers and log lines.
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # Version, trace id, parent id, flags, and what later versions may append.
 TRACEPARENT_PATTERN = re.compile(
@@ -2286,7 +2308,6 @@ class RequestLoggingMiddleware:
         state["request_id"] = request_id
         # This needs no reset: uvicorn runs each request in a task with its own context.
         request_id_context.set(request_id)
-        # The log line names the trace of the caller.
         trace_id = parse_traceparent(headers.get(b"traceparent", b"").strip(b" \t"))
         if trace_id:
             state["trace_id"] = trace_id
@@ -2363,10 +2384,10 @@ class OriginCORSMiddleware(CORSMiddleware):
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if b"origin" in dict(scope.get("headers", ())):  # the lifespan has no headers
-            await super().__call__(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
+        # (The lifespan has no headers.)
+        if b"origin" not in dict(scope.get("headers", ())):
+            return await self.app(scope, receive, send)
+        await super().__call__(scope, receive, send)
 
 
 class RateLimitMiddleware:
@@ -2384,12 +2405,12 @@ class RateLimitMiddleware:
         async def send_with_rate_limit(message: Message) -> None:
             if message["type"] == "http.response.start":
                 # Read it here, not earlier: the route may have applied another limit.
-                result: RateLimitResult = scope["state"]["rate_limit"]
+                rate_limit: RateLimitResult = scope["state"]["rate_limit"]
                 message["headers"] = [
                     *message["headers"],
-                    (b"x-ratelimit-limit", b"%d" % result.limit),
-                    (b"x-ratelimit-remaining", b"%d" % result.remaining),
-                    (b"x-ratelimit-reset", b"%d" % result.reset_seconds),
+                    (b"x-ratelimit-limit", b"%d" % rate_limit.limit),
+                    (b"x-ratelimit-remaining", b"%d" % rate_limit.remaining),
+                    (b"x-ratelimit-reset", b"%d" % rate_limit.reset_seconds),
                 ]
             await send(message)
 
@@ -2574,6 +2595,7 @@ WriteSession = Annotated[AsyncSession, Depends(get_db, scope="function")]
 ReadSession = Annotated[AsyncSession, Depends(get_read_db, scope="function")]
 CurrentUser = Annotated[User, Depends(get_current_user)]
 
+
 # --- Health routes --------------------------------------------------------------------
 # For orchestrators and monitors: no rate limit, and only the log says what is wrong.
 # Some monitors send HEAD requests, which need a route of their own in FastAPI.
@@ -2654,8 +2676,7 @@ After = Annotated[
 ]
 Limit = Annotated[int, Query(ge=1, le=100)]
 LoginFormBody = Annotated[LoginForm, Form()]
-# The dependencies of all routes that hash a password: login, registration and password
-# change.
+# For all routes that hash a password: login, registration and password change.
 LOGIN_LIMIT = [Depends(rate_limit_dependency("login"))]
 
 users_router = APIRouter(prefix="/users", tags=["users"])
@@ -2786,7 +2807,7 @@ async def delete_item(item_id: IdPath, user: CurrentUser, db: WriteSession) -> N
 
 
 # --- Application ----------------------------------------------------------------------
-# create_app puts the parts together.
+# Wiring only: create_app reads as a list of parts, which are defined above.
 
 api_router = APIRouter(responses=document_errors(429, 500, 503, 504))
 api_router.include_router(users_router)
@@ -2817,16 +2838,17 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
         allow_origins=settings.CORS_ORIGINS,
         allow_methods=("GET", "POST", "PATCH", "DELETE"),
         allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
+        # No allow_credentials, because the token is in a header, not in a cookie.
         expose_headers=EXPOSED_HEADERS,
     )
-    # CORS is outside all that can refuse a request: without CORS headers, a page's
-    # script could not read a 429, for example.
     return [
-        Middleware(RequestLoggingMiddleware, settings.ROOT_PATH),
-        Middleware(SecurityHeadersMiddleware),
+        Middleware(RequestLoggingMiddleware, settings.ROOT_PATH),  # all need the id
+        Middleware(SecurityHeadersMiddleware),  # its headers are also for preflights
+        # Outside all that can refuse a request: without CORS headers, a page's script
+        # could not read a 429, for example.
         *([cors] if settings.CORS_ORIGINS else []),
-        Middleware(RateLimitMiddleware, settings, rate_limiter),
-        Middleware(LimitsAndErrorsMiddleware, settings),
+        Middleware(RateLimitMiddleware, settings, rate_limiter),  # before work is done
+        Middleware(LimitsAndErrorsMiddleware, settings),  # its errors pass all others
     ]
 
 

@@ -50,7 +50,7 @@ import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, timezone
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -275,6 +275,21 @@ async def database(database_url: str) -> AsyncIterator[main.Database]:
         yield database
 
 
+async def add_item(db: AsyncSession, owner_id: int, title: str) -> main.Item:
+    item_in = main.ItemIn(title=title, description="green")
+    return await main.create_item(db, main.User(id=owner_id), item_in)
+
+
+@pytest.fixture
+async def db(database: main.Database) -> AsyncIterator[AsyncSession]:  # Ada 1, Bob 2
+    for username in ("ada", "bob"):
+        await add_user(database, username)
+    async with database.session(writes=True) as session:
+        for owner_id, title in ((1, "Ada's"), (2, "Bob's")):
+            await add_item(session, owner_id, title)
+        yield session
+
+
 SLUGS_TEXT = """400 bad_request 401 unauthorized 403 forbidden 404 not_found
 405 method_not_allowed 409 conflict 413 payload_too_large 415 unsupported_media_type
 422 validation_error 429 rate_limited 500 internal_error 503 service_unavailable
@@ -330,16 +345,6 @@ async def eventually(condition: Callable[[], Any], description: str) -> None:
         await asyncio.sleep(0.001)
 
 
-def until(condition: Callable[[], Any], description: str) -> None:  # for a sync test
-    asyncio.run(eventually(condition, description))
-
-
-async def end_of_outage(backend: Any) -> None:
-    await let_others_run()
-    skip_time(1)  # until the next check
-    await eventually(lambda: not backend.in_outage, "it is ready again")
-
-
 def skip_time(seconds: float) -> None:  # so that no test waits for a timer
     loop = asyncio.get_running_loop()
     real_time = loop.time
@@ -350,6 +355,12 @@ async def let_others_run(after: float = 0) -> None:  # after so many seconds
     skip_time(after)
     for _ in range(100):
         await asyncio.sleep(0)
+
+
+async def end_of_outage(backend: Any) -> None:
+    await let_others_run()
+    skip_time(1)  # until the next check
+    await eventually(lambda: not backend.in_outage, "it is ready again")
 
 
 # --- Map ------------------------------------------------------------------------------
@@ -410,7 +421,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @rows(SETTINGS)
-def test_settings_value(name: str, value: str, environment: Environment) -> None:
+def test_settings_are_parsed(name: str, value: str, environment: Environment) -> None:
     settings = environment(**{"ENVIRONMENT": "development", name: value})
     assert getattr(settings, name) == SETTINGS[name][value]
 
@@ -497,7 +508,7 @@ def test_settings_source_is_environment_file_secrets(environment: Environment) -
     assert names == ("environment", "file", "secret")
 
 
-def test_secret_that_is_no_file_is_refused(environment: Any, monkeypatch: Any) -> None:
+def test_secret_in_a_folder_is_refused(environment: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(main, "SECRETS_FOLDER", ".")
     Path("VERSION").mkdir()
     warnings.simplefilter("ignore")  # as outside of `pytest -W error`
@@ -605,7 +616,7 @@ def logged_levels(name: str, log: Log) -> list[str]:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", ["main", "shop", *CHATTY.split()])
-def test_log_level(name: str, level: str, log: Log) -> None:
+def test_log_level_is_the_lowest_written(name: str, level: str, log: Log) -> None:
     log.start(LOG_LEVEL=level)
     lowest = "WARNING" if name in CHATTY and level in {"DEBUG", "INFO"} else level
     assert logged_levels(name, log) == LEVELS[LEVELS.index(lowest) :]
@@ -748,7 +759,7 @@ async def odd() -> AsyncIterator[Client]:
 
 
 @pytest.mark.parametrize("name", FAILURES)
-async def test_error_of_a_route(name: str, odd: Client) -> None:
+async def test_error_of_a_route_has_its_status(name: str, odd: Client) -> None:
     _, status, message = FAILURES[name]
     response = await odd.get(f"/fail/{name}")
     assert response.status_code == status
@@ -763,7 +774,7 @@ async def test_log_of_an_invalid_response_has_no_values(odd: Client, log: Log) -
 
 
 @pytest.mark.parametrize("status", [204, 304])
-async def test_http_exception_without_body(status: int) -> None:
+async def test_http_exception_204_or_304_has_no_body(status: int) -> None:
     error = HTTPException(status)
     response = await main.http_exception_handler(Request({"type": "http"}), error)
     assert (response.status_code, response.body) == (status, b"")
@@ -811,7 +822,7 @@ ERROR_HEADERS = {
 
 
 @cases("line, token, header", ERROR_HEADERS)
-async def test_error_header(line: str, token: str, header: str, odd: Client) -> None:
+async def test_error_has_header(line: str, token: str, header: str, odd: Any) -> None:
     odd.headers["Authorization"] = token
     response = await odd.request(*line.split())
     assert header in [f"{name}: {value}" for name, value in response.headers.items()]
@@ -1029,7 +1040,7 @@ async def pg_ada(forwarder: Forwarder) -> AsyncIterator[Client]:  # with one con
         yield client
 
 
-async def test_silent_server_costs_only_requests_that_use_it(
+async def test_silent_server_costs_only_waiting_requests(
     pg_ada: Client, forwarder: Forwarder, statements: list[Any]
 ) -> None:
     forwarder.forget()
@@ -1308,7 +1319,7 @@ def test_sqlite_connection_needs_no_switch_to_wal() -> None:
             assert connection.execute("PRAGMA foreign_keys").fetchone() == (1,)
 
 
-async def test_sqlite_file_that_becomes_writable_is_written() -> None:
+async def test_sqlite_is_written_once_it_is_writable() -> None:
     async with serve_ada() as ada:
         async with ada.app.state.database.write_engine.connect() as connection:
             await connection.exec_driver_sql("PRAGMA query_only = ON")
@@ -1322,7 +1333,8 @@ async def test_read_session_refuses_to_write(ada: Client) -> None:
     user = await db.get_one(main.User, 1)
     user.username = "ada"  # as before: nothing to write
     await db.flush()
-    change, new = main.update_user(db, user, username="eve"), main.User(id=2)
+    change = main.update_user(db, user, username="eve")
+    new = main.User(id=2)
     for write in (change, main.remove_user(db, 1), main.add_row(db, new)):
         with pytest.raises(RuntimeError, match="WriteSession"):
             await write
@@ -1589,7 +1601,7 @@ def test_time_is_written_in_utc_with_its_offset() -> None:
         assert '"2026-01-02T03:04:05Z"' in user.model_dump_json()
 
 
-def test_time_that_utc_cannot_express_is_refused() -> None:
+def test_time_outside_of_the_utc_range_is_refused() -> None:
     with pytest.raises(ValueError, match="is out of range"):
         main.to_utc(datetime.max.replace(tzinfo=timezone(timedelta(hours=-1))))
 
@@ -1737,8 +1749,11 @@ def test_token_names_its_user_its_times_and_its_version(algorithm: str) -> None:
     assert before <= issued_at <= time.time()
     assert claims == {"sub": "5", "version": 3, "exp": issued_at + 7 * 60}
     assert vars(main.decode_access_token(token, settings)) == {"sub": 5, "version": 3}
+
+
+def test_token_is_invalid_from_its_exp_on() -> None:
     with pytest.raises(main.UnauthorizedException):
-        main.decode_access_token(token_of(exp=int(time.time())), settings)
+        main.decode_access_token(token_of(exp=int(time.time())), make_settings())
 
 
 @pytest.mark.parametrize("secret", SECRETS, ids=["JSON Web Key", "SSH", "not UTF-8"])
@@ -1749,21 +1764,6 @@ def test_secret_key_may_be_any_text(secret: str) -> None:
 
 
 # --- Repositories ---------------------------------------------------------------------
-
-
-@pytest.fixture
-async def db(database: main.Database) -> AsyncIterator[AsyncSession]:  # Ada 1, Bob 2
-    for username in ("ada", "bob"):
-        await add_user(database, username)
-    async with database.session(writes=True) as session:
-        for owner_id, title in ((1, "Ada's"), (2, "Bob's")):
-            await add_item(session, owner_id, title)
-        yield session
-
-
-async def add_item(db: AsyncSession, owner_id: int, title: str) -> main.Item:
-    item_in = main.ItemIn(title=title, description="green")
-    return await main.create_item(db, main.User(id=owner_id), item_in)
 
 
 LISTS: dict[str, Any] = {
@@ -1830,7 +1830,7 @@ PASSWORD_CHANGE = main.PasswordChange(**CHANGE)
 EDITS = [{"title": "a", "description": "b"}, {"title": "a"}, {"description": None}, {}]
 
 
-async def test_registration_of_a_name_that_is_freed(database: main.Database) -> None:
+async def test_registration_takes_a_freed_name(database: main.Database) -> None:
     await add_user(database, EVE.username)
 
     async def delete_user() -> None:
@@ -1956,10 +1956,9 @@ async def test_patch_after_delete_is_404(pg_ada: Client, postgresql_url: str) ->
     assert (await request).status_code == 404
 
 
-NEW_TITLE = main.ItemPatch(title="new")
 ITEM_SERVICES: dict[str, Any] = {
     "read": main.read_item,
-    "patch": lambda db, user, item: main.change_item(db, user, item, NEW_TITLE),
+    "patch": partial(main.change_item, patch=main.ItemPatch(title="new")),
     "delete": main.discard_item,
 }
 
@@ -2364,7 +2363,7 @@ async def test_redis_may_end_connections(own_redis: OwnRedis, patience: Patch) -
         assert await limiter.redis.hit("key", 3, 1)
 
 
-async def test_redis_without_room_for_all_connections(own_redis: OwnRedis) -> None:
+async def test_redis_without_room_is_left_alone(own_redis: OwnRedis) -> None:
     own_redis.client.config_set("maxclients", 5)
     async with redis_limiter(f"redis://localhost:{own_redis.port}") as limiter:
         limiter.redis.is_prepared = False
@@ -2653,7 +2652,7 @@ async def test_cancelled_request_is_503_with_retry_after(odd: Client, log: Log) 
 
 
 @pytest.mark.parametrize("level, query, cause", BREAKS)
-async def test_fault_in_the_body(level: str, query: Any, cause: str, log: Log) -> None:
+async def test_cut_body_is_logged(level: str, query: Any, cause: str, log: Log) -> None:
     log.start()
     start, chunk = await send_raw(odd_app(0.1), "/api/v1/break_off", query_string=query)
     assert (start["status"], chunk["body"], chunk["more_body"]) == (200, b"begun", True)
@@ -3123,7 +3122,7 @@ def test_bad_variable_ends_the_start_with_one_line(name: str, value: str) -> Non
         "proxies": ({}, "forwarded_allow_ips", "127.0.0.1,::1"),
     },
 )
-def test_gunicorn_setting(variables: dict[str, str], name: str, value: object) -> None:
+def test_gunicorn_setting_has_its_value(variables: Any, name: str, value: Any) -> None:
     assert load_config(**variables)[name] == value
 
 
@@ -3253,7 +3252,7 @@ async def test_request_body_does_not_count_as_head(connection: Connection) -> No
         "answered, and no body": ([EARLY], 75, [200]),
     },
 )
-async def test_timeout_of_an_idle_connection(
+async def test_idle_connection_times_out(
     steps: list[Any], seconds: int, statuses: list[int], connection: Connection
 ) -> None:
     await connection.send(*steps)
@@ -3409,7 +3408,9 @@ class Service:  # gunicorn alone; its clients look like ::ffff:127.0.0.1
         return httpx.get(url, headers=headers, timeout=PATIENCE_SECONDS, verify=False)
 
     def await_text(self, text: str, count: int = 1) -> None:
-        until(lambda: self.log.read_text().count(text) >= count, f"{count} x {text}")
+        read = self.log.read_text
+        seen = eventually(lambda: read().count(text) >= count, f"{count} x {text}")
+        asyncio.run(seen)
 
     def workers(self) -> list[int]:
         return [*map(int, re.findall(r"worker with pid: (\d+)", self.log.read_text()))]
