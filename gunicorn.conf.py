@@ -35,10 +35,10 @@ on_starting = main.prepare_process  # before the workers are forked
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
-    `cycle` is uvicorn's: the latest request and its response, or None before the first.
-    If its keep_alive is False, a response starts with `Connection: close`, and at its
-    end, the cycle closes its transport. This class keeps it False until the body has
-    arrived. And for the cycle, this object is the transport: it calls `close` below.
+    A response that starts before the request's body has arrived has the header
+    `Connection: close`, but the connection stays open until the body's end. So until
+    then, keep_alive of uvicorn's `cycle` (the latest request and its response, or None)
+    is False, and the cycle has this object as its transport: it calls `close` below.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -47,7 +47,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.write = transport.write  # the cycle also calls this and is_closing
+        self.write = transport.write  # as the cycle's transport, it needs these two
         self.is_closing = transport.is_closing
         host, port = self.client or ("127.0.0.1", 0)  # a unix socket counts as local
         self.client = (host.removeprefix("::ffff:"), port)  # the IPv4 form
@@ -56,7 +56,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # after a reset, uvicorn leaves it running
+        self._unset_keepalive_if_required()  # ends its timer: after a reset, it runs on
         if self.cycle:  # end the cycle of references: so the memory is freed at once
             self.cycle.transport = self.transport
 
@@ -70,7 +70,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            # For the method CONNECT, `parse` itself raises HttpParserUpgrade.
+            # For the method CONNECT, the second feed_data in `parse` raises …Upgrade.
             self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
@@ -111,7 +111,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # an earlier response's end has set it
+        self._unset_keepalive_if_required()  # the end of an earlier response started it
         super().on_headers_complete()
         self.cycle.keep_alive = False
         self.cycle.transport = self  # type: ignore[assignment]

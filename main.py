@@ -93,7 +93,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 from sqlalchemy.util import await_  # awaits in sync methods: see FairPool
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -114,11 +114,11 @@ SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"
 
 def check_libpq_options(url: sa.URL) -> None:
     """Raise an exception for options with which every connect would fail."""
-    # create_engine calls create_connect_args, too, to get the options of connections.
+    # create_connect_args turns the URL into libpq's options, as create_engine does.
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. (5 stands for Database's own, which the URL can override.)
+    # Checks connect_timeout. (5 stands for Database's own: the URL need not have one.)
     timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
@@ -712,10 +712,9 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # The request may have gone to a mounted application: with StaticFiles mounted at
-    # "/api", a DELETE of /api/v1/items does, because no route has both this path and
-    # this method. Then the Mount has changed root_path, and our routes match only with
-    # the original one.
+    # If the request went to a mounted application, its Mount has changed root_path, and
+    # our routes match only with the original one. (With StaticFiles mounted at "/api",
+    # a DELETE of /api/v1/items goes there: no route has both this path and method.)
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
     for route in iter_route_contexts(request.app.routes):
@@ -1230,9 +1229,9 @@ class Database(MonitoredBackend):
             # SQLite has one writer at a time: they take turns with one connection.
             engine = self.create_engine(1)
         else:
-            # Without arguments, this returns a copy of read_engine, with the same pool
-            # and the listeners of create_engine. Only the copy gets the listener below,
-            # so read_engine sends no BEGIN.
+            # Without arguments, this returns a second engine with the same pool and the
+            # listeners of create_engine. Only this one gets the listener below, so
+            # read_engine sends no BEGIN.
             engine = self.read_engine.execution_options()
         event.listen(engine.sync_engine, "begin", begin_transaction)
         return engine
@@ -1309,7 +1308,7 @@ class Database(MonitoredBackend):
             await engine.dispose()
 
 
-# SQLSTATEs, or their first two characters, with which PostgreSQL cannot serve now.
+# SQLSTATEs, or their first two characters, that mean that PostgreSQL cannot serve now.
 OUTAGE_STATES = (
     "08",  # no connection
     "28",  # the login is refused: a fault of the setup, not of the code
@@ -1726,8 +1725,8 @@ Page = dict[str, Any]  # from which a route makes a UserPage or ItemPage
 def make_page(name: str, rows: Rows, limit: int) -> Page:
     """Return the first `limit` rows under `name`, and the id of the last as `next`.
 
-    `rows` has up to `limit + 1`: one more shows that there is a next page. If it has no
-    more, `next` is None.
+    Callers ask for `limit + 1` rows. If that many came, there is a next page. If not,
+    `next` is None.
     """
     has_next = len(rows) > limit
     return {name: rows[:limit], "next": rows[limit - 1].id if has_next else None}
@@ -1941,9 +1940,9 @@ def client_key(address: str) -> str:
     return str(ipaddress.ip_network((ip, 64), strict=False))
 
 
-# Opens the file that a worker locks while it uses the shared memory: one file for all
-# limiters. It is locked by fcntl.lockf: that lock belongs to one process, and the
-# kernel releases it if the process is killed. Two other locks would not work:
+# A worker locks this file while it uses the shared memory. All limiters have the same
+# one, opened at the first call. It is locked by fcntl.lockf: that lock belongs to one
+# process, and the kernel releases it if the process is killed. Two others do not work:
 #     fcntl.flock           belongs to the open file, which all workers share: a lock
 #                           of one would not keep the others out
 #     multiprocessing.Lock  if its owner is killed, it stays locked for ever
@@ -2011,7 +2010,7 @@ class SlidingWindowRateLimiter:
         index = client_hash % len(self.buckets)
         bucket: Iterable[ctypes.Structure] = self.buckets[index]
         for row in bucket:
-            if row.client_hash == client_hash:  # two clients with one hash are rare
+            if row.client_hash == client_hash:  # (clients hardly ever share a hash)
                 return row
         # An unused row (its last_seen_ns is 0), else the one that was idle for longest.
         row = min(bucket, key=attrgetter("last_seen_ns"))
@@ -2096,7 +2095,7 @@ class RedisRateLimiter(MonitoredBackend):
         finally:
             timer.cancel()
         if loop.time() > timer.when():
-            raise late
+            raise late  # otherwise, run_check would go on, and could end the outage
 
     async def open_connections(self) -> None:
         await self.check_lookup()
@@ -2349,9 +2348,9 @@ class SecurityHeadersMiddleware:
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
         # Encoded once, as ASGI wants them.
-        self.headers = MutableHeaders(SECURITY_HEADERS).raw
-        self.docs_headers = MutableHeaders(DOCS_HEADERS).raw
-        self.https_headers = MutableHeaders(HTTPS_HEADERS).raw
+        self.headers = Headers(SECURITY_HEADERS).raw
+        self.docs_headers = Headers(DOCS_HEADERS).raw
+        self.https_headers = Headers(HTTPS_HEADERS).raw
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -2368,8 +2367,8 @@ class SecurityHeadersMiddleware:
         await self.app(scope, receive, send_with_security_headers)
 
     def headers_for(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        # This is called before the routing, because a Mount changes root_path: then the
-        # /docs of a mounted application would look like ours.
+        # Called before the routing: then a Mount has not yet changed root_path, so the
+        # /docs of a mounted application do not look like ours.
         is_docs = scope["path"].removeprefix(scope["root_path"]) in DOCS_PATHS
         headers = self.docs_headers if is_docs else self.headers
         if scope["scheme"] == "https":
@@ -2607,8 +2606,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app sets this for the routes that it includes. It passes these by
-    # `routes=`, so set it here, too.)
+    # (create_app has the same argument, but it is only for routers that are included.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2938,7 +2936,9 @@ else:
 
 def prepare_process(server: object) -> None:
     """Prepare gunicorn's main process. (`server` is an object of gunicorn.)"""
-    if not logger.hasHandlers():  # `gunicorn "main:create_app()"` calls no build_app
+    # gunicorn has already loaded the application. `main:app` has set up logging then,
+    # but `main:create_app()` has not.
+    if not logger.hasHandlers():
         setup_logging(get_settings())
     # Each connection is an open file. So raise the soft limit to the hard one.
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
