@@ -589,8 +589,6 @@ ERROR_CODES = {  # status code: the `error` in the body
 }
 # (Retry-After is 1, because the database is checked every second in an outage.)
 DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
-# In the order in which the header Allow names them (RFC 9110 § 15.5.6).
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class AppException(Exception):
@@ -708,7 +706,7 @@ async def app_exception_handler(request: Request, exc: AppException) -> Response
 
 
 def allowed_methods(request: Request) -> str:
-    """Return the methods of all routes with this path.
+    """Return the methods of all routes with this path, for Allow (RFC 9110 § 15.5.6).
 
     (The framework's own 405 names the methods of one route only.)
     """
@@ -720,7 +718,7 @@ def allowed_methods(request: Request) -> str:
     for route in iter_route_contexts(request.app.routes):
         if route.methods and route.matches(scope)[0] != Match.NONE:  # a Mount has none
             allowed |= route.methods
-    return ", ".join(method for method in METHODS if method in allowed)
+    return ", ".join(sorted(allowed))
 
 
 async def http_exception_handler(request: Request, exc: HTTPException) -> Response:
@@ -2155,7 +2153,7 @@ class RateLimiter:
     async def hit(self, name: str, client: str) -> RateLimitResult:
         """Count a request, if the limit of this name allows it.
 
-        `client` is any text: a client_key, or for example a user's id.
+        `client` is a text in valid Unicode: a client_key, or for example a user's id.
         """
         limiter = self.memory_limiters[name]
         key = f"{name}:{client}"
@@ -2879,7 +2877,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or get_settings()
     if "SECRET_KEY" not in settings.model_fields_set:
         # This warning is not in Settings, because they are read before setup_logging.
-        logger.warning("no SECRET_KEY: tokens are valid in this process only")
+        logger.warning("no SECRET_KEY: a random one is used until a restart")
     rate_limiter = RateLimiter(settings)
     app = FastAPI(
         title=settings.PROJECT_NAME,
