@@ -5,35 +5,35 @@ FROM python:3.13-slim-trixie AS base
 FROM base AS packages
 WORKDIR /build
 COPY requirements.txt ./
-# Wheels only: where one is missing it says so here, not by the lack of a compiler.
+# Wheels only: the image has no compiler, so a package without a wheel fails here.
 RUN sed -i '/^# --- Tests/,$d' requirements.txt \
     && python -m venv --without-pip /venv \
     && pip --python /venv/bin/python install \
         --no-cache-dir --only-binary=:all: -r requirements.txt
 
 FROM base
-# A new volume takes its owner from here; a bind mount needs its folder given to 10001.
-# Group 0 may write, too: OpenShift runs an image under any uid of that group.
+# A new volume takes the owner from this folder. (Give a bind mount's folder to 10001.)
+# OpenShift runs an image under a random uid of group 0, so this group may write, too.
 RUN install -d -o 10001 -g 0 -m 775 /data
 VOLUME /data
 WORKDIR /app
 COPY --from=packages /venv /venv
-# Root's, so that whoever breaks in cannot change the code that the next start runs;
-# 444, because under a umask of 077 the user could not read it either.
+# The files belong to root, so that an intruder cannot change the code that runs next.
+# Mode 444, because files made under a umask of 077 would be unreadable for uid 10001.
 COPY --chmod=444 main.py gunicorn.conf.py ./
-# For the bytecode: the base image has none, a read-only tree gets none, and each start
-# and health check would compile anew (measured: 0.8 s and 0.3 s of CPU more).
+# This run stores the bytecode. Otherwise, because the tree is read-only, each start and
+# each health check would compile it again (measured: 0.8 s and 0.3 s of CPU more).
 RUN ENVIRONMENT=development /venv/bin/gunicorn --check-config
 # The environment outranks /run/secrets: to give DATABASE_URL there, set this one empty.
 ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     DATABASE_URL=sqlite:////data/app.db
-# Numbers, because Kubernetes' runAsNonRoot cannot judge a name; and with no line in
-# /etc/passwd there is nothing to log in to.
+# Numbers: Kubernetes' runAsNonRoot cannot check a name. Without a line in /etc/passwd,
+# nobody can log in as this user.
 USER 10001:0
 EXPOSE 8000
-# gunicorn's own reading of BIND; not urllib, which would ask the proxy of HTTP_PROXY.
+# gunicorn's own function reads BIND. (urllib would use the proxy of HTTP_PROXY.)
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-c", "\
 import os, socket; \
 from http.client import HTTPConnection; \
