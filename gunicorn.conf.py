@@ -8,8 +8,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn_worker import UvicornWorker  # type: ignore[import-untyped]
 
-import main  # it reads no settings when it is imported
-from main import read_addresses, read_number, read_text, usable_cpus
+from main import prepare_process, read_addresses, read_number, read_text, usable_cpus
 
 MAX_HEADER_BYTES = 64 * 1024  # request line and headers together
 HEADER_SECONDS = 10  # from the connect, or from the first byte of a later request
@@ -29,7 +28,7 @@ forwarded_allow_ips = read_text("FORWARDED_ALLOW_IPS", "127.0.0.1,::1")
 control_socket_disable = True  # the socket of `gunicornc` needs a writable home
 # For the files of the heartbeats: on a disk, a heartbeat could block a worker.
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-on_starting = main.prepare_process  # before the workers are forked
+on_starting = prepare_process  # before the workers are forked
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
@@ -57,6 +56,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # ends its timer: after a reset, it runs on
+        self.write = lambda _: None  # an earlier cycle, in a pipeline, can still write
         if self.cycle:  # end the cycle of references: so the memory is freed at once
             self.cycle.transport = self.transport
 

@@ -3226,9 +3226,7 @@ HEADS = {
 
 
 @cases("segments, statuses", HEADS)
-async def test_request_head_over_64_kib_is_431(
-    segments: list[bytes], statuses: list[int], connection: Connection
-) -> None:
+async def test_long_head_is_431(segments: Any, statuses: Any, connection: Any) -> None:
     await connection.send(*segments)
     assert (connection.statuses(), connection.is_open) == (statuses, statuses == [200])
 
@@ -3308,7 +3306,7 @@ async def test_last_request_is_answered(segments: Any, connection: Connection) -
 
 
 @pytest.mark.parametrize("sent", [EARLY, GET + GET[:9]])
-async def test_reset_ends_the_timers(sent: bytes, connection: Connection) -> None:
+async def test_reset_ends_timers_and_writes(sent: bytes, connection: Any) -> None:
     connection.client.sendall(sent)
     await let_others_run()
     connection.client.close()  # a reset, because the response is not read
@@ -3316,6 +3314,7 @@ async def test_reset_ends_the_timers(sent: bytes, connection: Connection) -> Non
     assert connection.protocol.timeout_keep_alive_task is None
     assert connection.protocol.header_timer.cancelled()
     assert connection.protocol.cycle.transport is not connection.protocol
+    assert connection.protocol.write != connection.protocol.transport.write
 
 
 @pytest.mark.parametrize("body", [b"", b"he"])
@@ -3394,12 +3393,11 @@ class Service:  # gunicorn alone; its clients look like ::ffff:127.0.0.1
             (folder / name).symlink_to(ROOT / name)
         self.port = free_port()
         env = {"SECRET_KEY": KEY, "BIND": f"{HOST}:{self.port}"} | variables
+        options: Any = {"cwd": folder, "env": env, "process_group": 0}
         self.log = folder / "log"
         command = [Path(sys.executable).with_name("gunicorn")]
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, cwd=folder, env=env, stdout=log, stderr=log, process_group=0
-            )
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, **options)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), PATIENCE_SECONDS)
