@@ -34,10 +34,10 @@ on_starting = prepare_process  # before the workers are forked
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
-    A response that starts before the request's body has arrived has the header
-    `Connection: close`, but the connection stays open until the body's end. So until
-    then, keep_alive of uvicorn's `cycle` (the latest request and its response, or None)
-    is False, and the cycle has this object as its transport: it calls `close` below.
+    A response that starts before the request's body has arrived must say `Connection:
+    close`, but the connection must stay open until the body's end. For this, uvicorn's
+    `cycle` (the latest request and its response) gets keep_alive = False, and this
+    object as its transport: so at the response's end, it calls `close` below.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -46,7 +46,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.write = transport.write  # as the cycle's transport, it needs these two
+        self.write = transport.write  # the cycle calls this and is_closing
         self.is_closing = transport.is_closing
         host, port = self.client or ("127.0.0.1", 0)  # a unix socket counts as local
         self.client = (host.removeprefix("::ffff:"), port)  # the IPv4 form
@@ -55,9 +55,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # ends its timer: after a reset, it runs on
+        self._unset_keepalive_if_required()  # a reset leaves the keep-alive timer on
         self.write = lambda _: None  # an earlier cycle, in a pipeline, can still write
-        if self.cycle:  # end the cycle of references: so the memory is freed at once
+        if self.cycle:  # with no loop of references, the memory is freed at once
             self.cycle.transport = self.transport
 
     def refuse_slow(self) -> None:
@@ -70,7 +70,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            # For the method CONNECT, the second feed_data in `parse` raises …Upgrade.
+            # CONNECT is an upgrade without the header: the second feed_data raises it.
             self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
@@ -111,7 +111,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # the end of an earlier response started it
+        self._unset_keepalive_if_required()  # an earlier response may have started it
         super().on_headers_complete()
         self.cycle.keep_alive = False
         self.cycle.transport = self  # type: ignore[assignment]
@@ -133,7 +133,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
             raise httptools.HttpParserError  # stops the parser, as above
         if not self.cycle.response_started:  # it has not yet said `Connection: close`
-            # uvicorn asks before the body. But a trailer can be `Connection: close`.
+            # As uvicorn asks before the body. A trailer can be `Connection: close`.
             is_kept = self.parser.should_keep_alive() and not self.is_stopping
             self.cycle.keep_alive = is_kept and self.scope["http_version"] != "1.0"
 
@@ -146,7 +146,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        self.timeout_keep_alive = 1  # from the end of a response to that of its body
+        self.timeout_keep_alive = 1  # seconds, for the rest of an answered body
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         # uvicorn closes an idle connection. A request may be on its way: wait 0.5 s.
@@ -162,8 +162,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = float("-inf")
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn has its own handler of SIGTERM. At its end, it restores handle_quit,
-        # and raises SIGTERM again. So the worker ends with status 0.
+        # uvicorn replaces this handler while it runs, and at its end raises SIGTERM
+        # again. Then handle_quit ends the worker with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 

@@ -61,6 +61,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from contextvars import Context, ContextVar
 from datetime import UTC, datetime
 from functools import cache, lru_cache, partial
+from io import BufferedRandom
 from operator import attrgetter
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -118,7 +119,7 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. (5 stands for Database's own: the URL need not have one.)
+    # Checks connect_timeout. (If the URL has none, Database adds one, as the 5 here.)
     timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
@@ -295,7 +296,7 @@ class Settings(BaseSettings):
         if self.ENVIRONMENT == "development":
             return self
         # The messages begin with the name: this validator belongs to no field, so
-        # pydantic cannot tell it.
+        # pydantic's error does not name one.
         if "SECRET_KEY" not in self.model_fields_set:
             raise ValueError("SECRET_KEY: is required outside development")
         if "*" in self.CORS_ORIGINS:
@@ -416,7 +417,7 @@ LIBRARY_LEVELS = {
     "asyncio": "WARNING",  # logs the name of its selector at each start
     "httpx": "WARNING",  # if you use it, as the tests do
     "sqlalchemy": "WARNING",
-    "uvicorn.asgi": "WARNING",  # at NOTSET, it logs each request's query string
+    "uvicorn.asgi": "WARNING",  # with LOG_LEVEL=NOTSET, it would log query strings
     # These repeat what the request's own line says.
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
@@ -821,8 +822,8 @@ class Item(Base):
 
 # --- Database -------------------------------------------------------------------------
 # A request holds a connection only while it talks to the database. Each worker has
-# three engines: read_engine, in autocommit, which saves round trips; write_engine, with
-# transactions; and check_engine, so that health checks do not wait for requests.
+# three engines in autocommit, which saves round trips: read_engine; write_engine, which
+# sends BEGIN itself; and check_engine, so that health checks do not wait for requests.
 
 CHECK_INTERVAL_SECONDS = 1  # from a failed check to the next one
 HEALTH_CHECK_TIMEOUT_SECONDS = 2  # the longest time until a health check is answered
@@ -948,10 +949,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    A failed connect leaves a cycle (psycopg 3.3, SQLAlchemy 2.1): the exception, its
-    traceback, the variables of a function, and again the exception. The cycle keeps the
-    socket open until the garbage collector runs, maybe for minutes. clear_frames
-    empties the variables.
+    A failed connect leaves a cycle (psycopg 3.3, SQLAlchemy 2.1): the exception refers
+    to its traceback, this to a function's frame, and a variable there to the exception.
+    The cycle keeps the socket open until the garbage collector runs, maybe for minutes.
+    clear_frames empties the variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -1018,9 +1019,9 @@ BEGIN_STATEMENTS = {
 def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction: in autocommit, the driver sends no BEGIN itself.
 
-    COMMIT needs no help: SQLAlchemy's commit() calls the driver's, which sends COMMIT,
-    because it sees that a transaction is open. (With DEBUG, SQLAlchemy logs that COMMIT
-    has no effect in autocommit. Here, it has one.)
+    COMMIT works as usual: SQLAlchemy calls the driver's commit(), and the driver sends
+    it, because it sees that a transaction is open. (With DEBUG, SQLAlchemy logs that
+    COMMIT has no effect in autocommit. Here, it has one.)
 
     Why not execution_options(isolation_level=…), SQLAlchemy's own way? It switches
     autocommit off for each transaction. If a request is cancelled during the switch,
@@ -1227,9 +1228,8 @@ class Database(MonitoredBackend):
             # SQLite has one writer at a time: they take turns with one connection.
             engine = self.create_engine(1)
         else:
-            # Without arguments, this returns a second engine with the same pool and the
-            # listeners of create_engine. Only this one gets the listener below, so
-            # read_engine sends no BEGIN.
+            # A copy of read_engine, with the same pool. Only the copy gets the listener
+            # below, so read_engine sends no BEGIN.
             engine = self.read_engine.execution_options()
         event.listen(engine.sync_engine, "begin", begin_transaction)
         return engine
@@ -1271,16 +1271,23 @@ class Database(MonitoredBackend):
         if Base.metadata.tables.keys() - names:
             await self.create_missing_tables()
 
-    async def recover(self) -> None:
-        # After a failover of PostgreSQL, connections to the former primary can be
-        # silent, but not closed: each would make a request time out. So let SQLAlchemy
-        # replace them: at a checkout, it replaces a connection that was opened before
-        # `_invalidate_time` (a private attribute, as of 2.1.9). Why not dispose()? It
-        # would begin a new pool at once, while connections of the old one are in use:
-        # together, they could be too many. Why only this pool? With PostgreSQL,
-        # write_engine shares it, and SQLAlchemy itself replaces the connection of
-        # check_engine if it is lost or read-only.
+    def replace_connections(self) -> None:
+        """Let SQLAlchemy replace the connections for requests when they are next used.
+
+        After a failover of PostgreSQL, those to the former primary can be silent, but
+        not closed: each would make a request time out. At a checkout, SQLAlchemy
+        replaces a connection that was opened before the pool's `_invalidate_time` (a
+        private attribute, as of 2.1.9).
+
+        Why not dispose()? It would begin a new pool at once, while connections of the
+        old one are in use: together, they could be too many. Why only this pool? With
+        PostgreSQL, write_engine shares it, and SQLAlchemy itself replaces the
+        connection of check_engine if it is lost or read-only.
+        """
         self.read_engine.pool._invalidate_time = time.time()
+
+    async def recover(self) -> None:
+        self.replace_connections()
         # Create tables only in a new database, which has none. In any other one, a
         # running migration may be about to create the missing tables. (When the service
         # starts, and so in `prepare`, all migrations have ended.)
@@ -1521,8 +1528,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 # The threads run beside other Python code, because argon2 releases the GIL. They start
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
-# The futures of hashes that wait or run. If a request is cancelled, its future is
-# removed at once, although its hash may still run.
+# The futures of hashes that wait or run. (If a request is cancelled, its future is
+# removed at once. Its hash, if it runs already, goes on.)
 UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
@@ -1638,7 +1645,7 @@ LIST_ITEMS_QUERIES = {
     # With the conditions of SQLite, PostgreSQL may scan the primary key, and skip the
     # items of all other owners one by one. So compare rows:
     #     (owner_id, id) > (:owner, :after) AND owner_id <= :owner
-    # The second condition excludes later owners: (8, 1) > (7, 100), too.
+    # Without the second condition, later owners would match: (8, 1) > (7, 100).
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1938,13 +1945,18 @@ def client_key(address: str) -> str:
     return str(ipaddress.ip_network((ip, 64), strict=False))
 
 
-# A worker locks this file while it uses the shared memory. All limiters have the same
-# one, opened at the first call. It is locked by fcntl.lockf: that lock belongs to one
-# process, and the kernel releases it if the process is killed. Two others do not work:
-#     fcntl.flock           belongs to the open file, which all workers share: a lock
-#                           of one would not keep the others out
-#     multiprocessing.Lock  if its owner is killed, it stays locked for ever
-open_lock_file = cache(tempfile.TemporaryFile)
+@cache  # one file for all limiters
+def open_lock_file() -> BufferedRandom:
+    """Return the file that a worker locks while it uses the shared memory.
+
+    It is locked by fcntl.lockf: that lock belongs to one process, and the kernel
+    releases it if the process is killed. Two other locks would not work:
+
+        fcntl.flock           belongs to the open file, which all workers share: a lock
+                              of one would not keep the others out
+        multiprocessing.Lock  if its owner is killed, it stays locked for ever
+    """
+    return tempfile.TemporaryFile()
 
 
 class SlidingWindowRateLimiter:
@@ -1975,7 +1987,7 @@ class SlidingWindowRateLimiter:
             )
 
         bucket_type = Row * ROWS_IN_BUCKET
-        bucket_count = table_bytes // ctypes.sizeof(bucket_type)
+        bucket_count = table_bytes // ctypes.sizeof(bucket_type)  # as many as fit
         table_type = bucket_type * bucket_count
         # Anonymous memory, which forked processes share.
         self.buckets = table_type.from_buffer(mmap.mmap(-1, table_bytes))
@@ -2072,13 +2084,12 @@ class RedisRateLimiter(MonitoredBackend):
             raise
 
     async def check_lookup(self) -> None:
-        """Raise an exception if DNS is slow, before each connection looks up the host.
+        """Look up the host once, before each connection does. Raise if that is slow.
 
-        A lookup cannot be cancelled: it blocks a thread until it ends, and uvloop has
-        two threads for all lookups, also for that of PostgreSQL's host. So this looks
-        up the host once. After a second, an outage begins. But the check goes on until
-        the lookup ends, so that no other check begins another lookup. With SOCK_STREAM,
-        uvloop needs no thread if the host is an address.
+        A lookup cannot be cancelled, and blocks one of the two threads that uvloop has
+        for all lookups, also for that of PostgreSQL's host. So there must not be two:
+        after a second, an outage begins, but this waits until the lookup ends. (With
+        SOCK_STREAM, uvloop needs no thread if the host is an address.)
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2448,7 +2459,8 @@ class LimitsAndErrorsMiddleware:
         task = asyncio.current_task()
         assert task is not None  # for mypy
         loop = asyncio.get_running_loop()
-        # Not asyncio.timeout, which would make a health check 5 % slower.
+        # The timer does what asyncio.timeout does, which would make a health check 5 %
+        # slower: it cancels the task. Then answer_error returns a 504.
         timer = loop.call_later(self.timeout_seconds, self.cancel_late, task, scope)
         try:
             await self.app(scope, receive_limited, send)
@@ -2934,8 +2946,7 @@ else:
 
 def prepare_process(server: object) -> None:
     """Prepare gunicorn's main process. (`server` is an object of gunicorn.)"""
-    # gunicorn has already loaded the application. `main:app` has set up logging then,
-    # but `main:create_app()` has not.
+    # `gunicorn "main:create_app()"` has loaded the application without build_app.
     if not logger.hasHandlers():
         setup_logging(get_settings())
     # Each connection is an open file. So raise the soft limit to the hard one.
