@@ -137,8 +137,9 @@ class Client(httpx.AsyncClient):  # of an application here, from an address of i
         form = {"username": name, "password": secret}
         return await self.post("/auth/token", data=form)
 
-    async def add_item(self, title: str = "a title", **fields: Any) -> int:
-        response = await self.post("/items", json={"title": title, **fields})
+    async def add_item(self, title: str = "", **fields: Any) -> int:
+        item = {"title": title or secrets.token_hex(), **fields}
+        response = await self.post("/items", json=item)
         return int(response.raise_for_status().json()["id"])
 
 
@@ -1064,12 +1065,12 @@ def waiting_for_locks(other: psycopg.Connection[Any]) -> list[Any]:
 
 
 async def test_locked_row_is_503_in_time(pg_ada: Client, postgresql_url: str) -> None:
-    path = f"/items/{await pg_ada.add_item()}"
+    path = f"/items/{await pg_ada.add_item('old')}"
     with psycopg.connect(postgresql_url) as other:
         other.execute("SELECT * FROM items FOR UPDATE")
         request = pg_ada.patch(path, json={"title": "new"})
         assert await status_after(5, request, lambda: waiting_for_locks(other)) == 503
-        assert (await pg_ada.get(path)).json()["title"] == "a title"
+        assert (await pg_ada.get(path)).json()["title"] == "old"
 
 
 async def test_restart_costs_no_request(pg_ada: Client, forwarder: Forwarder) -> None:
@@ -1855,7 +1856,7 @@ async def test_registration_race_has_one_winner(database: main.Database) -> None
 
 OWN_INDEXES: dict[str, Any] = {
     "user": ("users (token_version)", lambda db: main.register_user(db, EVE)),
-    "item": ("items (owner_id)", lambda db: add_item(db, 1, "tea")),
+    "item": ("items (owner_id)", lambda db: add_item(db, 1, secrets.token_hex())),
 }
 
 
