@@ -37,7 +37,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     A response that starts before the request's body has arrived must say `Connection:
     close`, but the connection must stay open until the body's end. For this, uvicorn's
     `cycle` (the latest request and its response) gets keep_alive = False, and this
-    object as its transport: so at the response's end, it calls `close` below.
+    object as its transport: so at the response's end, the cycle calls `close` below.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -55,8 +55,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # a reset leaves the keep-alive timer on
-        self.write = lambda _: None  # an earlier cycle, in a pipeline, can still write
+        self._unset_keepalive_if_required()  # uvicorn does not stop it at a reset
+        self.write = lambda _: None  # an earlier, pipelined request may still respond
         if self.cycle:  # with no loop of references, the memory is freed at once
             self.cycle.transport = self.transport
 
@@ -70,7 +70,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            # CONNECT is an upgrade without the header: the second feed_data raises it.
+            # CONNECT is an upgrade without the header, so `parse` raises it again.
             self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
@@ -99,8 +99,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
-        # header_bytes can include some body, so count anew. (The parser omits 4 bytes
-        # of a header, ": " and "\r\n", and 14 of the rest, such as "HTTP/1.1".)
+        # header_bytes can include some body, so count anew. (14 is the length of
+        # "  HTTP/1.1\r\n\r\n", and 4 that of ": \r\n": the parser omits these.)
         size = len(self.parser.get_method() + self.url) + 14
         size += sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
@@ -133,7 +133,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
             raise httptools.HttpParserError  # stops the parser, as above
         if not self.cycle.response_started:  # it has not yet said `Connection: close`
-            # As uvicorn asks before the body. A trailer can be `Connection: close`.
+            # uvicorn's rule, asked again: a trailer can be `Connection: close`, too.
             is_kept = self.parser.should_keep_alive() and not self.is_stopping
             self.cycle.keep_alive = is_kept and self.scope["http_version"] != "1.0"
 

@@ -8,7 +8,7 @@ read_user a service, find_user a repository function.
     Settings       every variable is validated before the server starts
     Logging        one JSON object per record; clients cannot forge a line
     Errors         every error has one format and reveals nothing internal
-    Models         the tables; nothing changes them once they are created
+    Models         the tables; missing ones are created, existing ones never altered
     Database       a request holds a connection only while it talks to the database
     Schemas        bodies of requests and responses; text is bounded and valid Unicode
     Security       passwords are hashed in threads; tokens can be revoked
@@ -119,7 +119,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. (If the URL has none, Database adds one, as the 5 here.)
+    # Checks connect_timeout. (5 stands for the one that Database adds if the URL has
+    # none: without any, psycopg would read PGCONNECT_TIMEOUT.)
     timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
@@ -215,7 +216,7 @@ def parse_json(value: object) -> object:
 
 # pydantic-settings decodes the text of a list or a tuple as JSON, before any validator
 # runs. NoDecode prevents this. DatabaseUrl needs it because sa.URL is a tuple. Origins
-# needs it so that white space is stripped first, and its errors are like all others.
+# needs it so that strip_white_space runs first, and invalid JSON is a ValidationError.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
@@ -548,8 +549,8 @@ def setup_logging(settings: Settings) -> None:
     access_logger.handlers = []
     access_logger.propagate = False
     logging.captureWarnings(True)  # or Python would write them to stderr, as text
-    # Do not look up which line of code, thread and process logs: saves 7 µs. (Python's
-    # Logging HOWTO describes all four, under "Optimization".)
+    # Do not collect the line of code, the thread, the process and its name: saves 7 µs.
+    # (Python's Logging HOWTO describes these switches, under "Optimization".)
     logging._srcfile = None
     logging.logThreads = False
     logging.logProcesses = False
@@ -711,14 +712,15 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # If the request went to a mounted application, its Mount has changed root_path, and
-    # our routes match only with the original one. (With StaticFiles mounted at "/api",
-    # a DELETE of /api/v1/items goes there: no route has both this path and method.)
+    # A Mount changes root_path, and our routes match only with the original one. (With
+    # StaticFiles at "/api", a DELETE of /api/v1/items comes from such a Mount, because
+    # no route of ours has both this path and this method.)
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
+    # Not app.routes alone, which has the included routers, but not their routes.
     for route in iter_route_contexts(request.app.routes):
-        if route.methods and route.matches(scope)[0] != Match.NONE:  # a Mount has none
-            allowed |= route.methods
+        if route.methods and route.matches(scope)[0] != Match.NONE:
+            allowed |= route.methods  # (a Mount has no methods)
     return ", ".join(sorted(allowed))
 
 
@@ -949,10 +951,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    A failed connect leaves a cycle (psycopg 3.3, SQLAlchemy 2.1): the exception refers
-    to its traceback, this to a function's frame, and a variable there to the exception.
-    The cycle keeps the socket open until the garbage collector runs, maybe for minutes.
-    clear_frames empties the variables.
+    A failed connect leaves a reference cycle (psycopg 3.3, SQLAlchemy 2.1): exception,
+    traceback, frame, variable, exception. It keeps the socket open until the garbage
+    collector runs, maybe for minutes. clear_frames empties the variables, and so breaks
+    the cycle.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -1020,8 +1022,8 @@ def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction: in autocommit, the driver sends no BEGIN itself.
 
     COMMIT works as usual: SQLAlchemy calls the driver's commit(), and the driver sends
-    it, because it sees that a transaction is open. (With DEBUG, SQLAlchemy logs that
-    COMMIT has no effect in autocommit. Here, it has one.)
+    it, because it sees that a transaction is open. (So what SQLAlchemy logs with DEBUG,
+    that COMMIT has no effect in autocommit, is wrong here.)
 
     Why not execution_options(isolation_level=…), SQLAlchemy's own way? It switches
     autocommit off for each transaction. If a request is cancelled during the switch,
@@ -1130,7 +1132,7 @@ class MonitoredBackend:
             return False
         task = self.start_check()
         await asyncio.wait({task}, timeout=HEALTH_CHECK_TIMEOUT_SECONDS)
-        # run_check does not raise an exception: in_outage tells of a failure.
+        # run_check does not raise an exception: it sets in_outage if the check fails.
         return task.done() and not self.in_outage
 
     async def stop_checks(self) -> None:
@@ -1231,6 +1233,7 @@ class Database(MonitoredBackend):
             # A copy of read_engine, with the same pool. Only the copy gets the listener
             # below, so read_engine sends no BEGIN.
             engine = self.read_engine.execution_options()
+        # In autocommit, too, SQLAlchemy calls this before the first statement.
         event.listen(engine.sync_engine, "begin", begin_transaction)
         return engine
 
@@ -1585,9 +1588,9 @@ class TokenClaims(BaseModel):
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    If the key is a text, python-jose's encode uses it as it is, but its decode first
-    tries to parse it as JSON. For a secret that is JSON, such as a text in quotes, the
-    two would use different keys, and no token would be valid.
+    Not as a text: python-jose's decode first tries to parse a text as JSON, but its
+    encode does not. For a secret that is JSON, such as a text in quotes, the two would
+    use different keys, and no token would be valid.
     """
     # SECRET_KEY may have bytes that are not UTF-8, because pydantic does not check the
     # Unicode of a SecretStr. Python reads them as surrogates; surrogateescape restores
@@ -1642,7 +1645,7 @@ LIST_ITEMS_QUERIES = {
     # read all items of the owner. So compare column by column:
     #     owner_id = :owner AND id > :after
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # With the conditions of SQLite, PostgreSQL may scan the primary key, and skip the
+    # With the two conditions above, PostgreSQL may scan the primary key, and skip the
     # items of all other owners one by one. So compare rows:
     #     (owner_id, id) > (:owner, :after) AND owner_id <= :owner
     # Without the second condition, later owners would match: (8, 1) > (7, 100).
@@ -1761,8 +1764,9 @@ async def authenticate_user(
     """Return the user with this name and password. Raises WrongCredentialsException.
 
     An unknown name takes as long as a known one.
+
     `write_db` is used only to store a new hash, so most logins do not wait for SQLite's
-    single writer. The two never hold a connection at the same time.
+    single writer. By then, `read_db` has returned its connection.
     """
     user = await find_user_by_name(read_db, username)
     # Nothing was written: this gives the connection back, before verify_password.
@@ -2087,9 +2091,9 @@ class RedisRateLimiter(MonitoredBackend):
         """Look up the host once, before each connection does. Raise if that is slow.
 
         A lookup cannot be cancelled, and blocks one of the two threads that uvloop has
-        for all lookups, also for that of PostgreSQL's host. So there must not be two:
-        after a second, an outage begins, but this waits until the lookup ends. (With
-        SOCK_STREAM, uvloop needs no thread if the host is an address.)
+        for all lookups, also for that of PostgreSQL's host. So only one may run at a
+        time: this waits until it ends. (After a second, a timer begins an outage.) With
+        SOCK_STREAM, uvloop needs no thread if the host is an address.
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2104,13 +2108,14 @@ class RedisRateLimiter(MonitoredBackend):
         finally:
             timer.cancel()
         if loop.time() > timer.when():
-            raise late  # otherwise, run_check would go on, and could end the outage
+            raise late  # the timer has begun an outage: run_check must not end it
 
     async def open_connections(self) -> None:
         await self.check_lookup()
         pool = self.client.connection_pool
         async with AsyncExitStack() as stack:
-            # Not all at once, because each looks up the host's name again.
+            # One after the other, because each looks up the host's name again. Each is
+            # kept until the end: otherwise, the pool would return the first one again.
             for _ in range(REDIS_CONNECTIONS):
                 connecting = pool.get_connection()  # type: ignore[no-untyped-call]
                 connection = await asyncio.wait_for(connecting, REDIS_CONNECT_SECONDS)
@@ -2459,8 +2464,8 @@ class LimitsAndErrorsMiddleware:
         task = asyncio.current_task()
         assert task is not None  # for mypy
         loop = asyncio.get_running_loop()
-        # The timer does what asyncio.timeout does, which would make a health check 5 %
-        # slower: it cancels the task. Then answer_error returns a 504.
+        # asyncio.timeout would do the same, but make a health check 5 % slower. The
+        # timer cancels the task, and answer_error then returns a 504.
         timer = loop.call_later(self.timeout_seconds, self.cancel_late, task, scope)
         try:
             await self.app(scope, receive_limited, send)
@@ -2564,8 +2569,8 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that only reads: in autocommit, which is cheaper."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
-        # Refuse changes that were not flushed, which would be lost silently. (Not by
-        # flush(): it waits for a connection, even if a value was only set to itself.)
+        # Refuse changes that were not flushed, which would be lost silently. (flush()
+        # would do so, but waits for a connection, even if a value was set to itself.)
         refuse_changes(session.sync_session)
 
 
@@ -2616,7 +2621,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app has the same argument, but it is only for routers that are included.)
+    # (create_app's argument does not reach this router, which it does not include.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2946,7 +2951,7 @@ else:
 
 def prepare_process(server: object) -> None:
     """Prepare gunicorn's main process. (`server` is an object of gunicorn.)"""
-    # `gunicorn "main:create_app()"` has loaded the application without build_app.
+    # After `gunicorn "main:create_app()"`, nothing has set up logging yet.
     if not logger.hasHandlers():
         setup_logging(get_settings())
     # Each connection is an open file. So raise the soft limit to the hard one.
