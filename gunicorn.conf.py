@@ -17,8 +17,7 @@ wsgi_app = "main:app"
 bind = read_addresses()
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 errorlog = None  # gunicorn adds no handler of its own: main.setup_logging adds ours
-# Before the fork, so that bad settings end gunicorn, and the workers share the limits.
-preload_app = True
+preload_app = True  # so bad settings end gunicorn, and the workers share the limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 max_requests_jitter = max_requests // 10  # or all workers would be replaced at once
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
@@ -34,10 +33,9 @@ on_starting = prepare_process  # before the workers are forked
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
-    A response that starts before the request's body has arrived must say `Connection:
-    close`, but the connection must stay open until the body's end. For this, uvicorn's
-    `cycle` (the latest request and its response) gets keep_alive = False, and this
-    object as its transport: so at the response's end, the cycle calls `close` below.
+    An early response says `Connection: close`, but its connection stays open until the
+    request's body has arrived. For this, uvicorn's `cycle` (a request and its response)
+    has keep_alive = False, and this object as its transport, whose `close` it calls.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -56,9 +54,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # uvicorn does not stop it at a reset
-        self.write = lambda _: None  # an earlier, pipelined request may still respond
-        if self.cycle:  # with no loop of references, the memory is freed at once
-            self.cycle.transport = self.transport
+        if self.cycle:  # in a pipeline, uvicorn tells only this one, the latest
+            self.running.disconnected = True
+            self.running.message_event.set()
+            for cycle in (self.running, self.cycle):
+                cycle.transport = self.transport  # ends the loop of references
 
     def refuse_slow(self) -> None:
         if not self.cycle or self.cycle.response_complete:  # do not cut a response off
@@ -69,15 +69,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_bytes += len(data)
         try:
             self.parse(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            # CONNECT is an upgrade without the header, so `parse` raises it again.
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # of CONNECT
             self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
-        # The parser stops after headers with `Upgrade`, and loses the body. So repeat
-        # these headers, without `Upgrade`, for a new parser, and go on.
+        # `Upgrade` stops the parser. So repeat the headers, without it, for a new one.
         while data:
             try:
                 return self.parser.feed_data(data)
@@ -105,22 +103,25 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size += sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops it; refuse(400) then does nothing
+            raise httptools.HttpParserError  # stops the parser; refuse(400) is a no-op
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # an earlier response may have started it
+        self._unset_keepalive_if_required()  # an earlier response can restart the timer
         super().on_headers_complete()
         self.cycle.keep_alive = False
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:  # private
+        self.running = cycle  # the later requests of a pipeline wait
+        super()._start_asgi_task(cycle, app)
+
     def close(self) -> None:
-        # While a body arrives, closing would reset the connection, and the client could
-        # lose the response. Leave it to on_message_complete, or the keep-alive timer.
-        # (If the response is incomplete, the application has failed: close now.)
+        # While a body arrives, closing could lose the response: leave it to the body's
+        # end, or the keep-alive timer. (An incomplete response has failed: close now.)
         if not (self.is_in_body and self.cycle.response_complete):
             self.transport.close()
 
@@ -167,8 +168,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:
-        """UvicornWorker calls this on SIGQUIT, which gunicorn sends after Ctrl+C."""
+    def handle_exit(self, *_: object) -> None:  # on SIGQUIT, sent after Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

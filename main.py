@@ -255,7 +255,7 @@ class Settings(BaseSettings):
     ROOT_PATH: str = Field(default="", pattern=rf"^({PATH_SEGMENT})*$")
     # The random default is for development only: see refuse_unsafe_values. All workers
     # have the same key, because gunicorn imports this module before it forks.
-    # (RFC 7518 § 3.2 wants a key as long as the hash: 32 bytes for HS256.)
+    # (RFC 7518 § 3.2 wants a key at least as long as the hash: 32 bytes for HS256.)
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
@@ -781,7 +781,7 @@ async def unhandled_exception_handler(request: Request, exc: BaseException) -> R
 
 
 # --- Models ---------------------------------------------------------------------------
-# The tables. Database.create_missing_tables creates them. Nothing changes them later.
+# The tables. Database.create_missing_tables creates them. The service never alters one.
 
 # SQLite autoincrements only primary keys of type INTEGER, which has 64 bits in SQLite.
 BigInt = sa.BigInteger().with_variant(sa.Integer, "sqlite")
@@ -1225,7 +1225,7 @@ class Database(MonitoredBackend):
         return engine
 
     def create_write_engine(self) -> AsyncEngine:
-        """Return an engine that begins a transaction before its first statement."""
+        """Return an engine that sends BEGIN at the start of each transaction."""
         if self.is_sqlite:
             # SQLite has one writer at a time: they take turns with one connection.
             engine = self.create_engine(1)
@@ -1260,7 +1260,7 @@ class Database(MonitoredBackend):
         return set(names)
 
     async def create_missing_tables(self) -> None:
-        """Create the missing tables under a lock: many workers may do so at once."""
+        """Create missing tables, under a lock: many workers and hosts may do so."""
         async with self.write_engine.begin() as connection:
             if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
                 lock = sa.func.pg_advisory_xact_lock(7411)  # an arbitrary number
@@ -1975,8 +1975,9 @@ class SlidingWindowRateLimiter:
     In a full bucket, a new client takes the row of the one that was idle for longest,
     whose requests are then forgotten.
 
-    Cost: one lock, one hash, and at most 16 comparisons. The memory is fixed at the
-    start, and shared by the processes that are forked later. Other hosts need Redis.
+    Cost: one lock, one hash and a look at 16 rows (two for a new client), whatever the
+    limit. Each time in a row is dropped once. The memory is fixed at the start, and
+    shared by the processes that are forked later. Other hosts need Redis.
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
@@ -2005,7 +2006,7 @@ class SlidingWindowRateLimiter:
     def hit(self, key: str) -> RateLimitResult:
         """Count a request, if the limit allows it. `key` stands for the client."""
         # While another worker has the lock, this blocks the event loop, but only for
-        # microseconds.
+        # microseconds (or 2 ms, if 10,000 old times are dropped).
         fcntl.lockf(self.lock_file, fcntl.LOCK_EX)
         try:
             return self.record_request(self.find_row(key))
@@ -2621,7 +2622,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app's argument does not reach this router, which it does not include.)
+    # (create_app has the same argument, but it has no effect on its `routes=`.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2861,7 +2862,7 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
         # could not read a 429, for example.
         *([cors] if settings.CORS_ORIGINS else []),
         Middleware(RateLimitMiddleware, settings, rate_limiter),  # before work is done
-        Middleware(LimitsAndErrorsMiddleware, settings),  # its errors pass all others
+        Middleware(LimitsAndErrorsMiddleware, settings),  # its errors get all headers
     ]
 
 

@@ -16,8 +16,8 @@ of your own reads like this one; put it under "API routes":
 
 With other settings, `serve(NAME=value)` makes a client of an application of its own. To
 replace a dependency, use `app.dependency_overrides`, as under "Dependencies". Tests
-that need a server are skipped, unless TEST_DATABASE_URL (databases are made on it) and
-TEST_REDIS_URL are set.
+that need PostgreSQL or Redis are skipped, unless TEST_DATABASE_URL (of a PostgreSQL
+server: they create databases on it) and TEST_REDIS_URL are set.
 """
 
 import asyncio
@@ -3154,8 +3154,9 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
         return await send({"type": "http.response.body"})
     size = len(await request.body()) if scope["path"] == "/" else 0
     if scope["path"] == "/slow":
-        with suppress(asyncio.CancelledError):
-            await asyncio.Event().wait()
+        with suppress(asyncio.CancelledError):  # until it is cancelled or disconnected
+            while (await receive())["type"] == "http.request":
+                pass
     fields = {"size": size, "headers": [*request.headers], "client": scope["client"]}
     await JSONResponse(fields)(scope, receive, send)
 
@@ -3306,16 +3307,16 @@ async def test_last_request_is_answered(segments: Any, connection: Connection) -
     assert (connection.statuses(), connection.is_open) == ([200], False)
 
 
-@pytest.mark.parametrize("sent", [EARLY, GET + GET[:9]])
-async def test_reset_ends_timers_and_writes(sent: bytes, connection: Any) -> None:
+@pytest.mark.parametrize("sent", [EARLY, GET + GET[:9], SLOW + GET])
+async def test_reset_ends_timers_and_requests(sent: bytes, connection: Any) -> None:
     connection.client.sendall(sent)
     await let_others_run()
     connection.client.close()  # a reset, because the response is not read
     await let_others_run()
-    assert connection.protocol.timeout_keep_alive_task is None
-    assert connection.protocol.header_timer.cancelled()
-    assert connection.protocol.cycle.transport is not connection.protocol
-    assert connection.protocol.write != connection.protocol.transport.write
+    end = connection.protocol
+    assert (end.timeout_keep_alive_task, end.header_timer.cancelled()) == (None, True)
+    assert end not in {end.running.transport, end.cycle.transport}
+    assert not connection.state.tasks
 
 
 @pytest.mark.parametrize("body", [b"", b"he"])
