@@ -57,16 +57,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self.cycle:  # in a pipeline, uvicorn tells only this one, the latest
             self.running.disconnected = True
             self.running.message_event.set()
-            for cycle in (self.running, self.cycle):
-                cycle.transport = self.transport  # ends the loop of references
+            self.running.transport = self.transport  # these three lines end loops of
+            self.pipeline.clear()  # references, so that the memory is freed at once
+            self.cycle = self.running
 
     def refuse_slow(self) -> None:
         if not self.cycle or self.cycle.response_complete:  # do not cut a response off
             self.refuse(408)
 
     def data_received(self, data: bytes) -> None:
-        if not self.is_in_body:
-            self.header_bytes += len(data)
+        self.header_bytes += 0 if self.is_in_body else len(data)
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # of CONNECT

@@ -3315,8 +3315,8 @@ async def test_reset_ends_timers_and_requests(sent: bytes, connection: Any) -> N
     await let_others_run()
     end = connection.protocol
     assert (end.timeout_keep_alive_task, end.header_timer.cancelled()) == (None, True)
-    assert end not in {end.running.transport, end.cycle.transport}
-    assert not connection.state.tasks
+    held = [end.running.transport, end.cycle, *end.pipeline]
+    assert (held, connection.state.tasks) == ([end.transport, end.running], set())
 
 
 @pytest.mark.parametrize("body", [b"", b"he"])
