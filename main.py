@@ -2115,8 +2115,8 @@ class RedisRateLimiter(MonitoredBackend):
         await self.check_lookup()
         pool = self.client.connection_pool
         async with AsyncExitStack() as stack:
-            # One after the other, because each looks up the host's name again. Each is
-            # kept until the end: otherwise, the pool would return the first one again.
+            # Not all at once, because each looks up the host's name again. Each is kept
+            # until the end: otherwise, the pool would return the first one again.
             for _ in range(REDIS_CONNECTIONS):
                 connecting = pool.get_connection()  # type: ignore[no-untyped-call]
                 connection = await asyncio.wait_for(connecting, REDIS_CONNECT_SECONDS)
