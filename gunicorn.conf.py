@@ -54,12 +54,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # uvicorn does not stop it at a reset
-        if self.cycle:  # in a pipeline, uvicorn tells only this one, the latest
-            self.running.disconnected = True
+        if self.cycle:  # uvicorn tells only this one, the latest of a pipeline
+            self.running.disconnected = True  # so tell the one that runs
             self.running.message_event.set()
-            self.running.transport = self.transport  # these three lines end loops of
-            self.pipeline.clear()  # references, so that the memory is freed at once
-            self.cycle = self.running
+            self.running.transport = self.transport  # or a loop of references stays
+            self.pipeline.clear()  # those that wait refer to this object, too
+            self.cycle = self.running  # the latest may be one that waits
 
     def refuse_slow(self) -> None:
         if not self.cycle or self.cycle.response_complete:  # do not cut a response off

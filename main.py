@@ -1687,7 +1687,7 @@ async def update_user(db: AsyncSession, user: User, **changes: object) -> bool:
 
 
 async def update_token_version(db: AsyncSession, user_id: int) -> None:
-    """Raise the user's token_version by 1, which makes all earlier tokens invalid."""
+    """Add 1 to the user's token_version, which makes all earlier tokens invalid."""
     query = sa.update(User).where(User.id == user_id)
     # The database adds, not Python: another request may have done so in the meantime.
     await db.execute(query.values(token_version=User.token_version + 1))
