@@ -2921,6 +2921,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.rate_limiter = rate_limiter
     register_exception_handlers(app)
     app.include_router(api_router, prefix=settings.API_V1_PREFIX)
+    # FastAPI builds the routes of included routers at their first use, which blocks the
+    # event loop for 30 ms or more. So build them now: once, before the workers fork.
+    list(iter_route_contexts(app.routes))
     customize_openapi(app)
     return app
 

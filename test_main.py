@@ -22,6 +22,7 @@ server: they create databases on it) and TEST_REDIS_URL are set.
 
 import asyncio
 import base64
+import cProfile
 import gc
 import hmac
 import io
@@ -65,6 +66,7 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.exceptions import ResponseValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import iter_route_contexts
 from gunicorn.util import import_app  # type: ignore[import-untyped]
 from jose import jwt
 from redis import Redis
@@ -1765,7 +1767,6 @@ def test_secret_key_may_be_any_text(secret: str) -> None:
 
 # --- Repositories ---------------------------------------------------------------------
 
-
 LISTS: dict[str, Any] = {
     "items": lambda db: main.list_items(db, 1, 5_000, 21),
     "users": lambda db: main.list_users(db, 9_990, 21),
@@ -2509,16 +2510,10 @@ async def send_raw(app: Any, path: str, **changes: Any) -> list[Message]:  # by 
     scope: dict[str, Any] = {"type": "http", "method": "GET", "scheme": "http"}
     scope |= {"headers": [], "query_string": b"", "client": (next(ADDRESSES), 5)}
     scope |= {"path": path, "asgi": {"spec_version": "2.4"}, **changes}
-    sent: list[Message] = []
-
-    async def receive() -> Message:
-        return {"type": "http.request"}
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
+    receive = mock.AsyncMock(return_value={"type": "http.request"})
+    send = mock.AsyncMock()
     await app(scope, receive, send)
-    return sent
+    return [call.args[0] for call in send.await_args_list]
 
 
 @pytest.mark.parametrize("text", ["x", '"', "\n", "\xe9", "\U0001f600", "\ud800"])
@@ -2902,15 +2897,13 @@ def main_app(log: Log, monkeypatch: Patch) -> Iterator[None]:
     main.build_app.cache_clear()
 
 
-@pytest.mark.usefixtures("main_app")
-def test_main_app_is_built_once_and_sets_up_logging(log: Log) -> None:
+def test_main_app_is_built_once_and_sets_up_logging(main_app: None, log: Log) -> None:
     assert main.app is main.app
     assert log.text().count(" WARNING no SECRET_KEY") == 1
 
 
-@pytest.mark.usefixtures("main_app")
 @pytest.mark.parametrize("name", [":app", ":create_app()"])
-async def test_app_can_be_served_by_its_name(name: str) -> None:
+async def test_app_can_be_served_by_its_name(name: str, main_app: None) -> None:
     async with started(import_app(main.__name__ + name)) as app, Client(app) as client:
         assert (await client.get("http://test/health/ready")).status_code == 200
 
@@ -2934,6 +2927,12 @@ def test_create_app_leaves_logging_alone(caplog: CapLog) -> None:
     main.create_app(make_settings(ENVIRONMENT="development"))
     assert (root.level, root.handlers) == before
     assert caplog.messages == ["no SECRET_KEY: a random one is used until a restart"]
+
+
+def test_routes_are_built_before_the_first_request() -> None:
+    profile = cProfile.Profile()
+    profile.runcall(list, iter_route_contexts(main.create_app(make_settings()).routes))
+    assert sum(row.callcount for row in profile.getstats()) < 5000  # else some 66,000
 
 
 async def test_lifespan_leaves_no_task_and_no_connection() -> None:
