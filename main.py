@@ -1036,8 +1036,10 @@ class ReadOnlySession(Session):
     """A session that refuses to write: in autocommit, no write can be rolled back.
 
     It cannot detect a write in sa.text(), in a CTE, through `await db.connection()` or
-    by a legacy method `bulk_…`: such a write takes effect at once. And FOR UPDATE locks
-    nothing in autocommit.
+    by a legacy method `bulk_…`: such a write takes effect at once.
+
+    What needs a transaction needs a WriteSession: FOR UPDATE locks nothing here, and on
+    PostgreSQL the cursor of `stream` and the savepoint of `begin_nested` fail.
     """
 
 
@@ -1577,7 +1579,11 @@ TOKEN_OPTIONS = {
 
 
 class TokenClaims(BaseModel):
-    """What a token says of its user. (python-jose itself checks the times.)"""
+    """What a token says of its user. (python-jose itself checks the times.)
+
+    If you add tokens of another kind, such as refresh tokens, check a claim that tells
+    the kinds apart: otherwise, those would be access tokens, too.
+    """
 
     # Another program with the same key could sign any number. Beyond 64 bits, the
     # database would raise: a 500 in place of a 401.
@@ -1741,7 +1747,11 @@ def make_page(name: str, rows: Rows, limit: int) -> Page:
 
 
 async def register_user(db: AsyncSession, user_in: UserIn) -> User:
-    """Store a new user. Raises UsernameTakenException."""
+    """Store a new user. Raises UsernameTakenException.
+
+    (If you add a second UNIQUE column, look up its value beside the name's: otherwise,
+    a value that is taken is a 500.)
+    """
     password_hash = await hash_password(user_in.password)
     user = User(username=user_in.username, password_hash=password_hash)
     try:
@@ -2239,6 +2249,7 @@ OTHER_HEADERS = ("Location", "Retry-After", "X-Request-ID", "X-Response-Time")
 # Browsers hide headers from scripts of other origins. None that the service adds is
 # secret, so the scripts of CORS_ORIGINS may read them all.
 EXPOSED_HEADERS = (*SECURITY_HEADERS, *HTTPS_HEADERS, *LIMIT_HEADERS, *OTHER_HEADERS)
+# FastAPI's defaults. If you change its docs_url or redoc_url, change these, too.
 DOCS_PATHS = ("/docs", "/docs/oauth2-redirect", "/redoc")
 # Swagger UI and ReDoc load scripts and styles from a CDN, and have some inline.
 DOCS_CSP = (
@@ -2358,7 +2369,10 @@ class RequestLoggingMiddleware:
 
 
 class SecurityHeadersMiddleware:
-    """Add the security headers to every response, unless its route has set them."""
+    """Add the security headers to every response, unless its route has set them.
+
+    (A route that returns HTML has to set a Content-Security-Policy of its own.)
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -2409,6 +2423,7 @@ class RateLimitMiddleware:
 
     def __init__(self, app: ASGIApp, settings: Settings, limiter: RateLimiter) -> None:
         self.app = app
+        # If you add a second prefix, make this a tuple of both.
         self.prefix = f"{settings.ROOT_PATH}{settings.API_V1_PREFIX}/"
         self.rate_limiter = limiter
 
@@ -2606,6 +2621,7 @@ def rate_limit_dependency(limit_name: str) -> Callable[[Request], Awaitable[None
 
 
 # scope="function" closes the session before the response, which can be slow, is sent.
+# (And if the closing fails, as in refuse_changes, it can still become a 500.)
 WriteSession = Annotated[AsyncSession, Depends(get_db, scope="function")]
 ReadSession = Annotated[AsyncSession, Depends(get_read_db, scope="function")]
 CurrentUser = Annotated[User, Depends(get_current_user)]
@@ -2831,7 +2847,11 @@ api_router.include_router(items_router)
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Check the database and Redis. After a second, start even if they are silent."""
+    """Check the database and Redis. After a second, start even if they are silent.
+
+    Your own code for the start and the end goes here: with a lifespan, FastAPI ignores
+    `on_event`. Keep objects in `app.state`: tests do not see what a lifespan yields.
+    """
     database = Database(app.state.settings)
     app.state.database = database
     checks = {database.start_check()}
@@ -2846,7 +2866,12 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Middleware]:
-    """Return the middleware for `FastAPI(middleware=…)`, outermost first."""
+    """Return the middleware for `FastAPI(middleware=…)`, outermost first.
+
+    Add yours at the end. (One that counts responses must be second: further inside, it
+    sees no 429, 500 or 504. `app.add_middleware` would put it outside of the log line.
+    In a BaseHTTPMiddleware, a 413 becomes a 400 or 500.)
+    """
     cors = Middleware(
         OriginCORSMiddleware,
         allow_origins=settings.CORS_ORIGINS,

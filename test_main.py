@@ -3323,6 +3323,7 @@ async def test_reset_ends_timers_and_requests(sent: bytes, connection: Any) -> N
 async def test_early_answer_is_not_lost(head: Any, body: Any, connection: Any) -> None:
     await connection.send(head, body)
     assert (connection.statuses(), connection.is_open) == ([200], True)
+    # Otherwise, haproxy 2.6 may send another request in place of the rest of the body.
     assert b"\r\nconnection: close\r\n" in connection.received
     await connection.send(b"hello"[len(body) :] + GET)
     assert (connection.statuses(), connection.is_open) == ([200], False)
