@@ -33,9 +33,9 @@ on_starting = prepare_process  # before the workers are forked
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
-    An early response says `Connection: close`, but its connection stays open until the
-    request's body has arrived. For this, uvicorn's `cycle` (a request and its response)
-    has keep_alive = False, and this object as its transport, whose `close` it calls.
+    If a response ends before the body of its request, it says `Connection: close`, but
+    the connection must not be closed yet. So uvicorn's `cycle` (a request and its
+    response) gets this object as its transport: it calls our `close`, which waits.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -54,12 +54,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # uvicorn does not stop it at a reset
-        if self.cycle:  # uvicorn tells only this one, the latest of a pipeline
-            self.running.disconnected = True  # so tell the one that runs
+        if self.cycle:  # the latest of a pipeline: uvicorn tells only this one
+            self.running.disconnected = True  # so tell the one that runs, too
             self.running.message_event.set()
-            self.running.transport = self.transport  # or a loop of references stays
-            self.pipeline.clear()  # those that wait refer to this object, too
-            self.cycle = self.running  # the latest may be one that waits
+            self.running.transport = self.transport  # ends a circular reference
+            self.pipeline.clear()  # the cycles that wait have one, too
+            self.cycle = self.running  # the latest may be one of these
 
     def refuse_slow(self) -> None:
         if not self.cycle or self.cycle.response_complete:  # do not cut a response off
@@ -69,13 +69,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_bytes += 0 if self.is_in_body else len(data)
         try:
             self.parse(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # of CONNECT
-            self.refuse(400)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self.refuse(400)  # HttpParserUpgrade comes here for CONNECT only
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
-        # `Upgrade` stops the parser. So repeat the headers, without it, for a new one.
+        # httptools stops at `Upgrade`. Then a new parser gets the headers without it.
         while data:
             try:
                 return self.parser.feed_data(data)
@@ -92,7 +92,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # The header timer runs already for a first request, and if `parse` called this.
+        # It runs already for a first request, and for headers that `parse` repeats.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -109,9 +109,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # an earlier response can restart the timer
+        self._unset_keepalive_if_required()  # an earlier response may have started it
         super().on_headers_complete()
-        self.cycle.keep_alive = False
+        self.cycle.keep_alive = False  # until on_message_complete
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
@@ -134,7 +134,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
             raise httptools.HttpParserError  # stops the parser, as above
         if not self.cycle.response_started:  # it has not yet said `Connection: close`
-            # uvicorn's rule, asked again: a trailer can be `Connection: close`, too.
+            # Now it may be kept. Ask again: a trailer can be `Connection: close`, too.
             is_kept = self.parser.should_keep_alive() and not self.is_stopping
             self.cycle.keep_alive = is_kept and self.scope["http_version"] != "1.0"
 

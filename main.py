@@ -119,8 +119,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. (5 stands for the one that Database adds if the URL has
-    # none: without any, psycopg would read PGCONNECT_TIMEOUT.)
+    # Checks connect_timeout. If the URL has none, Database adds one later. Then check
+    # any number, such as 5: without one, psycopg would read PGCONNECT_TIMEOUT.
     timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
@@ -154,7 +154,7 @@ def parse_database_url(value: str) -> sa.URL:
     return url
 
 
-# Matches a URL that redis-py reads as it is meant. In a password, a /, ? or # must be
+# Matches a URL that redis-py cannot misread. In a password, a /, ? or # must be
 # encoded: otherwise, redis-py would take a part of the password for something else. In
 # redis://me:12/34@host, it would take me:12 for host and port, which get into the log.
 # What redis-py would ignore is also refused: a path that is no number, or a host in
@@ -207,9 +207,9 @@ def parse_origin(value: str) -> str:
 def parse_json(value: object) -> object:
     """Decode JSON. (Settings(CORS_ORIGINS=[…]) in code passes the list itself.)"""
     if isinstance(value, str):
-        # For invalid Unicode in a str, from_json raises TypeError. In bytes, it raises
-        # ValueError, which pydantic reports. (A variable that is not UTF-8 arrives with
-        # surrogates; surrogateescape restores its bytes.)
+        # A variable that is not UTF-8 arrives as a str with surrogates, for which
+        # from_json raises TypeError. So restore its bytes (by surrogateescape). For
+        # bytes that are not UTF-8, it raises ValueError, which pydantic reports.
         return from_json(value.encode(errors="surrogateescape"))
     return value
 
@@ -284,8 +284,9 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A variable that has only spaces counts as not set. But then it gets its default,
-        even if .env has a value: the environment has replaced that before this runs.
+        A text that has only spaces counts as not set. (pydantic-settings has merged its
+        sources before. So if the environment has spaces, and .env has a value, the
+        default is used.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -340,9 +341,9 @@ def get_settings() -> Settings:
     folder = SECRETS_FOLDER if os.path.isdir(SECRETS_FOLDER) else None
     try:
         check_env_file()
-        # If a secret is not a file, pydantic-settings only warns, and goes on without
-        # it. (Docker makes a folder in place of a file that is missing.) So make the
-        # warning an exception, which pydantic-settings turns into a SettingsError.
+        # If a secret is a folder (Docker makes one in place of a missing file),
+        # pydantic-settings only warns, and goes on without it. So make the warning an
+        # exception: pydantic-settings turns it into the SettingsError below.
         with warnings.catch_warnings(action="error", category=UserWarning):
             # Without pydantic's plugin, mypy does not know this argument.
             return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
@@ -444,7 +445,7 @@ def shorten_traceback(text: str) -> str:
     # The JSON is ASCII, so its length is its number of bytes. It can be longer than the
     # text, because it writes "é" as \u00e9. So cut until it fits.
     while len(json.dumps(text)) > MAX_TRACEBACK_BYTES:
-        text = text[50:]  # not [1:]: each step writes the JSON again
+        text = text[50:]  # 50 at a time, because each step writes the JSON again
     return text
 
 
@@ -527,9 +528,9 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # A logger with a level of its own, as in LIBRARY_LEVELS, ignores the root logger's
-    # level. So the handler has the level, too: otherwise, LOG_LEVEL=ERROR would let
-    # through the warnings of these libraries.
+    # The handler has the level, too. The root logger's level does not apply to a logger
+    # with a level of its own, as in LIBRARY_LEVELS: with LOG_LEVEL=ERROR, the warnings
+    # of these libraries would still be written.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
@@ -713,8 +714,8 @@ def allowed_methods(request: Request) -> str:
     (The framework's own 405 names the methods of one route only.)
     """
     # A Mount changes root_path, and our routes match only with the original one. (With
-    # StaticFiles at "/api", a DELETE of /api/v1/items comes from such a Mount, because
-    # no route of ours has both this path and this method.)
+    # StaticFiles mounted at "/api", a DELETE of /api/v1/items comes from this Mount: it
+    # matches any method, so Starlette prefers it to a route that has only the path.)
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
     # Not app.routes alone, which has the included routers, but not their routes.
@@ -824,8 +825,11 @@ class Item(Base):
 
 # --- Database -------------------------------------------------------------------------
 # A request holds a connection only while it talks to the database. Each worker has
-# three engines in autocommit, which saves round trips: read_engine; write_engine, which
-# sends BEGIN itself; and check_engine, so that health checks do not wait for requests.
+# three engines, all in autocommit, which saves round trips:
+#
+#     read_engine   for sessions that only read
+#     write_engine  for sessions that write: begin_transaction sends their BEGIN
+#     check_engine  for health checks, so that they do not wait for requests
 
 CHECK_INTERVAL_SECONDS = 1  # from a failed check to the next one
 HEALTH_CHECK_TIMEOUT_SECONDS = 2  # the longest time until a health check is answered
@@ -940,8 +944,9 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in driver_arguments.)
         """
         del self.timers[record]
-        # If SQLAlchemy's first statements fail, it closes the connection without a
-        # "checkin". Then this timer still runs, and driver_connection is None.
+        # SQLAlchemy asks a new connection for the server's version. If that fails, it
+        # closes the connection without a "checkin": then this timer still runs, and
+        # driver_connection is None.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -951,10 +956,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    A failed connect leaves a reference cycle (psycopg 3.3, SQLAlchemy 2.1): exception,
-    traceback, frame, variable, exception. It keeps the socket open until the garbage
-    collector runs, maybe for minutes. clear_frames empties the variables, and so breaks
-    the cycle.
+    A failed connect leaves a reference cycle (psycopg 3.3, SQLAlchemy 2.1): the
+    exception refers to its traceback, this to frames, and a variable of a frame to the
+    exception. The cycle keeps the socket open until the garbage collector runs, maybe
+    for minutes. clear_frames empties the variables, and so breaks the cycle.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -1022,8 +1027,8 @@ def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction: in autocommit, the driver sends no BEGIN itself.
 
     COMMIT works as usual: SQLAlchemy calls the driver's commit(), and the driver sends
-    it, because it sees that a transaction is open. (So what SQLAlchemy logs with DEBUG,
-    that COMMIT has no effect in autocommit, is wrong here.)
+    it, because it sees that a transaction is open. (With DEBUG, SQLAlchemy logs that
+    COMMIT has no effect in autocommit. Here, it has one.)
 
     Why not execution_options(isolation_level=…), SQLAlchemy's own way? It switches
     autocommit off for each transaction. If a request is cancelled during the switch,
@@ -1235,7 +1240,7 @@ class Database(MonitoredBackend):
             # A copy of read_engine, with the same pool. Only the copy gets the listener
             # below, so read_engine sends no BEGIN.
             engine = self.read_engine.execution_options()
-        # In autocommit, too, SQLAlchemy calls this before the first statement.
+        # SQLAlchemy sends this event before the first statement, in autocommit, too.
         event.listen(engine.sync_engine, "begin", begin_transaction)
         return engine
 
@@ -1271,7 +1276,8 @@ class Database(MonitoredBackend):
 
     async def prepare(self) -> None:
         """Create the tables that the database lacks: this version may have new ones."""
-        # read_engine opens a connection, which takes long, before a request needs it.
+        # With read_engine: so it opens its first connection, which takes long, before a
+        # request needs one.
         names = await self.table_names(self.read_engine)
         if Base.metadata.tables.keys() - names:
             await self.create_missing_tables()
@@ -1533,8 +1539,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 # The threads run beside other Python code, because argon2 releases the GIL. They start
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
-# The futures of hashes that wait or run. (If a request is cancelled, its future is
-# removed at once. Its hash, if it runs already, goes on.)
+# The futures of hashes that wait or run. (That of a cancelled request is removed at
+# once, although its thread may still run: the number can be too low by two.)
 UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
@@ -1594,9 +1600,9 @@ class TokenClaims(BaseModel):
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    Not as a text: python-jose's decode first tries to parse a text as JSON, but its
-    encode does not. For a secret that is JSON, such as a text in quotes, the two would
-    use different keys, and no token would be valid.
+    Not as a text: if a text is JSON, as one in quotes is, python-jose's decode parses
+    it and uses the result as the key, while its encode uses the text itself. With such
+    a secret, no token would be valid.
     """
     # SECRET_KEY may have bytes that are not UTF-8, because pydantic does not check the
     # Unicode of a SecretStr. Python reads them as surrogates; surrogateescape restores
@@ -1684,8 +1690,8 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
 async def update_user(db: AsyncSession, user: User, **changes: object) -> bool:
     """Update the user, unless its token_version has changed since `user` was read.
 
-    Return whether it was updated. A password change raises the version, so one of two
-    simultaneous changes fails.
+    Return whether it was updated. This is optimistic locking: a password change raises
+    the version, so one of two simultaneous changes fails.
     """
     condition = (User.id == user.id) & (User.token_version == user.token_version)
     query = sa.update(User).where(condition).values(**changes)
@@ -1760,9 +1766,9 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         await db.rollback()
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
-        # Nobody has the name now: its user was deleted after our INSERT. Insert again.
-        # (After rollback(), `user` can be added again.) A second IntegrityError is a
-        # bug.
+        # The name was taken at our INSERT, but is free now: its user was deleted in
+        # between. So insert again. (After rollback(), `user` can be added again.) If
+        # that fails, too, another constraint was violated, which is a bug.
         await add_row(db, user)
     await db.commit()
     return user
@@ -1985,9 +1991,10 @@ class SlidingWindowRateLimiter:
     In a full bucket, a new client takes the row of the one that was idle for longest,
     whose requests are then forgotten.
 
-    Cost: one lock, one hash and a look at 16 rows (two for a new client), whatever the
-    limit. Each time in a row is dropped once. The memory is fixed at the start, and
-    shared by the processes that are forked later. Other hosts need Redis.
+    Cost: one lock, one hash and a search of 16 rows (a second search for a new client),
+    whatever the limit. Old times are dropped one by one, each only once. The memory is
+    fixed at the start, and shared by the processes that are forked later. Other hosts
+    need Redis.
     """
 
     def __init__(self, limit: int, seconds: int, table_bytes: int) -> None:
@@ -2027,9 +2034,9 @@ class SlidingWindowRateLimiter:
         """Return the client's row. A new client gets an unused one, else an idle one.
 
         The hash has a secret key: otherwise, a client with many addresses could choose
-        those of one bucket, and so make the limiter forget requests. (Python's hash()
-        has a random seed, but PYTHONHASHSEED can set it. All workers have the same
-        seed and key, because they are forked.)
+        some that fall into one bucket, and so make the limiter forget requests.
+        (Python's hash() has a random seed, but PYTHONHASHSEED can set it. All workers
+        have the same seed and key, because they are forked.)
         """
         client_hash = hash(self.hash_key + key)
         index = client_hash % len(self.buckets)
@@ -2101,10 +2108,10 @@ class RedisRateLimiter(MonitoredBackend):
     async def check_lookup(self) -> None:
         """Look up the host once, before each connection does. Raise if that is slow.
 
-        A lookup cannot be cancelled, and blocks one of the two threads that uvloop has
-        for all lookups, also for that of PostgreSQL's host. So only one may run at a
-        time: this waits until it ends. (After a second, a timer begins an outage.) With
-        SOCK_STREAM, uvloop needs no thread if the host is an address.
+        uvloop has two threads for all lookups, also for those of PostgreSQL's host. A
+        lookup that hangs blocks its thread, and cannot be cancelled. So Redis may have
+        only one at a time: this waits for its end, however long that takes. After a
+        second, a timer begins an outage, so that requests do not wait, too.
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2113,20 +2120,21 @@ class RedisRateLimiter(MonitoredBackend):
         late = TimeoutError(f"the lookup of {host} takes too long")
         timer = loop.call_later(REDIS_CONNECT_SECONDS, self.handle_failure, late)
         try:
+            # With SOCK_STREAM, uvloop needs no thread if the host is an address.
             await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except OSError as error:
             raise ConnectionError(f"{host}: {error}") from None
         finally:
             timer.cancel()
         if loop.time() > timer.when():
-            raise late  # the timer has begun an outage: run_check must not end it
+            raise late  # otherwise, run_check would end the outage of the timer
 
     async def open_connections(self) -> None:
         await self.check_lookup()
         pool = self.client.connection_pool
         async with AsyncExitStack() as stack:
-            # Not all at once, because each looks up the host's name again. Each is kept
-            # until the end: otherwise, the pool would return the first one again.
+            # Open them one after the other, because each looks up the host again. Keep
+            # them until all are open: otherwise, the pool would return the first again.
             for _ in range(REDIS_CONNECTIONS):
                 connecting = pool.get_connection()  # type: ignore[no-untyped-call]
                 connection = await asyncio.wait_for(connecting, REDIS_CONNECT_SECONDS)
@@ -2180,7 +2188,8 @@ class RateLimiter:
     async def hit(self, name: str, client: str) -> RateLimitResult:
         """Count a request, if the limit of this name allows it.
 
-        `client` is a text in valid Unicode: a client_key, or for example a user's id.
+        `client` is a client_key or, for example, a user's id: any text in valid
+        Unicode, because Redis's keys are in UTF-8.
         """
         limiter = self.memory_limiters[name]
         key = f"{name}:{client}"
@@ -2339,9 +2348,10 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, it takes `address` from this header. So if
-            # `address` is not in it, the peer is not trusted. (Search the text, because
-            # an entry can be "address:port". A false match only omits the warning.)
+            # If uvicorn trusts the peer, it has taken `address` from this header. So an
+            # `address` that is not in it is that of an untrusted peer. (Search the
+            # text, because an entry can be "address:port". A false match only omits the
+            # warning.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2480,8 +2490,9 @@ class LimitsAndErrorsMiddleware:
         task = asyncio.current_task()
         assert task is not None  # for mypy
         loop = asyncio.get_running_loop()
-        # asyncio.timeout would do the same, but make a health check 5 % slower. The
-        # timer cancels the task, and answer_error then returns a 504.
+        # This does what asyncio.timeout does, which would make a health check 5 %
+        # slower: the timer cancels the task, answer_error returns a 504, and uncancel()
+        # takes the cancel() back, as asyncio asks of code that swallows one.
         timer = loop.call_later(self.timeout_seconds, self.cancel_late, task, scope)
         try:
             await self.app(scope, receive_limited, send)
@@ -2490,7 +2501,7 @@ class LimitsAndErrorsMiddleware:
         finally:
             timer.cancel()
             if "is_late" in scope["state"]:
-                task.uncancel()  # as asyncio asks of code that swallows a cancel()
+                task.uncancel()
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
         # one is incomplete, uvicorn closes the connection.
@@ -2537,7 +2548,7 @@ class LimitsAndErrorsMiddleware:
         """Return a `receive` that raises HTTPException for a bad body.
 
         It raises when a route reads the body, so 404 and 405 come first. It must be an
-        HTTPException: FastAPI, which reads the body, turns all others into a 400.
+        HTTPException: while FastAPI reads a body, it makes every other exception a 400.
         """
         received_bytes = 0
 
@@ -2586,7 +2597,7 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     async with request.app.state.database.session(writes=False) as session:
         yield session
         # Refuse changes that were not flushed, which would be lost silently. (flush()
-        # would do so, but waits for a connection, even if a value was set to itself.)
+        # would refuse them, too, but take a connection, even if nothing has changed.)
         refuse_changes(session.sync_session)
 
 
@@ -2638,7 +2649,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app has the same argument, but it has no effect on its `routes=`.)
+    # (create_app passes it to FastAPI, too, which does not apply it to `routes=`.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2850,7 +2861,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Check the database and Redis. After a second, start even if they are silent.
 
     Your own code for the start and the end goes here: with a lifespan, FastAPI ignores
-    `on_event`. Keep objects in `app.state`: tests do not see what a lifespan yields.
+    `on_event`. Keep objects in `app.state`: httpx, which the tests use, does not pass
+    on what a lifespan yields.
     """
     database = Database(app.state.settings)
     app.state.database = database
@@ -2868,9 +2880,11 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Middleware]:
     """Return the middleware for `FastAPI(middleware=…)`, outermost first.
 
-    Add yours at the end. (One that counts responses must be second: further inside, it
-    sees no 429, 500 or 504. `app.add_middleware` would put it outside of the log line.
-    In a BaseHTTPMiddleware, a 413 becomes a 400 or 500.)
+    Add yours at the end. Exceptions:
+
+    - One that counts responses must be second: further inside, it sees no 429, 500 or
+      504. (`app.add_middleware` would put it first, outside of the log line.)
+    - A BaseHTTPMiddleware must not be added: inside of it, a 413 becomes a 400 or 500.
     """
     cors = Middleware(
         OriginCORSMiddleware,
@@ -2946,10 +2960,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.rate_limiter = rate_limiter
     register_exception_handlers(app)
     app.include_router(api_router, prefix=settings.API_V1_PREFIX)
-    # FastAPI builds the routes of included routers at their first use, which blocks the
-    # event loop for 30 ms or more. So build them now: once, before the workers fork.
-    list(iter_route_contexts(app.routes))
     customize_openapi(app)
+    # FastAPI builds included routes and the OpenAPI document at their first use, which
+    # would block the event loop of each worker for 75 ms. So build them now, before the
+    # workers are forked.
+    app.openapi()
     return app
 
 
@@ -2979,8 +2994,8 @@ else:
 
 
 def prepare_process(server: object) -> None:
-    """Prepare gunicorn's main process. (`server` is an object of gunicorn.)"""
-    # After `gunicorn "main:create_app()"`, nothing has set up logging yet.
+    """Prepare gunicorn's main process. (`server` is gunicorn's Arbiter.)"""
+    # If gunicorn serves "main:create_app()", nothing has set up logging yet.
     if not logger.hasHandlers():
         setup_logging(get_settings())
     # Each connection is an open file. So raise the soft limit to the hard one.
