@@ -2111,7 +2111,8 @@ class RedisRateLimiter(MonitoredBackend):
         uvloop has two threads for all lookups, also for those of PostgreSQL's host. A
         lookup that hangs blocks its thread, and cannot be cancelled. So Redis may have
         only one at a time: this waits for its end, however long that takes. After a
-        second, a timer begins an outage, so that requests do not wait, too.
+        second, a timer begins an outage, so that requests do not wait, too. With
+        SOCK_STREAM, uvloop needs no thread if the host is an address.
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2120,7 +2121,6 @@ class RedisRateLimiter(MonitoredBackend):
         late = TimeoutError(f"the lookup of {host} takes too long")
         timer = loop.call_later(REDIS_CONNECT_SECONDS, self.handle_failure, late)
         try:
-            # With SOCK_STREAM, uvloop needs no thread if the host is an address.
             await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except OSError as error:
             raise ConnectionError(f"{host}: {error}") from None
@@ -2961,9 +2961,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     register_exception_handlers(app)
     app.include_router(api_router, prefix=settings.API_V1_PREFIX)
     customize_openapi(app)
-    # FastAPI builds included routes and the OpenAPI document at their first use, which
-    # would block the event loop of each worker for 75 ms. So build them now, before the
-    # workers are forked.
+    # Build all routes and the OpenAPI document now, before the fork. FastAPI does so at
+    # their first use, which would block the event loop of each worker for 75 ms.
     app.openapi()
     return app
 
