@@ -2110,24 +2110,20 @@ class RedisRateLimiter(MonitoredBackend):
 
         uvloop has two threads for all lookups, also for those of PostgreSQL's host. A
         lookup that hangs blocks its thread, and cannot be cancelled. So Redis may have
-        only one at a time: this waits for its end, however long that takes. After a
-        second, a timer begins an outage, so that requests do not wait, too. With
+        only one at a time: this waits for its end, however long that takes. With
         SOCK_STREAM, uvloop needs no thread if the host is an address.
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
             return
         loop = asyncio.get_running_loop()
-        late = TimeoutError(f"the lookup of {host} takes too long")
-        timer = loop.call_later(REDIS_CONNECT_SECONDS, self.handle_failure, late)
+        started = loop.time()
         try:
             await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except OSError as error:
             raise ConnectionError(f"{host}: {error}") from None
-        finally:
-            timer.cancel()
-        if loop.time() > timer.when():
-            raise late  # otherwise, run_check would end the outage of the timer
+        if loop.time() - started > REDIS_CONNECT_SECONDS:
+            raise TimeoutError(f"the lookup of {host} took too long")
 
     async def open_connections(self) -> None:
         await self.check_lookup()

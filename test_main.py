@@ -2262,7 +2262,7 @@ async def test_redis_is_left_if_its_queue_is_long(monkeypatch: Patch) -> None:
 
 
 @pytest.mark.parametrize(
-    "seconds, reason", [(1, "h: no DNS"), (1e-9, "the lookup of h takes too long")]
+    "seconds, reason", [(1, "h: no DNS"), (1e-9, "the lookup of h took too long")]
 )
 async def test_slow_dns_has_one_lookup_for_redis(
     seconds: float, reason: str, monkeypatch: Patch, caplog: CapLog
@@ -2276,7 +2276,6 @@ async def test_slow_dns_has_one_lookup_for_redis(
         limiter.redis.is_prepared = False
         assert await admitted(limiter, 4) == 3 and not limiter.redis.in_outage
         assert not (await limiter.redis.is_ready() or await limiter.redis.is_ready())
-        assert limiter.redis.in_outage == (seconds < 1)
         found.set_result([]) if seconds < 1 else found.set_exception(OSError("no DNS"))
         await limiter.redis.start_check()
         await limiter.redis.start_check()
