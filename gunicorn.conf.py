@@ -33,9 +33,10 @@ on_starting = prepare_process  # before the workers are forked
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
-    If a response ends before the body of its request, it says `Connection: close`, but
-    the connection must not be closed yet. So uvicorn's `cycle` (a request and its
-    response) gets this object as its transport: it calls our `close`, which waits.
+    uvicorn calls a request and its response a `cycle`. If a response ends before the
+    request's body has arrived, to close the connection could lose the response. So a
+    cycle gets this object in place of the transport: it then calls our `close`, which
+    leaves the closing to the end of the body.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -44,7 +45,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.write = transport.write  # the cycle calls this and is_closing
+        # A cycle calls these two methods of its transport, and `close`.
+        self.write = transport.write
         self.is_closing = transport.is_closing
         host, port = self.client or ("127.0.0.1", 0)  # a unix socket counts as local
         self.client = (host.removeprefix("::ffff:"), port)  # the IPv4 form
@@ -53,13 +55,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # uvicorn does not stop it at a reset
-        if self.cycle:  # the latest of a pipeline: uvicorn tells only this one
-            self.running.disconnected = True  # so tell the one that runs, too
-            self.running.message_event.set()
-            self.running.transport = self.transport  # ends a circular reference
-            self.pipeline.clear()  # the cycles that wait have one, too
-            self.cycle = self.running  # the latest may be one of these
+        self._unset_keepalive_if_required()  # at a reset, uvicorn leaves this timer on
+        self.write = lambda _: None  # an earlier request of a pipeline may still run
+        if self.cycle:  # end a circular reference, so that the memory is free at once
+            self.cycle.transport = self.transport
 
     def refuse_slow(self) -> None:
         if not self.cycle or self.cycle.response_complete:  # do not cut a response off
@@ -69,13 +68,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_bytes += 0 if self.is_in_body else len(data)
         try:
             self.parse(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade comes here for CONNECT only
+        except httptools.HttpParserError:
+            self.refuse(400)
+        except httptools.HttpParserUpgrade:  # for CONNECT, which `parse` cannot repeat
+            self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
-        # httptools stops at `Upgrade`. Then a new parser gets the headers without it.
+        # At an `Upgrade`, httptools stops after the headers. Then make a new parser,
+        # feed it the same headers without `Upgrade`, and go on with the rest of `data`.
         while data:
             try:
                 return self.parser.feed_data(data)
@@ -92,7 +94,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # It runs already for a first request, and for headers that `parse` repeats.
+        # The header timer still runs for the first request of a connection, and for
+        # headers that `parse` repeats. Otherwise, start it.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -111,13 +114,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # an earlier response may have started it
         super().on_headers_complete()
-        self.cycle.keep_alive = False  # until on_message_complete
+        self.cycle.keep_alive = False  # until the body is complete: on_message_complete
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
-
-    def _start_asgi_task(self, cycle: Any, app: Any) -> None:  # private
-        self.running = cycle  # the later requests of a pipeline wait
-        super()._start_asgi_task(cycle, app)
 
     def close(self) -> None:
         # While a body arrives, closing could lose the response: leave it to the body's
@@ -168,7 +167,8 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         signal.signal(signal.SIGTERM, self.handle_quit)
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # on SIGQUIT, sent after Ctrl+C
+    def handle_exit(self, *_: object) -> None:
+        # UvicornWorker calls this on SIGQUIT, which gunicorn sends after Ctrl+C.
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

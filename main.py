@@ -119,8 +119,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. If the URL has none, Database adds one later. Then check
-    # any number, such as 5: without one, psycopg would read PGCONNECT_TIMEOUT.
+    # Checks connect_timeout. A URL without one gets a dummy 5 here (Database sets the
+    # real one later): otherwise, psycopg would check PGCONNECT_TIMEOUT in its place.
     timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
@@ -539,8 +539,8 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
     for name in SERVER_LOGGERS:
         server_logger = logging.getLogger(name)
-        # UvicornWorker later gives uvicorn.error the handlers of gunicorn.error, and
-        # sets its propagate to False. So gunicorn.error must have our handler.
+        # UvicornWorker, which starts later, copies the handlers of gunicorn.error to
+        # uvicorn.error, and sets its propagate to False. So both must have our handler.
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # no level of its own: it takes the root's
         server_logger.propagate = False  # or the root's handler would write it, too
@@ -713,12 +713,13 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # A Mount changes root_path, and our routes match only with the original one. (With
-    # StaticFiles mounted at "/api", a DELETE of /api/v1/items comes from this Mount: it
-    # matches any method, so Starlette prefers it to a route that has only the path.)
+    # A 405 can come from a Mount, which has changed root_path. Restore it, or no route
+    # of ours would match. (For example, StaticFiles at "/api" gets a DELETE of
+    # /api/v1/items: Starlette prefers a Mount, which matches any method, to a route
+    # that matches the path, but not the method.)
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
-    # Not app.routes alone, which has the included routers, but not their routes.
+    # (app.routes has the included routers, but not their routes.)
     for route in iter_route_contexts(request.app.routes):
         if route.methods and route.matches(scope)[0] != Match.NONE:
             allowed |= route.methods  # (a Mount has no methods)
@@ -825,7 +826,7 @@ class Item(Base):
 
 # --- Database -------------------------------------------------------------------------
 # A request holds a connection only while it talks to the database. Each worker has
-# three engines, all in autocommit, which saves round trips:
+# three engines, all in autocommit: so a read needs no round trips for BEGIN and COMMIT.
 #
 #     read_engine   for sessions that only read
 #     write_engine  for sessions that write: begin_transaction sends their BEGIN
@@ -944,9 +945,9 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in driver_arguments.)
         """
         del self.timers[record]
-        # SQLAlchemy asks a new connection for the server's version. If that fails, it
-        # closes the connection without a "checkin": then this timer still runs, and
-        # driver_connection is None.
+        # driver_connection is None if a new connection has failed before its
+        # "checkout". SQLAlchemy has then closed it, but there was no "checkin", which
+        # would have stopped this timer.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -1237,8 +1238,8 @@ class Database(MonitoredBackend):
             # SQLite has one writer at a time: they take turns with one connection.
             engine = self.create_engine(1)
         else:
-            # A copy of read_engine, with the same pool. Only the copy gets the listener
-            # below, so read_engine sends no BEGIN.
+            # This returns a copy of read_engine, which has the same pool. Only the copy
+            # gets the listener below, so read_engine sends no BEGIN.
             engine = self.read_engine.execution_options()
         # SQLAlchemy sends this event before the first statement, in autocommit, too.
         event.listen(engine.sync_engine, "begin", begin_transaction)
@@ -1293,15 +1294,16 @@ class Database(MonitoredBackend):
         Why not dispose()? It would begin a new pool at once, while connections of the
         old one are in use: together, they could be too many. Why only this pool? With
         PostgreSQL, write_engine shares it, and SQLAlchemy itself replaces the
-        connection of check_engine if it is lost or read-only.
+        connection of check_engine if it is lost or read-only. (SQLite needs nothing of
+        this: it has no failover.)
         """
         self.read_engine.pool._invalidate_time = time.time()
 
     async def recover(self) -> None:
         self.replace_connections()
-        # Create tables only in a new database, which has none. In any other one, a
-        # running migration may be about to create the missing tables. (When the service
-        # starts, and so in `prepare`, all migrations have ended.)
+        # Create tables only in a new database, which has none. If only some are
+        # missing, a migration may be running, and create them itself. (At the start,
+        # and so in `prepare`, migrations have ended.)
         if not await self.table_names(self.check_engine):
             await self.create_missing_tables()
 
@@ -1539,8 +1541,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 # The threads run beside other Python code, because argon2 releases the GIL. They start
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
-# The futures of hashes that wait or run. (That of a cancelled request is removed at
-# once, although its thread may still run: the number can be too low by two.)
+# The futures of hashes that wait or run. (If a request is cancelled, its future leaves
+# this set at once, even if its hash still occupies a thread.)
 UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
@@ -1600,9 +1602,8 @@ class TokenClaims(BaseModel):
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    Not as a text: if a text is JSON, as one in quotes is, python-jose's decode parses
-    it and uses the result as the key, while its encode uses the text itself. With such
-    a secret, no token would be valid.
+    Not as a text: if a text is JSON (such as one in quotes), python-jose signs with the
+    text itself, but verifies with the parsed JSON. So no token would be valid.
     """
     # SECRET_KEY may have bytes that are not UTF-8, because pydantic does not check the
     # Unicode of a SecretStr. Python reads them as surrogates; surrogateescape restores
@@ -1918,9 +1919,9 @@ ROWS_IN_BUCKET = 16
 NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for each step of `prepare`, such as opening a connection
-# How long a request waits for one of the worker's connections. After that, an outage
-# begins. (A burst of 3,000 requests waits for up to 2 s. REQUEST_TIMEOUT_SECONDS does
-# not limit this wait, because RateLimitMiddleware is outside of it.)
+# The longest wait of a request for one of the worker's connections. After that, Redis
+# counts as failed. (A burst of 3,000 requests waits for up to 2 s.
+# REQUEST_TIMEOUT_SECONDS does not limit this wait: its middleware is further inside.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -2344,10 +2345,9 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, it has taken `address` from this header. So an
-            # `address` that is not in it is that of an untrusted peer. (Search the
-            # text, because an entry can be "address:port". A false match only omits the
-            # warning.)
+            # uvicorn takes `address` from this header only if it trusts the peer. So if
+            # `address` is not in it, the peer is not trusted. (Search the text, because
+            # an entry can be "address:port". A false match only omits the warning.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2486,9 +2486,9 @@ class LimitsAndErrorsMiddleware:
         task = asyncio.current_task()
         assert task is not None  # for mypy
         loop = asyncio.get_running_loop()
-        # This does what asyncio.timeout does, which would make a health check 5 %
-        # slower: the timer cancels the task, answer_error returns a 504, and uncancel()
-        # takes the cancel() back, as asyncio asks of code that swallows one.
+        # asyncio.timeout would do this, too, but make a health check 5 % slower. The
+        # timer cancels this task; answer_error makes the 504; uncancel() tells asyncio
+        # that the cancellation was handled.
         timer = loop.call_later(self.timeout_seconds, self.cancel_late, task, scope)
         try:
             await self.app(scope, receive_limited, send)
@@ -2645,7 +2645,8 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app passes it to FastAPI, too, which does not apply it to `routes=`.)
+    # (Also set here, because FastAPI does not apply its own argument of this name to
+    # the routes that create_app passes as `routes=`.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2857,8 +2858,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Check the database and Redis. After a second, start even if they are silent.
 
     Your own code for the start and the end goes here: with a lifespan, FastAPI ignores
-    `on_event`. Keep objects in `app.state`: httpx, which the tests use, does not pass
-    on what a lifespan yields.
+    `on_event`. Keep objects in `app.state`, not in the state that a lifespan can yield:
+    httpx, which the tests use, does not pass this state to requests.
     """
     database = Database(app.state.settings)
     app.state.database = database
@@ -2880,7 +2881,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
 
     - One that counts responses must be second: further inside, it sees no 429, 500 or
       504. (`app.add_middleware` would put it first, outside of the log line.)
-    - A BaseHTTPMiddleware must not be added: inside of it, a 413 becomes a 400 or 500.
+    - A BaseHTTPMiddleware must not be added. Its `receive` raises our 413 as an
+      ExceptionGroup, which becomes a 400 or 500.
     """
     cors = Middleware(
         OriginCORSMiddleware,
