@@ -33,10 +33,10 @@ on_starting = prepare_process  # before the workers are forked
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
-    uvicorn calls a request and its response a `cycle`. If a response ends before the
-    request's body has arrived, to close the connection could lose the response. So a
-    cycle gets this object in place of the transport: it then calls our `close`, which
-    leaves the closing to the end of the body.
+    uvicorn calls a request and its response a `cycle`. If a response starts before the
+    request's body has ended, it says `Connection: close`. But the client could lose it,
+    if the connection were closed before the body's end. So a cycle gets this object as
+    its transport: it calls our `close`, which leaves the connection open until then.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -112,7 +112,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # an earlier response may have started it
+        self._unset_keepalive_if_required()  # a response may have started this timer
         super().on_headers_complete()
         self.cycle.keep_alive = False  # until the body is complete: on_message_complete
         self.cycle.transport = self  # type: ignore[assignment]
@@ -133,7 +133,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
             raise httptools.HttpParserError  # stops the parser, as above
         if not self.cycle.response_started:  # it has not yet said `Connection: close`
-            # Now it may be kept. Ask again: a trailer can be `Connection: close`, too.
+            # So the connection may be kept, unless a trailer is `Connection: close`.
             is_kept = self.parser.should_keep_alive() and not self.is_stopping
             self.cycle.keep_alive = is_kept and self.scope["http_version"] != "1.0"
 

@@ -528,9 +528,9 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # The handler has the level, too. The root logger's level does not apply to a logger
-    # with a level of its own, as in LIBRARY_LEVELS: with LOG_LEVEL=ERROR, the warnings
-    # of these libraries would still be written.
+    # The handler has the level, too. Otherwise, with LOG_LEVEL=ERROR, the warnings of
+    # the libraries in LIBRARY_LEVELS would be written: the root logger's level does not
+    # apply to a logger that has a level of its own.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
@@ -1602,8 +1602,8 @@ class TokenClaims(BaseModel):
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    Not as a text: if a text is JSON (such as one in quotes), python-jose signs with the
-    text itself, but verifies with the parsed JSON. So no token would be valid.
+    Not as a text: if a text is JSON, such as one in quotes, python-jose signs with the
+    text itself, but verifies with the parsed JSON, so that no token would be valid.
     """
     # SECRET_KEY may have bytes that are not UTF-8, because pydantic does not check the
     # Unicode of a SecretStr. Python reads them as surrogates; surrogateescape restores
@@ -1768,8 +1768,8 @@ async def register_user(db: AsyncSession, user_in: UserIn) -> User:
         if await find_user_by_name(db, user_in.username):
             raise UsernameTakenException from None
         # The name was taken at our INSERT, but is free now: its user was deleted in
-        # between. So insert again. (After rollback(), `user` can be added again.) If
-        # that fails, too, another constraint was violated, which is a bug.
+        # between. So insert again. (After rollback(), `user` can be added again.) A
+        # second IntegrityError is a bug: another constraint was violated.
         await add_row(db, user)
     await db.commit()
     return user
@@ -2186,7 +2186,7 @@ class RateLimiter:
         """Count a request, if the limit of this name allows it.
 
         `client` is a client_key or, for example, a user's id: any text in valid
-        Unicode, because Redis's keys are in UTF-8.
+        Unicode, because redis-py encodes it as UTF-8.
         """
         limiter = self.memory_limiters[name]
         key = f"{name}:{client}"
@@ -2377,7 +2377,8 @@ class RequestLoggingMiddleware:
 class SecurityHeadersMiddleware:
     """Add the security headers to every response, unless its route has set them.
 
-    (A route that returns HTML has to set a Content-Security-Policy of its own.)
+    (A route that returns a page with scripts, styles or images has to set a
+    Content-Security-Policy of its own.)
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -2544,7 +2545,7 @@ class LimitsAndErrorsMiddleware:
         """Return a `receive` that raises HTTPException for a bad body.
 
         It raises when a route reads the body, so 404 and 405 come first. It must be an
-        HTTPException: while FastAPI reads a body, it makes every other exception a 400.
+        HTTPException: FastAPI, which reads the body, makes nearly all others a 400.
         """
         received_bytes = 0
 
@@ -2593,7 +2594,7 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     async with request.app.state.database.session(writes=False) as session:
         yield session
         # Refuse changes that were not flushed, which would be lost silently. (flush()
-        # would refuse them, too, but take a connection, even if nothing has changed.)
+        # would refuse them, too, but takes a connection if a value was set to itself.)
         refuse_changes(session.sync_session)
 
 
@@ -2628,7 +2629,8 @@ def rate_limit_dependency(limit_name: str) -> Callable[[Request], Awaitable[None
 
 
 # scope="function" closes the session before the response, which can be slow, is sent.
-# (And if the closing fails, as in refuse_changes, it can still become a 500.)
+# (And an exception after a dependency's `yield`, as from refuse_changes, can still
+# become a 500.)
 WriteSession = Annotated[AsyncSession, Depends(get_db, scope="function")]
 ReadSession = Annotated[AsyncSession, Depends(get_read_db, scope="function")]
 CurrentUser = Annotated[User, Depends(get_current_user)]
@@ -2877,12 +2879,10 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Middleware]:
     """Return the middleware for `FastAPI(middleware=…)`, outermost first.
 
-    Add yours at the end. Exceptions:
-
-    - One that counts responses must be second: further inside, it sees no 429, 500 or
-      504. (`app.add_middleware` would put it first, outside of the log line.)
-    - A BaseHTTPMiddleware must not be added. Its `receive` raises our 413 as an
-      ExceptionGroup, which becomes a 400 or 500.
+    Add yours at the end, but one that counts responses as the second: at the end, it
+    would see no 429, 500 or 504. (`app.add_middleware` would put it first, outside of
+    the log line.) Do not add a BaseHTTPMiddleware at the end: its `receive` raises the
+    413 of LimitsAndErrorsMiddleware as an ExceptionGroup, which becomes a 400 or 500.
     """
     cors = Middleware(
         OriginCORSMiddleware,
@@ -2958,10 +2958,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.rate_limiter = rate_limiter
     register_exception_handlers(app)
     app.include_router(api_router, prefix=settings.API_V1_PREFIX)
+    # Build the included routes now, before the fork. FastAPI builds them at their first
+    # use: each worker's first API request would block its event loop for 30 ms or more.
+    list(iter_route_contexts(app.routes))
     customize_openapi(app)
-    # Build all routes and the OpenAPI document now, before the fork. FastAPI does so at
-    # their first use, which would block the event loop of each worker for 75 ms.
-    app.openapi()
     return app
 
 
