@@ -56,7 +56,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # at a reset, uvicorn leaves this timer on
-        self.write = lambda _: None  # an earlier request of a pipeline may still run
+        self.write = lambda _: None  # an earlier request of a pipeline may still respond
         if self.cycle:  # end a circular reference, so that the memory is free at once
             self.cycle.transport = self.transport
 
@@ -70,7 +70,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.parse(data)
         except httptools.HttpParserError:
             self.refuse(400)
-        except httptools.HttpParserUpgrade:  # for CONNECT, which `parse` cannot repeat
+        except httptools.HttpParserUpgrade:  # CONNECT is an upgrade without the header
             self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)

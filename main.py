@@ -713,16 +713,11 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # A 405 can come from a Mount, which has changed root_path. Restore it, or no route
-    # of ours would match. (For example, StaticFiles at "/api" gets a DELETE of
-    # /api/v1/items: Starlette prefers a Mount, which matches any method, to a route
-    # that matches the path, but not the method.)
-    scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
     # (app.routes has the included routers, but not their routes.)
     for route in iter_route_contexts(request.app.routes):
-        if route.methods and route.matches(scope)[0] != Match.NONE:
-            allowed |= route.methods  # (a Mount has no methods)
+        if route.methods and route.matches(request.scope)[0] != Match.NONE:
+            allowed |= route.methods  # (a mounted application has no methods)
     return ", ".join(sorted(allowed))
 
 
@@ -761,7 +756,7 @@ async def validation_exception_handler(
 
 def remove_values(exc: ResponseValidationError) -> None:
     """Leave only `type` and `loc`: the rest can quote what the route returned."""
-    for error in exc.errors():  # the exception's own dicts, so this changes it
+    for error in exc.errors():  # no copies: so this changes what a traceback shows
         for key in ("input", "ctx", "msg"):
             error.pop(key, None)
 
@@ -820,7 +815,7 @@ class Item(Base):
     owner_id: Mapped[int] = mapped_column(sa.ForeignKey(User.id, ondelete="CASCADE"))
     title: Mapped[str] = mapped_column(sa.String(200))
     description: Mapped[str | None] = mapped_column(sa.String(2000))
-    # No default=now, which would differ from created_at: create_item sets both times.
+    # No default=now, which would be later than created_at: create_item sets both times.
     updated_at: Mapped[datetime] = mapped_column(onupdate=now)
 
 
@@ -1302,8 +1297,8 @@ class Database(MonitoredBackend):
     async def recover(self) -> None:
         self.replace_connections()
         # Create tables only in a new database, which has none. If only some are
-        # missing, a migration may be running, and create them itself. (At the start,
-        # and so in `prepare`, migrations have ended.)
+        # missing, leave them to the migration that may be running. (`prepare` runs at
+        # the start, when migrations have ended.)
         if not await self.table_names(self.check_engine):
             await self.create_missing_tables()
 
@@ -2130,8 +2125,8 @@ class RedisRateLimiter(MonitoredBackend):
         await self.check_lookup()
         pool = self.client.connection_pool
         async with AsyncExitStack() as stack:
-            # Open them one after the other, because each looks up the host again. Keep
-            # them until all are open: otherwise, the pool would return the first again.
+            # One after the other, so that only one lookup runs at a time. Keep each
+            # until all are open: otherwise, the pool would return the first one again.
             for _ in range(REDIS_CONNECTIONS):
                 connecting = pool.get_connection()  # type: ignore[no-untyped-call]
                 connection = await asyncio.wait_for(connecting, REDIS_CONNECT_SECONDS)
@@ -2879,10 +2874,10 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Middleware]:
     """Return the middleware for `FastAPI(middleware=…)`, outermost first.
 
-    Add yours at the end, but one that counts responses as the second: at the end, it
-    would see no 429, 500 or 504. (`app.add_middleware` would put it first, outside of
-    the log line.) Do not add a BaseHTTPMiddleware at the end: its `receive` raises the
-    413 of LimitsAndErrorsMiddleware as an ExceptionGroup, which becomes a 400 or 500.
+    Add yours at the end. But one that must see every response, as for metrics, goes
+    second: at the end, it would see no 429, 500 or 504. (`app.add_middleware` would put
+    it first, outside of the log line.) A BaseHTTPMiddleware must not be the last: its
+    `receive` raises the 413 as an ExceptionGroup, which becomes a 400 or 500.
     """
     cors = Middleware(
         OriginCORSMiddleware,

@@ -2866,10 +2866,9 @@ async def test_pagination_has_bounds(status: int, endings: Any, ada: Client) -> 
             assert (await ada.get(path + ending)).status_code == status
 
 
-@pytest.mark.parametrize("mount", ["/", "/api"])  # it matches all methods
-async def test_405_names_all_methods_of_the_path(mount: str) -> None:
+async def test_405_names_all_methods_of_the_path() -> None:
     guest = Client(main.create_app(make_settings()))
-    guest.app.mount(mount, StaticFiles(directory="."))
+    guest.app.mount("/", StaticFiles(directory="."))  # it matches all methods
     paths = openapi_document()["paths"]
     for path in paths:
         same = [p for p in paths if re.fullmatch(re.sub("{.*?}", "[^/]+", p), path)]
