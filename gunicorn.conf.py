@@ -94,8 +94,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # The header timer still runs for the first request of a connection, and for
-        # headers that `parse` repeats. Otherwise, start it.
+        # The header timer still runs for a first request, and for repeated headers.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -119,8 +118,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
     def close(self) -> None:
-        # While a body arrives, closing could lose the response: leave it to the body's
-        # end, or the keep-alive timer. (An incomplete response has failed: close now.)
+        # (If the response is incomplete, the application has failed: close at once.)
         if not (self.is_in_body and self.cycle.response_complete):
             self.transport.close()
 
@@ -165,10 +163,12 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         # uvicorn replaces this handler while it runs, and at its end raises SIGTERM
         # again. Then handle_quit ends the worker with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
+        # uvloop accepts one connection per socket and turn of the event loop. Under
+        # load, a new client would wait for seconds. So listen on 15 copies, too.
+        self.sockets += [s.dup() for s in self.sockets for _ in range(15)]
         super().run()
 
-    def handle_exit(self, *_: object) -> None:
-        # UvicornWorker calls this on SIGQUIT, which gunicorn sends after Ctrl+C.
+    def handle_exit(self, *_: object) -> None:  # on SIGQUIT, sent after Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:
