@@ -2065,6 +2065,20 @@ class SlidingWindowRateLimiter:
         return RateLimitResult(allowed, self.limit, remaining, reset_seconds)
 
 
+def end_timeout(timeout: asyncio.Timeout, turns: int = 5) -> None:
+    """Let a timeout end now, after some more turns of the event loop.
+
+    If the loop was busy until now, an answer may have arrived in time, but the loop has
+    not read it yet. It reads it in these turns.
+    """
+    loop = asyncio.get_running_loop()
+    if turns > 0:
+        loop.call_soon(end_timeout, timeout, turns - 1)
+        return
+    with suppress(RuntimeError):  # the block of the timeout was left in the meantime
+        timeout.reschedule(loop.time())
+
+
 class RedisRateLimiter(MonitoredBackend):
     """The same sliding windows, in Redis, for all processes and hosts together."""
 
@@ -2151,8 +2165,13 @@ class RedisRateLimiter(MonitoredBackend):
     async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
         keys = [f"{self.key_prefix}:{key}"]
         arguments: list[int | str] = [limit, seconds * 1_000_000, secrets.token_hex(8)]
-        async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
-            allowed, *numbers = await self.script(keys, arguments)
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(None) as timeout:
+            timer = loop.call_later(REDIS_TIMEOUT_SECONDS, end_timeout, timeout)
+            try:
+                allowed, *numbers = await self.script(keys, arguments)
+            finally:
+                timer.cancel()
         return RateLimitResult(bool(allowed), *numbers)
 
 
