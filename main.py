@@ -829,7 +829,8 @@ class Item(Base):
 
 CHECK_INTERVAL_SECONDS = 1  # from a failed check to the next one
 HEALTH_CHECK_TIMEOUT_SECONDS = 2  # the longest time until a health check is answered
-LIFESPAN_TIMEOUT_SECONDS = 1  # how long the start and the stop wait for a check
+START_TIMEOUT_SECONDS = 2  # how long the start waits for the first checks
+STOP_TIMEOUT_SECONDS = 1  # how long the stop waits for a check that it has cancelled
 
 
 def shut_down_socket(descriptor: int) -> None:
@@ -1143,7 +1144,7 @@ class MonitoredBackend:
             self.retry_timer.cancel()
         if self.check_task is not None:
             self.check_task.cancel()
-            await asyncio.wait({self.check_task}, timeout=LIFESPAN_TIMEOUT_SECONDS)
+            await asyncio.wait({self.check_task}, timeout=STOP_TIMEOUT_SECONDS)
 
 
 class Database(MonitoredBackend):
@@ -2871,7 +2872,7 @@ api_router.include_router(items_router)
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Check the database and Redis. After a second, start even if they are silent.
+    """Check the database and Redis. After 2 s, start even if they are silent.
 
     Your own code for the start and the end goes here: with a lifespan, FastAPI ignores
     `on_event`. Keep objects in `app.state`, not in the state that a lifespan can yield:
@@ -2882,7 +2883,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     checks = {database.start_check()}
     if app.state.rate_limiter.redis:
         checks.add(app.state.rate_limiter.redis.start_check())
-    await asyncio.wait(checks, timeout=LIFESPAN_TIMEOUT_SECONDS)
+    await asyncio.wait(checks, timeout=START_TIMEOUT_SECONDS)
     try:
         yield
     finally:

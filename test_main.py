@@ -102,7 +102,7 @@ def bare_environment(monkeypatch: Patch, tmp_path: Path) -> None:  # not the dev
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(main, "LIFESPAN_TIMEOUT_SECONDS", PATIENCE_SECONDS)
+    monkeypatch.setattr(main, "START_TIMEOUT_SECONDS", PATIENCE_SECONDS)
     main.get_settings.cache_clear()
 
 
