@@ -34,9 +34,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
     uvicorn calls a request and its response a `cycle`. If a response starts before the
-    request's body has ended, it says `Connection: close`. But the client could lose it,
-    if the connection were closed before the body's end. So a cycle gets this object as
-    its transport: it calls our `close`, which leaves the connection open until then.
+    whole body has arrived, it says `Connection: close`. But the connection must stay
+    open until the body's end, or the client may lose the response. So a cycle gets this
+    object as its transport, and our `close` delays the closing.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -56,7 +56,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # at a reset, uvicorn leaves this timer on
-        self.write = lambda _: None  # an earlier one of a pipeline may still respond
+        self.write = lambda _: None  # an earlier cycle of a pipeline may write
         if self.cycle:  # end a circular reference, so that the memory is free at once
             self.cycle.transport = self.transport
 
@@ -70,7 +70,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.parse(data)
         except httptools.HttpParserError:
             self.refuse(400)
-        except httptools.HttpParserUpgrade:  # CONNECT is an upgrade without the header
+        except httptools.HttpParserUpgrade:  # CONNECT: an upgrade without the header
             self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
@@ -94,7 +94,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # The header timer still runs for a first request, and for repeated headers.
+        # Start the header timer, unless it runs since the connect, or for `parse`.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -131,7 +131,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
             raise httptools.HttpParserError  # stops the parser, as above
         if not self.cycle.response_started:  # it has not yet said `Connection: close`
-            # So the connection may be kept, unless a trailer is `Connection: close`.
+            # The body has ended, so keep the connection, if both sides want that.
             is_kept = self.parser.should_keep_alive() and not self.is_stopping
             self.cycle.keep_alive = is_kept and self.scope["http_version"] != "1.0"
 
@@ -144,7 +144,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        self.timeout_keep_alive = 1  # seconds, for the rest of an answered body
+        self.timeout_keep_alive = 1  # s, for the rest of the body after its response
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         # uvicorn closes an idle connection. A request may be on its way: wait 0.5 s.
@@ -168,7 +168,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.sockets += [s.dup() for s in self.sockets for _ in range(15)]
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # on SIGQUIT, sent after Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # on SIGQUIT, which gunicorn sends
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

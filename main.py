@@ -119,8 +119,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. A URL without one gets a dummy 5 here (Database sets the
-    # real one later): otherwise, psycopg would check PGCONNECT_TIMEOUT in its place.
+    # Checks connect_timeout. If the URL has none, Database sets one later. The 5 stands
+    # for it here: otherwise, psycopg would check PGCONNECT_TIMEOUT, which is not used.
     timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
@@ -714,10 +714,11 @@ def allowed_methods(request: Request) -> str:
     (The framework's own 405 names the methods of one route only.)
     """
     allowed: set[str] = set()
-    # (app.routes has the included routers, but not their routes.)
+    # FastAPI's app.routes has included routers; iter_route_contexts has their routes. A
+    # mounted application has no `methods`.
     for route in iter_route_contexts(request.app.routes):
         if route.methods and route.matches(request.scope)[0] != Match.NONE:
-            allowed |= route.methods  # (a mounted application has no methods)
+            allowed |= route.methods
     return ", ".join(sorted(allowed))
 
 
@@ -729,7 +730,7 @@ async def http_exception_handler(request: Request, exc: HTTPException) -> Respon
     """
     if exc.status_code in {204, 304}:  # must not have a body
         return Response(None, exc.status_code, exc.headers)
-    error = AppException(exc.detail)
+    error = AppException(exc.detail)  # the reason, for the log line of a 5xx
     error.status_code = exc.status_code
     error.headers = exc.headers
     if exc.status_code != 500:
@@ -756,7 +757,9 @@ async def validation_exception_handler(
 
 def remove_values(exc: ResponseValidationError) -> None:
     """Leave only `type` and `loc`: the rest can quote what the route returned."""
-    for error in exc.errors():  # no copies: so this changes what a traceback shows
+    # errors() returns the exception's own dicts, not copies. So what is removed here is
+    # missing in the traceback, too.
+    for error in exc.errors():
         for key in ("input", "ctx", "msg"):
             error.pop(key, None)
 
@@ -869,8 +872,8 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        # A slot for each connection: size() is the argument pool_size, and timeout() is
-        # pool_timeout. (Database.create_engine sets max_overflow to 0.)
+        # A slot for each connection. (size() is SQLAlchemy's: it returns pool_size, and
+        # timeout() returns pool_timeout. create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
         # A timer for each connection. A ConnectionPoolEntry, or record, stays in the
         # pool. It holds one connection, and opens another if that is lost.
@@ -1524,6 +1527,7 @@ class HealthStatus(BaseModel):
 
 # --- Security -------------------------------------------------------------------------
 # Passwords are hashed. Tokens are signed, and carry a number by which they are revoked.
+# (By python-jose, as in the usual guides. What it leaves open is closed below.)
 
 # Argon2id with OWASP's parameters: a guess costs 19 MiB and some 30 ms of a CPU.
 ARGON2ID = Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1)
@@ -1647,15 +1651,14 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # The types are given, because sa.tuple_ (below) does not infer them.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# Both queries find the same items. Each makes its database start at the first one in
-# the index items_of_owner, so the last page costs what the first does.
+# Both queries mean owner_id = :owner AND id > :after. They differ so that each database
+# uses the index items_of_owner: then the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
-    # For a comparison of rows, SQLite uses only the first column of an index: it would
-    # read all items of the owner. So compare column by column:
-    #     owner_id = :owner AND id > :after
+    # SQLite needs it column by column: for a comparison of rows, it uses only the first
+    # column of an index, and would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # With the two conditions above, PostgreSQL may scan the primary key, and skip the
-    # items of all other owners one by one. So compare rows:
+    # PostgreSQL needs a comparison of rows: otherwise, it may scan the primary key, and
+    # skip the items of all other owners one by one.
     #     (owner_id, id) > (:owner, :after) AND owner_id <= :owner
     # Without the second condition, later owners would match: (8, 1) > (7, 100).
     "postgresql": ITEMS_QUERY.where(
@@ -1752,8 +1755,8 @@ def make_page(name: str, rows: Rows, limit: int) -> Page:
 async def register_user(db: AsyncSession, user_in: UserIn) -> User:
     """Store a new user. Raises UsernameTakenException.
 
-    (If you add a second UNIQUE column, look up its value beside the name's: otherwise,
-    a value that is taken is a 500.)
+    (If you add a second UNIQUE column, also look up here whether its value is taken,
+    and raise an exception of its own. Otherwise, such a value is a 500.)
     """
     password_hash = await hash_password(user_in.password)
     user = User(username=user_in.username, password_hash=password_hash)
@@ -1917,7 +1920,8 @@ REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for each step of `prepare`, such as opening a connection
 # The longest wait of a request for one of the worker's connections. After that, Redis
 # counts as failed. (A burst of 3,000 requests waits for up to 2 s.
-# REQUEST_TIMEOUT_SECONDS does not limit this wait: its middleware is further inside.)
+# REQUEST_TIMEOUT_SECONDS does not limit this wait, because RateLimitMiddleware runs
+# before LimitsAndErrorsMiddleware starts that time.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -2069,8 +2073,9 @@ class SlidingWindowRateLimiter:
 def end_timeout(timeout: asyncio.Timeout, turns: int = 5) -> None:
     """Let a timeout end now, after some more turns of the event loop.
 
-    If the loop was busy until now, an answer may have arrived in time, but the loop has
-    not read it yet. It reads it in these turns.
+    If the loop was busy until now, an answer may have arrived in time, but was not read
+    yet. One turn reads it, and the next one runs the code that waits for it. (There are
+    more turns, because an answer may come in parts.)
     """
     loop = asyncio.get_running_loop()
     if turns > 0:
@@ -2119,10 +2124,10 @@ class RedisRateLimiter(MonitoredBackend):
     async def check_lookup(self) -> None:
         """Look up the host once, before each connection does. Raise if that is slow.
 
-        uvloop has two threads for all lookups, also for those of PostgreSQL's host. A
-        lookup that hangs blocks its thread, and cannot be cancelled. So Redis may have
-        only one at a time: this waits for its end, however long that takes. With
-        SOCK_STREAM, uvloop needs no thread if the host is an address.
+        uvloop looks up names in two threads, those of PostgreSQL's host, too. A lookup
+        that hangs keeps its thread, and cannot be cancelled. So start one, and wait for
+        its end before any connection starts another one. (With SOCK_STREAM, uvloop
+        needs no thread if the host is an address.)
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2157,8 +2162,9 @@ class RedisRateLimiter(MonitoredBackend):
             async with asyncio.timeout(REDIS_WAIT_SECONDS), self.slots:
                 # Checked here, because an outage may begin during the wait. Until
                 # `prepare` has succeeded, each request would have to connect.
-                is_usable = self.is_prepared and not self.in_outage
-                return await self.run_script(key, limit, seconds) if is_usable else None
+                if self.in_outage or not self.is_prepared:
+                    return None
+                return await self.run_script(key, limit, seconds)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
             self.handle_failure(error)
             return None
@@ -2167,6 +2173,7 @@ class RedisRateLimiter(MonitoredBackend):
         keys = [f"{self.key_prefix}:{key}"]
         arguments: list[int | str] = [limit, seconds * 1_000_000, secrets.token_hex(8)]
         loop = asyncio.get_running_loop()
+        # Not asyncio.timeout(REDIS_TIMEOUT_SECONDS): end_timeout says why.
         async with asyncio.timeout(None) as timeout:
             timer = loop.call_later(REDIS_TIMEOUT_SECONDS, end_timeout, timeout)
             try:
@@ -2502,9 +2509,9 @@ class LimitsAndErrorsMiddleware:
         task = asyncio.current_task()
         assert task is not None  # for mypy
         loop = asyncio.get_running_loop()
-        # asyncio.timeout would do this, too, but make a health check 5 % slower. The
-        # timer cancels this task; answer_error makes the 504; uncancel() tells asyncio
-        # that the cancellation was handled.
+        # asyncio.timeout would do the same, but make a health check 5 % slower. The
+        # timer cancels this task, so that a CancelledError arrives below. answer_error
+        # makes it a 504. Then uncancel() tells asyncio that it was handled.
         timer = loop.call_later(self.timeout_seconds, self.cancel_late, task, scope)
         try:
             await self.app(scope, receive_limited, send)
@@ -2608,8 +2615,9 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that only reads: in autocommit, which is cheaper."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
-        # Refuse changes that were not flushed, which would be lost silently. (flush()
-        # would refuse them, too, but takes a connection if a value was set to itself.)
+        # Refuse changes that were not flushed, which would be lost silently. (Not by
+        # flush(): if an attribute was set to the value that it had, flush() would take
+        # a connection for nothing.)
         refuse_changes(session.sync_session)
 
 
@@ -2894,10 +2902,10 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Middleware]:
     """Return the middleware for `FastAPI(middleware=…)`, outermost first.
 
-    Add yours at the end. But one that must see every response, as for metrics, goes
-    second: at the end, it would see no 429, 500 or 504. (`app.add_middleware` would put
-    it first, outside of the log line.) A BaseHTTPMiddleware must not be the last: its
-    `receive` raises the 413 as an ExceptionGroup, which becomes a 400 or 500.
+    Add yours at the end. Two kinds go second: one that must see every response, as for
+    metrics (at the end, it would see no 429, 500 or 504), and a BaseHTTPMiddleware (at
+    the end, its `receive` would raise a 413 as an ExceptionGroup, which becomes a 400
+    or 500). `app.add_middleware` would put it first, outside of the log line.
     """
     cors = Middleware(
         OriginCORSMiddleware,
