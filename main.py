@@ -1527,7 +1527,7 @@ class HealthStatus(BaseModel):
 
 # --- Security -------------------------------------------------------------------------
 # Passwords are hashed. Tokens are signed, and carry a number by which they are revoked.
-# (By python-jose, as in the usual guides. What it leaves open is closed below.)
+# (What python-jose itself does not check is checked here.)
 
 # Argon2id with OWASP's parameters: a guess costs 19 MiB and some 30 ms of a CPU.
 ARGON2ID = Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1)

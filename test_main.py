@@ -3434,8 +3434,8 @@ def test_server_header_is_absent(service: Service) -> None:
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="there is no /proc")
 def test_worker_listens_on_copies_of_its_socket(service: Service) -> None:
-    files = Path(f"/proc/{service.workers()[-1]}/fd").iterdir()
-    links = [os.readlink(file) for file in files]
+    files = subprocess.getoutput(f"ls -l /proc/{service.workers()[-1]}/fd")
+    links = re.findall(r"socket:\[\d+\]", files)
     assert max(map(links.count, links)) == 16  # so it accepts 16 connections at once
 
 
