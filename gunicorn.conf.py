@@ -163,9 +163,9 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         # uvicorn replaces this handler while it runs, and at its end raises SIGTERM
         # again. Then handle_quit ends the worker with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
-        # uvloop accepts one connection per socket and turn of the event loop. Under
-        # load, a new client would wait for seconds. So listen on 15 copies, too.
-        self.sockets += [s.dup() for s in self.sockets for _ in range(15)]
+        # uvloop accepts one connection per socket and turn of the event loop, so a busy
+        # worker lets new clients wait. More than 3 copies let one worker take too many.
+        self.sockets += [s.dup() for s in self.sockets for _ in range(3)]
         super().run()
 
     def handle_exit(self, *_: object) -> None:  # on SIGQUIT, which gunicorn sends
