@@ -56,7 +56,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # at a reset, uvicorn leaves this timer on
-        self.write = lambda _: None  # an earlier cycle of a pipeline may write
+        self.write = lambda _: None  # an earlier cycle may still write
         if self.cycle:  # end a circular reference, so that the memory is free at once
             self.cycle.transport = self.transport
 
@@ -70,7 +70,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.parse(data)
         except httptools.HttpParserError:
             self.refuse(400)
-        except httptools.HttpParserUpgrade:  # CONNECT: an upgrade without the header
+        except httptools.HttpParserUpgrade:  # by CONNECT, even without `Upgrade`
             self.refuse(400)
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
@@ -94,7 +94,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # Start the header timer, unless it runs since the connect, or for `parse`.
+        # Start the header timer, if it does not run already: connect or `parse` did it.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -144,7 +144,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        self.timeout_keep_alive = 1  # s, for the rest of the body after its response
+        self.timeout_keep_alive = 1  # seconds, if a body goes on after its response
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         # uvicorn closes an idle connection. A request may be on its way: wait 0.5 s.
@@ -164,11 +164,11 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         # again. Then handle_quit ends the worker with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         # uvloop accepts one connection per socket and turn of the event loop, so a busy
-        # worker lets new clients wait. More than 3 copies let one worker take too many.
+        # worker makes new clients wait: add 3 copies. (With 15, one worker took most.)
         self.sockets += [s.dup() for s in self.sockets for _ in range(3)]
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # on SIGQUIT, which gunicorn sends
+    def handle_exit(self, *_: object) -> None:  # on SIGQUIT, gunicorn's after Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -539,8 +539,8 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
     for name in SERVER_LOGGERS:
         server_logger = logging.getLogger(name)
-        # UvicornWorker, which starts later, copies the handlers of gunicorn.error to
-        # uvicorn.error, and sets its propagate to False. So both must have our handler.
+        # UvicornWorker later copies the handlers of gunicorn.error to uvicorn.error, and
+        # sets its propagate to False. ("uvicorn" has one if uvicorn is the server.)
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # no level of its own: it takes the root's
         server_logger.propagate = False  # or the root's handler would write it, too
@@ -713,11 +713,14 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
+    # A mount changes root_path. Match with the original one: otherwise, a path behind a
+    # mount could look like one of ours.
+    scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
     # FastAPI's app.routes has included routers; iter_route_contexts has their routes. A
     # mounted application has no `methods`.
     for route in iter_route_contexts(request.app.routes):
-        if route.methods and route.matches(request.scope)[0] != Match.NONE:
+        if route.methods and route.matches(scope)[0] != Match.NONE:
             allowed |= route.methods
     return ", ".join(sorted(allowed))
 
@@ -818,7 +821,7 @@ class Item(Base):
     owner_id: Mapped[int] = mapped_column(sa.ForeignKey(User.id, ondelete="CASCADE"))
     title: Mapped[str] = mapped_column(sa.String(200))
     description: Mapped[str | None] = mapped_column(sa.String(2000))
-    # No default=now, which would be later than created_at: create_item sets both times.
+    # No default=now, which would differ from created_at: create_item sets both times.
     updated_at: Mapped[datetime] = mapped_column(onupdate=now)
 
 
@@ -873,7 +876,7 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         # A slot for each connection. (size() is SQLAlchemy's: it returns pool_size, and
-        # timeout() returns pool_timeout. create_engine sets max_overflow to 0.)
+        # timeout() pool_timeout. Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
         # A timer for each connection. A ConnectionPoolEntry, or record, stays in the
         # pool. It holds one connection, and opens another if that is lost.
@@ -1301,8 +1304,8 @@ class Database(MonitoredBackend):
     async def recover(self) -> None:
         self.replace_connections()
         # Create tables only in a new database, which has none. If only some are
-        # missing, leave them to the migration that may be running. (`prepare` runs at
-        # the start, when migrations have ended.)
+        # missing, leave them to the migration that may be running. (`prepare` comes
+        # first after a start, and migrations end before a start.)
         if not await self.table_names(self.check_engine):
             await self.create_missing_tables()
 
@@ -1655,7 +1658,7 @@ AFTER = sa.bindparam("after", type_=BigInt)
 # uses the index items_of_owner: then the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     # SQLite needs it column by column: for a comparison of rows, it uses only the first
-    # column of an index, and would read all items of the owner.
+    # column of this index (`id` is the rowid), and would read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     # PostgreSQL needs a comparison of rows: otherwise, it may scan the primary key, and
     # skip the items of all other owners one by one.
@@ -1931,7 +1934,7 @@ local key, limit, window = KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
--- Forget times a window ahead, or more: Redis's clock was set back since then.
+-- Forget times that are a window or more in the future: Redis's clock was set back.
 redis.call('ZREMRANGEBYSCORE', key, now + window, '+inf')
 -- Remove all but the newest `limit` times. (Rank 0 is the oldest one, -1 the newest.)
 -- There can be more if the limit was lowered.
@@ -2124,10 +2127,10 @@ class RedisRateLimiter(MonitoredBackend):
     async def check_lookup(self) -> None:
         """Look up the host once, before each connection does. Raise if that is slow.
 
-        uvloop looks up names in two threads, those of PostgreSQL's host, too. A lookup
-        that hangs keeps its thread, and cannot be cancelled. So start one, and wait for
-        its end before any connection starts another one. (With SOCK_STREAM, uvloop
-        needs no thread if the host is an address.)
+        uvloop has two threads for lookups, and PostgreSQL's host is looked up there,
+        too. A lookup that hangs keeps its thread, and cannot be cancelled. So start
+        one, and wait for its end before any connection starts another one. (With
+        SOCK_STREAM, uvloop needs no thread if the host is an address.)
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2652,8 +2655,7 @@ def rate_limit_dependency(limit_name: str) -> Callable[[Request], Awaitable[None
 
 
 # scope="function" closes the session before the response, which can be slow, is sent.
-# (And an exception after a dependency's `yield`, as from refuse_changes, can still
-# become a 500.)
+# So an exception after a dependency's `yield`, as from refuse_changes, becomes a 500.
 WriteSession = Annotated[AsyncSession, Depends(get_db, scope="function")]
 ReadSession = Annotated[AsyncSession, Depends(get_read_db, scope="function")]
 CurrentUser = Annotated[User, Depends(get_current_user)]
@@ -2670,8 +2672,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (Also set here, because FastAPI does not apply its own argument of this name to
-    # the routes that create_app passes as `routes=`.)
+    # (create_app sets it, too, but FastAPI ignores that for its argument `routes`.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2903,9 +2904,10 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
     """Return the middleware for `FastAPI(middleware=…)`, outermost first.
 
     Add yours at the end. Two kinds go second: one that must see every response, as for
-    metrics (at the end, it would see no 429, 500 or 504), and a BaseHTTPMiddleware (at
-    the end, its `receive` would raise a 413 as an ExceptionGroup, which becomes a 400
-    or 500). `app.add_middleware` would put it first, outside of the log line.
+    metrics (at the end, it would miss those of the middleware, such as 429 and 504),
+    and a BaseHTTPMiddleware (at the end, its `receive` would raise a 413 as an
+    ExceptionGroup, which becomes a 400 or 500). Do not use `app.add_middleware`: it
+    puts a middleware first, outside of the log line.
     """
     cors = Middleware(
         OriginCORSMiddleware,
@@ -3014,7 +3016,10 @@ else:
 
 
 def prepare_process(server: object) -> None:
-    """Prepare gunicorn's main process. (`server` is gunicorn's Arbiter.)"""
+    """Prepare gunicorn's main process. (`server` is gunicorn's Arbiter.)
+
+    gunicorn calls this after it has loaded the application, before it forks workers.
+    """
     # If gunicorn serves "main:create_app()", nothing has set up logging yet.
     if not logger.hasHandlers():
         setup_logging(get_settings())
