@@ -539,7 +539,7 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
     for name in SERVER_LOGGERS:
         server_logger = logging.getLogger(name)
-        # UvicornWorker later copies the handlers of gunicorn.error to uvicorn.error, and
+        # UvicornWorker later copies the handlers of gunicorn.error to uvicorn.error and
         # sets its propagate to False. ("uvicorn" has one if uvicorn is the server.)
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # no level of its own: it takes the root's
