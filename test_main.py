@@ -2353,7 +2353,7 @@ async def test_redis_may_end_connections(own_redis: OwnRedis, patience: Patch) -
 
 
 async def test_answer_of_redis_is_read_late(own_redis: OwnRedis, patience: Any) -> None:
-    async with redis_limiter(own_redis.url) as limiter:
+    async with redis_limiter(f"{own_redis.url}?socket_timeout=99") as limiter:
         assert await admitted(limiter, 1) == 1
         own_redis.pause()
         request = asyncio.create_task(limiter.redis.run_script("key", 3, 1))
