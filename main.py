@@ -2073,16 +2073,15 @@ class SlidingWindowRateLimiter:
         return RateLimitResult(allowed, self.limit, remaining, reset_seconds)
 
 
-def end_timeout(timeout: asyncio.Timeout, turns: int = 5) -> None:
-    """Let a timeout end now, after some more turns of the event loop.
+def end_timeout(timeout: asyncio.Timeout, steps: int) -> None:
+    """Let a timeout end after so many steps, a quarter of REDIS_TIMEOUT_SECONDS each.
 
-    If the loop was busy until now, an answer may have arrived in time, but was not read
-    yet. One turn reads it, and the next one runs the code that waits for it. (There are
-    more turns, because an answer may come in parts.)
+    A step begins when the one before has ended. So if the event loop was busy for long,
+    one step is over, and in the others it still sends a command or reads an answer.
     """
     loop = asyncio.get_running_loop()
-    if turns > 0:
-        loop.call_soon(end_timeout, timeout, turns - 1)
+    if steps > 0:
+        loop.call_later(REDIS_TIMEOUT_SECONDS / 4, end_timeout, timeout, steps - 1)
         return
     with suppress(RuntimeError):  # the block of the timeout was left in the meantime
         timeout.reschedule(loop.time())
@@ -2178,7 +2177,7 @@ class RedisRateLimiter(MonitoredBackend):
         loop = asyncio.get_running_loop()
         # Not asyncio.timeout(REDIS_TIMEOUT_SECONDS): end_timeout says why.
         async with asyncio.timeout(None) as timeout:
-            timer = loop.call_later(REDIS_TIMEOUT_SECONDS, end_timeout, timeout)
+            timer = loop.call_later(REDIS_TIMEOUT_SECONDS / 4, end_timeout, timeout, 3)
             try:
                 allowed, *numbers = await self.script(keys, arguments)
             finally:
