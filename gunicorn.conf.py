@@ -65,13 +65,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.refuse(408)
 
     def data_received(self, data: bytes) -> None:
-        self.header_bytes += 0 if self.is_in_body else len(data)
+        if not self.is_in_body:
+            self.header_bytes += len(data)
         try:
             self.parse(data)
-        except httptools.HttpParserError:
-            self.refuse(400)
-        except httptools.HttpParserUpgrade:  # by CONNECT, even without `Upgrade`
-            self.refuse(400)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self.refuse(400)  # HttpParserUpgrade: by CONNECT, even without `Upgrade`
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 

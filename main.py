@@ -2164,9 +2164,8 @@ class RedisRateLimiter(MonitoredBackend):
             async with asyncio.timeout(REDIS_WAIT_SECONDS), self.slots:
                 # Checked here, because an outage may begin during the wait. Until
                 # `prepare` has succeeded, each request would have to connect.
-                if self.in_outage or not self.is_prepared:
-                    return None
-                return await self.run_script(key, limit, seconds)
+                is_usable = self.is_prepared and not self.in_outage
+                return await self.run_script(key, limit, seconds) if is_usable else None
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
             self.handle_failure(error)
             return None
