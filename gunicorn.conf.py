@@ -36,7 +36,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     uvicorn calls a request and its response a `cycle`. If a response starts before the
     whole body has arrived, it says `Connection: close`. But the connection must stay
     open until the body's end, or the client may lose the response. So a cycle gets this
-    object as its transport, and our `close` delays the closing.
+    object as its transport: it calls our `close`, which delays the closing.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -70,7 +70,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: by CONNECT, even without `Upgrade`
+            self.refuse(400)  # a CONNECT raises HttpParserUpgrade without `Upgrade`
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -93,7 +93,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # Start the header timer, if it does not run already: connect or `parse` did it.
+        # It still runs at the first request, and when `parse` repeats the headers.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -104,7 +104,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size += sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops the parser; refuse(400) is a no-op
+            raise httptools.HttpParserError  # stops the parser: data_received gets it
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         self.is_in_body = True
@@ -117,9 +117,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
     def close(self) -> None:
-        # (If the response is incomplete, the application has failed: close at once.)
-        if not (self.is_in_body and self.cycle.response_complete):
-            self.transport.close()
+        if self.is_in_body and self.cycle.response_complete:
+            return  # on_message_complete will close the connection
+        self.transport.close()  # (an incomplete response: the application has failed)
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -143,7 +143,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        self.timeout_keep_alive = 1  # seconds, if a body goes on after its response
+        self.timeout_keep_alive = 1  # second, for a body that goes on after a response
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         # uvicorn closes an idle connection. A request may be on its way: wait 0.5 s.
@@ -155,19 +155,20 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
         self.config.lifespan = "on"  # with "auto", an exception at the start is hidden
-        # -inf: uvicorn calls callback_notify each second, even if a clock is set back.
+        # uvicorn calls callback_notify if `now - then > timeout_notify`: with -inf, it
+        # does so each second, even if the clock was set back.
         self.config.timeout_notify = float("-inf")
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn replaces this handler while it runs, and at its end raises SIGTERM
-        # again. Then handle_quit ends the worker with status 0.
+        # uvicorn replaces this handler while it runs. At its end, it puts it back, and
+        # raises SIGTERM again: then handle_quit ends the worker with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         # uvloop accepts one connection per socket and turn of the event loop, so a busy
         # worker makes new clients wait: add 3 copies. (With 15, one worker took most.)
         self.sockets += [s.dup() for s in self.sockets for _ in range(3)]
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # on SIGQUIT, gunicorn's after Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # on SIGQUIT, which Ctrl+C leads to
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -119,8 +119,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. If the URL has none, Database sets one later. The 5 stands
-    # for it here: otherwise, psycopg would check PGCONNECT_TIMEOUT, which is not used.
+    # Checks connect_timeout. (If the URL has none, the 5 stands in for it: otherwise,
+    # psycopg would check PGCONNECT_TIMEOUT, which the service never uses.)
     timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
@@ -207,9 +207,9 @@ def parse_origin(value: str) -> str:
 def parse_json(value: object) -> object:
     """Decode JSON. (Settings(CORS_ORIGINS=[…]) in code passes the list itself.)"""
     if isinstance(value, str):
-        # A variable that is not UTF-8 arrives as a str with surrogates, for which
-        # from_json raises TypeError. So restore its bytes (by surrogateescape). For
-        # bytes that are not UTF-8, it raises ValueError, which pydantic reports.
+        # Bytes that are not UTF-8 arrive as surrogates. For these, from_json raises
+        # TypeError, which pydantic does not catch. So turn them back into bytes: for
+        # these, it raises ValueError, which pydantic reports.
         return from_json(value.encode(errors="surrogateescape"))
     return value
 
@@ -540,7 +540,7 @@ def setup_logging(settings: Settings) -> None:
     for name in SERVER_LOGGERS:
         server_logger = logging.getLogger(name)
         # UvicornWorker later copies the handlers of gunicorn.error to uvicorn.error and
-        # sets its propagate to False. ("uvicorn" has one if uvicorn is the server.)
+        # sets its propagate to False. (Without gunicorn, "uvicorn" has a handler.)
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # no level of its own: it takes the root's
         server_logger.propagate = False  # or the root's handler would write it, too
@@ -713,12 +713,12 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # A mount changes root_path. Match with the original one: otherwise, a path behind a
-    # mount could look like one of ours.
+    # In a mounted application, root_path includes the mount's path. Match with ours:
+    # otherwise, the rest of the path, behind the mount, could look like a path of ours.
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
-    # FastAPI's app.routes has included routers; iter_route_contexts has their routes. A
-    # mounted application has no `methods`.
+    # app.routes has one entry for an included router (since FastAPI 0.137), of which
+    # iter_route_contexts gives the routes. A mounted application has no `methods`.
     for route in iter_route_contexts(request.app.routes):
         if route.methods and route.matches(scope)[0] != Match.NONE:
             allowed |= route.methods
@@ -948,8 +948,8 @@ class FairPool(AsyncAdaptedQueuePool):
         """
         del self.timers[record]
         # driver_connection is None if a new connection has failed before its
-        # "checkout". SQLAlchemy has then closed it, but there was no "checkin", which
-        # would have stopped this timer.
+        # "checkout": then SQLAlchemy has closed it without a "checkin", so that the
+        # timer was not stopped.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -999,7 +999,7 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
-    """Set up a new connection. SQLAlchemy wraps it, so that it needs no `await`."""
+    """Set up a new connection. (This is SQLAlchemy's wrapper, which is not async.)"""
     # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
     # other has switched the file, and the mode is stored in the file.
     with suppress(sqlite3.OperationalError):
@@ -1029,9 +1029,9 @@ BEGIN_STATEMENTS = {
 def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction: in autocommit, the driver sends no BEGIN itself.
 
-    COMMIT works as usual: SQLAlchemy calls the driver's commit(), and the driver sends
-    it, because it sees that a transaction is open. (With DEBUG, SQLAlchemy logs that
-    COMMIT has no effect in autocommit. Here, it has one.)
+    COMMIT works as usual: the driver's commit() sends it if a transaction is open,
+    whoever began it. (With DEBUG, SQLAlchemy logs that COMMIT has no effect in
+    autocommit. Here, it has one.)
 
     Why not execution_options(isolation_level=…), SQLAlchemy's own way? It switches
     autocommit off for each transaction. If a request is cancelled during the switch,
@@ -1092,11 +1092,11 @@ class MonitoredBackend:
         raise NotImplementedError
 
     async def prepare(self) -> None:
-        """Prepare the first use."""
+        """Do what is needed once, such as to create tables or open connections."""
         raise NotImplementedError
 
     async def recover(self) -> None:
-        """Prepare the use after an outage."""
+        """Do what is needed after an outage."""
         await self.prepare()
 
     def start_check(self) -> asyncio.Task[None]:
@@ -1240,8 +1240,8 @@ class Database(MonitoredBackend):
             # SQLite has one writer at a time: they take turns with one connection.
             engine = self.create_engine(1)
         else:
-            # This returns a copy of read_engine, which has the same pool. Only the copy
-            # gets the listener below, so read_engine sends no BEGIN.
+            # execution_options() returns a second engine with the same pool. The
+            # listener below is added to this one only, so read_engine sends no BEGIN.
             engine = self.read_engine.execution_options()
         # SQLAlchemy sends this event before the first statement, in autocommit, too.
         event.listen(engine.sync_engine, "begin", begin_transaction)
@@ -1279,8 +1279,8 @@ class Database(MonitoredBackend):
 
     async def prepare(self) -> None:
         """Create the tables that the database lacks: this version may have new ones."""
-        # With read_engine: so it opens its first connection, which takes long, before a
-        # request needs one.
+        # Use read_engine: so its first connection, which takes long to open, is open
+        # before a request needs one.
         names = await self.table_names(self.read_engine)
         if Base.metadata.tables.keys() - names:
             await self.create_missing_tables()
@@ -1293,19 +1293,20 @@ class Database(MonitoredBackend):
         replaces a connection that was opened before the pool's `_invalidate_time` (a
         private attribute, as of 2.1.9).
 
-        Why not dispose()? It would begin a new pool at once, while connections of the
-        old one are in use: together, they could be too many. Why only this pool? With
-        PostgreSQL, write_engine shares it, and SQLAlchemy itself replaces the
-        connection of check_engine if it is lost or read-only. (SQLite needs nothing of
-        this: it has no failover.)
+        dispose() is no alternative: it would begin a new pool while connections of the
+        old one are in use, and together, they could be too many.
+
+        The other engines need nothing: on PostgreSQL, write_engine shares this pool,
+        and SQLAlchemy itself replaces the connection of check_engine if it is lost or
+        read-only. SQLite has no failover.
         """
         self.read_engine.pool._invalidate_time = time.time()
 
     async def recover(self) -> None:
         self.replace_connections()
-        # Create tables only in a new database, which has none. If only some are
-        # missing, leave them to the migration that may be running. (`prepare` comes
-        # first after a start, and migrations end before a start.)
+        # A database without tables is a new one: create them. If only some are missing,
+        # a migration may be running: leave them to it. (`prepare` runs after a start,
+        # and migrations end before a start.)
         if not await self.table_names(self.check_engine):
             await self.create_missing_tables()
 
@@ -1545,7 +1546,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
 # The futures of hashes that wait or run. (If a request is cancelled, its future leaves
-# this set at once, even if its hash still occupies a thread.)
+# this set at once, even if its hash still occupies a thread: so one or two more than
+# MAX_WAITING_HASHES can wait.)
 UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
@@ -1605,8 +1607,8 @@ class TokenClaims(BaseModel):
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    Not as a text: if a text is JSON, such as one in quotes, python-jose signs with the
-    text itself, but verifies with the parsed JSON, so that no token would be valid.
+    Not as a text: if a text is JSON, such as one in quotes, python-jose parses it when
+    it verifies, but not when it signs. Then no token would be valid.
     """
     # SECRET_KEY may have bytes that are not UTF-8, because pydantic does not check the
     # Unicode of a SecretStr. Python reads them as surrogates; surrogateescape restores
@@ -1654,16 +1656,17 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # The types are given, because sa.tuple_ (below) does not infer them.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# Both queries mean owner_id = :owner AND id > :after. They differ so that each database
+# The items of an owner behind the id `after`. The queries differ so that each database
 # uses the index items_of_owner: then the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
-    # SQLite needs it column by column: for a comparison of rows, it uses only the first
-    # column of this index (`id` is the rowid), and would read all items of the owner.
+    #     owner_id = :owner AND id > :after
+    # For a comparison of rows, as below, SQLite would use only the first column of the
+    # index (`id` is the rowid), and read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    # PostgreSQL needs a comparison of rows: otherwise, it may scan the primary key, and
-    # skip the items of all other owners one by one.
     #     (owner_id, id) > (:owner, :after) AND owner_id <= :owner
-    # Without the second condition, later owners would match: (8, 1) > (7, 100).
+    # For the query above, PostgreSQL may scan the primary key, and skip the items of
+    # all other owners one by one. The second condition is needed because later owners
+    # match the first: (8, 1) > (7, 100).
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -2074,10 +2077,11 @@ class SlidingWindowRateLimiter:
 
 
 def end_timeout(timeout: asyncio.Timeout, steps: int) -> None:
-    """Let a timeout end after so many steps, a quarter of REDIS_TIMEOUT_SECONDS each.
+    """Let a timeout end after `steps` steps, a quarter of REDIS_TIMEOUT_SECONDS each.
 
-    A step begins when the one before has ended. So if the event loop was busy for long,
-    one step is over, and in the others it still sends a command or reads an answer.
+    A plain timeout would end while the event loop is busy with other requests, although
+    Redis is fast. Here, a step begins when the one before has ended. So a busy event
+    loop costs one step, and in the others it can send the command and read the answer.
     """
     loop = asyncio.get_running_loop()
     if steps > 0:
@@ -2245,7 +2249,7 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
 # --- Middleware -----------------------------------------------------------------------
 # Pure ASGI, because BaseHTTPMiddleware is several times slower. Middleware and routes
 # share data in scope["state"], which is `request.state`: request_id, client, trace_id,
-# user_id, rate_limit, status_code, is_late, and reason and exception for the log line.
+# user_id, rate_limit, status_code, and reason and exception for the log line.
 
 # A caller's id that does not match is replaced: ids get into headers and log lines.
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -2368,7 +2372,7 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # uvicorn takes `address` from this header only if it trusts the peer. So if
+            # If uvicorn trusts the peer, it has taken `address` from this header. So if
             # `address` is not in it, the peer is not trusted. (Search the text, because
             # an entry can be "address:port". A false match only omits the warning.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
@@ -2507,33 +2511,21 @@ class LimitsAndErrorsMiddleware:
         self.drop_long_content_type(scope)
         receive_limited = self.limit_body(scope, receive)
         response: Response | None = None
-        task = asyncio.current_task()
-        assert task is not None  # for mypy
-        loop = asyncio.get_running_loop()
-        # asyncio.timeout would do the same, but make a health check 5 % slower. The
-        # timer cancels this task, so that a CancelledError arrives below. answer_error
-        # makes it a 504. Then uncancel() tells asyncio that it was handled.
-        timer = loop.call_later(self.timeout_seconds, self.cancel_late, task, scope)
+        timeout = asyncio.timeout(self.timeout_seconds)
         try:
-            await self.app(scope, receive_limited, send)
+            async with timeout:
+                await self.app(scope, receive_limited, send)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - logged
-            response = await self.answer_error(Request(scope), error, task)
-        finally:
-            timer.cancel()
-            if "is_late" in scope["state"]:
-                task.uncancel()
+            request = Request(scope)
+            response = await self.answer_error(request, error, timeout.expired())
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
         # one is incomplete, uvicorn closes the connection.
         if response and "status_code" not in scope["state"]:
             await response(scope, receive, send)
 
-    def cancel_late(self, task: asyncio.Task[object], scope: Scope) -> None:
-        scope["state"]["is_late"] = True
-        task.cancel()
-
     async def answer_error(
-        self, request: Request, error: BaseException, task: asyncio.Task[object]
+        self, request: Request, error: BaseException, is_late: bool
     ) -> Response:
         """Return the response to an error. Set `reason` or `exception` for the log."""
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
@@ -2541,10 +2533,11 @@ class LimitsAndErrorsMiddleware:
                 request.state.reason = "the client has disconnected"
             # Nobody receives this response, but the log line needs a status.
             return await http_exception_handler(request, HTTPException(400))
-        if "is_late" in request.scope["state"]:  # cancel_late has cancelled the task
+        if is_late:
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
             return await app_exception_handler(request, late)
-        if isinstance(error, asyncio.CancelledError) and task.cancelling():
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
             # uvicorn has cancelled the task, as it does at a shutdown. It does so only
             # once, so this response can still be sent.
             stopping = ServiceUnavailableException("the server is shutting down")
@@ -2616,9 +2609,9 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that only reads: in autocommit, which is cheaper."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
-        # Refuse changes that were not flushed, which would be lost silently. (Not by
-        # flush(): if an attribute was set to the value that it had, flush() would take
-        # a connection for nothing.)
+        # Refuse changes that were not flushed, which would be lost silently. (flush()
+        # would refuse them, too. But if an attribute was only set to the value that it
+        # had, flush() would take a connection for nothing.)
         refuse_changes(session.sync_session)
 
 
@@ -2670,7 +2663,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app sets it, too, but FastAPI ignores that for its argument `routes`.)
+    # (create_app sets it, too, but not for these routes: it passes them as `routes`.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2901,11 +2894,14 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Middleware]:
     """Return the middleware for `FastAPI(middleware=…)`, outermost first.
 
-    Add yours at the end. Two kinds go second: one that must see every response, as for
-    metrics (at the end, it would miss those of the middleware, such as 429 and 504),
-    and a BaseHTTPMiddleware (at the end, its `receive` would raise a 413 as an
-    ExceptionGroup, which becomes a 400 or 500). Do not use `app.add_middleware`: it
-    puts a middleware first, outside of the log line.
+    Add yours at the end. But two kinds go second:
+
+        one that must see every response, as for metrics: at the end, it would miss
+            those of the middleware, such as 429 and 504
+        a BaseHTTPMiddleware: at the end, its `receive` would raise a 413 as an
+            ExceptionGroup, which becomes a 400 or 500
+
+    Do not use `app.add_middleware`: it puts yours first, outside of the log line.
     """
     cors = Middleware(
         OriginCORSMiddleware,
@@ -3016,9 +3012,10 @@ else:
 def prepare_process(server: object) -> None:
     """Prepare gunicorn's main process. (`server` is gunicorn's Arbiter.)
 
-    gunicorn calls this after it has loaded the application, before it forks workers.
+    gunicorn calls this after it has loaded the application (by preload_app), and before
+    it forks workers.
     """
-    # If gunicorn serves "main:create_app()", nothing has set up logging yet.
+    # `gunicorn 'main:create_app()'` overrides wsgi_app: then logging is not set up yet.
     if not logger.hasHandlers():
         setup_logging(get_settings())
     # Each connection is an open file. So raise the soft limit to the hard one.
