@@ -844,6 +844,9 @@ CHECK_INTERVAL_SECONDS = 1  # from a failed check to the next one
 HEALTH_CHECK_TIMEOUT_SECONDS = 2  # the longest time until a health check is answered
 START_TIMEOUT_SECONDS = 2  # how long the start waits for the first checks
 STOP_TIMEOUT_SECONDS = 1  # how long the stop waits for a check that it has cancelled
+# SQLite's WAL file grows during a long read, such as a backup. Later, SQLite cuts it to
+# this size. (By default, it would keep its size. Its usual size is 4 MiB.)
+MAX_WAL_BYTES = 16 * 2**20
 
 
 def shut_down_socket(descriptor: int) -> None:
@@ -1011,6 +1014,7 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
     # other has switched the file, and the mode is stored in the file.
     with suppress(sqlite3.OperationalError):
         connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute(f"PRAGMA journal_size_limit = {MAX_WAL_BYTES}")
     connection.execute("PRAGMA foreign_keys = ON")
 
 
@@ -2256,7 +2260,7 @@ async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> N
 # --- Middleware -----------------------------------------------------------------------
 # Pure ASGI, because BaseHTTPMiddleware is several times slower. Middleware and routes
 # share data in scope["state"], which is `request.state`: request_id, client, trace_id,
-# user_id, rate_limit, status_code, timed_out, and reason and exception for the log line.
+# user_id, rate_limit, status_code, timed_out, and, for the log line, reason, exception.
 
 # A caller's id that does not match is replaced: ids get into headers and log lines.
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -2969,7 +2973,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or get_settings()
     if "SECRET_KEY" not in settings.model_fields_set:
         # This warning is not in Settings, because they are read before setup_logging.
-        logger.warning("no SECRET_KEY: a restart or reload makes all tokens invalid")
+        logger.warning("no SECRET_KEY: a restart or reload ends all tokens")
     rate_limiter = RateLimiter(settings)
     app = FastAPI(
         title=settings.PROJECT_NAME,
