@@ -312,12 +312,14 @@ class Settings(BaseSettings):
 
 
 def describe_invalid_value(error: ErrorDetails) -> str:
-    """Return text such as "DEBUG: …", without the value, which may be secret."""
-    # `loc` has the name. An error of refuse_unsafe_values has an empty `loc`: its
-    # message begins with the name.
+    """Return text such as "DEBUG: …", without the value, which may be secret.
+
+    `loc` has the name. An error of refuse_unsafe_values has an empty `loc`: its message
+    begins with the name.
+    """
     names = [str(part) for part in error["loc"]]
     message = error["msg"].removeprefix("Value error, ")  # pydantic adds it
-    # So it calls the characters of a SecretStr.
+    # pydantic calls the characters of a SecretStr "items".
     message = message.replace("items after validation", "characters")
     return ": ".join([*names, message])
 
