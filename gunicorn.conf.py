@@ -33,10 +33,14 @@ on_starting = prepare_process  # before the workers are forked
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
-    uvicorn calls a request and its response a `cycle`. If a response starts before the
-    whole body has arrived, it says `Connection: close`. But the connection must stay
-    open until the body's end, or the client may lose the response. So a cycle gets this
-    object as its transport: it calls our `close`, which delays the closing.
+    uvicorn calls a request and its response a `cycle`. For each one:
+
+        headers arrive  header_timer and header_bytes limit them
+        a body arrives  if a response starts now, it says `Connection: close`, and
+                        `close` waits for the body, or the client may lose the response
+        the body ends   the connection is kept open, if both sides want that
+
+    So a cycle gets this object as its transport: it calls write, is_closing and close.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -45,7 +49,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # A cycle calls these two methods of its transport, and `close`.
         self.write = transport.write
         self.is_closing = transport.is_closing
         host, port = self.client or ("127.0.0.1", 0)  # a unix socket counts as local
@@ -112,7 +115,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # a response may have started this timer
         super().on_headers_complete()
-        self.cycle.keep_alive = False  # until the body is complete: on_message_complete
+        self.cycle.keep_alive = False  # on_message_complete decides again
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
@@ -130,7 +133,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
             raise httptools.HttpParserError  # stops the parser, as above
         if not self.cycle.response_started:  # it has not yet said `Connection: close`
-            # The body has ended, so keep the connection, if both sides want that.
             is_kept = self.parser.should_keep_alive() and not self.is_stopping
             self.cycle.keep_alive = is_kept and self.scope["http_version"] != "1.0"
 
@@ -146,8 +148,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.timeout_keep_alive = 1  # second, for a body that goes on after a response
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
-        # uvicorn closes an idle connection. A request may be on its way: wait 0.5 s.
-        self.loop.call_later(0.5, super().shutdown)
+        self.loop.call_later(0.5, super().shutdown)  # a request may be on its way
 
 
 class ServiceWorker(UvicornWorker):  # type: ignore[misc]
@@ -155,8 +156,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
         self.config.lifespan = "on"  # with "auto", an exception at the start is hidden
-        # uvicorn calls callback_notify if `now - then > timeout_notify`: with -inf, it
-        # does so each second, even if the clock was set back.
+        # -inf: uvicorn calls callback_notify each second, even if a clock is set back.
         self.config.timeout_notify = float("-inf")
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
