@@ -40,7 +40,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                         `close` waits for the body, or the client may lose the response
         the body ends   the connection is kept open, if both sides want that
 
-    So a cycle gets this object as its transport: it calls write, is_closing and close.
+    A cycle gets this object as its transport, and calls write, is_closing and `close`.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -96,7 +96,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # It still runs at the first request, and when `parse` repeats the headers.
+        # It runs already at the first request, and when `parse` repeats the headers.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -107,7 +107,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size += sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops the parser: data_received gets it
+            raise httptools.HttpParserError  # stops the parser (no 400 follows)
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         self.is_in_body = True
@@ -115,7 +115,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # a response may have started this timer
         super().on_headers_complete()
-        self.cycle.keep_alive = False  # on_message_complete decides again
+        self.cycle.keep_alive = False  # until on_message_complete
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
@@ -145,7 +145,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        self.timeout_keep_alive = 1  # second, for a body that goes on after a response
+        self.timeout_keep_alive = 1  # seconds for a body that goes on after a response
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         self.loop.call_later(0.5, super().shutdown)  # a request may be on its way
@@ -163,12 +163,12 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         # uvicorn replaces this handler while it runs. At its end, it puts it back, and
         # raises SIGTERM again: then handle_quit ends the worker with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
-        # uvloop accepts one connection per socket and turn of the event loop, so a busy
-        # worker makes new clients wait: add 3 copies. (With 15, one worker took most.)
+        # uvloop accepts one connection per socket and turn of the event loop. With 3
+        # copies of the socket, it accepts 4. (With 15, one worker took most clients.)
         self.sockets += [s.dup() for s in self.sockets for _ in range(3)]
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # on SIGQUIT, which Ctrl+C leads to
+    def handle_exit(self, *_: object) -> None:  # for SIGQUIT, gunicorn's at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

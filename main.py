@@ -119,8 +119,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. (If the URL has none, the 5 stands in for it: otherwise,
-    # psycopg would check PGCONNECT_TIMEOUT, which the service never uses.)
+    # Checks connect_timeout. If the URL has none, a dummy 5 is checked: without it,
+    # psycopg would check PGCONNECT_TIMEOUT, which the service never uses.
     timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
@@ -207,9 +207,9 @@ def parse_origin(value: str) -> str:
 def parse_json(value: object) -> object:
     """Decode JSON. (Settings(CORS_ORIGINS=[…]) in code passes the list itself.)"""
     if isinstance(value, str):
-        # Bytes that are not UTF-8 arrive as surrogates. For these, from_json raises
-        # TypeError, which pydantic does not catch. So turn them back into bytes: for
-        # these, it raises ValueError.
+        # Bytes that are not UTF-8 arrive as surrogates. For a text with surrogates,
+        # from_json raises TypeError, which pydantic does not catch; for the bytes, it
+        # raises ValueError.
         try:
             return from_json(value.encode(errors="surrogateescape"))
         except ValueError:
@@ -722,8 +722,8 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # In a mounted application, root_path includes the mount's path. Match with ours:
-    # otherwise, the rest of the path, behind the mount, could look like a path of ours.
+    # In an application mounted at /x, root_path is /x, and so /x/health would match our
+    # /health. So match with our own root_path.
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
     # app.routes has one entry for an included router (since FastAPI 0.137), of which
@@ -959,9 +959,8 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in driver_arguments.)
         """
         del self.timers[record]
-        # driver_connection is None if a new connection has failed before its
-        # "checkout": then SQLAlchemy has closed it without a "checkin", so that the
-        # timer was not stopped.
+        # If a new connection has failed before its "checkout", SQLAlchemy has closed it
+        # without a "checkin": so the timer still ran, and driver_connection is None.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -1011,7 +1010,7 @@ def drop_read_only_connections(context: sa.engine.ExceptionContext) -> None:
 
 
 def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> None:
-    """Set up a new connection. (This is SQLAlchemy's wrapper, which is not async.)"""
+    """Set up a new connection. `connection` is SQLAlchemy's sync wrapper of it."""
     # If two workers switch to WAL at the same time, one gets "locked". Ignore it: the
     # other has switched the file, and the mode is stored in the file.
     with suppress(sqlite3.OperationalError):
@@ -1559,8 +1558,8 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
 # The futures of hashes that wait or run. (If a request is cancelled, its future leaves
-# this set at once, even if its hash still occupies a thread: so one or two more than
-# MAX_WAITING_HASHES can wait.)
+# this set at once, even if its hash still occupies a thread: so there can be up to
+# HASHES_AT_A_TIME more than counted.)
 UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
@@ -1620,8 +1619,8 @@ class TokenClaims(BaseModel):
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    Not as a text: if a text is JSON, such as one in quotes, python-jose parses it when
-    it verifies, but not when it signs. Then no token would be valid.
+    Not as a text: if a text is JSON, such as "abc" with its quotes, python-jose parses
+    it when it verifies, but not when it signs. Then no token would be valid.
     """
     # SECRET_KEY may have bytes that are not UTF-8, because pydantic does not check the
     # Unicode of a SecretStr. Python reads them as surrogates; surrogateescape restores
@@ -1673,13 +1672,13 @@ AFTER = sa.bindparam("after", type_=BigInt)
 # uses the index items_of_owner: then the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     #     owner_id = :owner AND id > :after
-    # For a comparison of rows, as below, SQLite would use only the first column of the
-    # index (`id` is the rowid), and read all items of the owner.
+    # For a comparison of rows, SQLite would use only the first column of the index
+    # (`id` is the rowid), and read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     #     (owner_id, id) > (:owner, :after) AND owner_id <= :owner
-    # For the query above, PostgreSQL may scan the primary key, and skip the items of
-    # all other owners one by one. The second condition is needed because later owners
-    # match the first: (8, 1) > (7, 100).
+    # For SQLite's query, PostgreSQL may scan the primary key, and skip the items of all
+    # other owners one by one. The second condition is needed because later owners match
+    # the first: (8, 1) > (7, 100).
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -2090,11 +2089,11 @@ class SlidingWindowRateLimiter:
 
 
 def end_timeout(timeout: asyncio.Timeout, steps: int) -> None:
-    """Let a timeout end after `steps` steps, a quarter of REDIS_TIMEOUT_SECONDS each.
+    """End a timeout after `steps` more timers of a quarter of REDIS_TIMEOUT_SECONDS.
 
-    A plain timeout would end while the event loop is busy with other requests, although
-    Redis is fast. Here, a step begins when the one before has ended. So a busy event
-    loop costs one step, and in the others it can send the command and read the answer.
+    run_script starts the first of four. A single timer could end because the event loop
+    was busy, although Redis was fast. Of four, one after the other, a busy event loop
+    costs one: during the others, it can send the command and read the answer.
     """
     loop = asyncio.get_running_loop()
     if steps > 0:
@@ -2145,7 +2144,7 @@ class RedisRateLimiter(MonitoredBackend):
 
         uvloop has two threads for lookups, and PostgreSQL's host is looked up there,
         too. A lookup that hangs keeps its thread, and cannot be cancelled. So start
-        one, and wait for its end before any connection starts another one. (With
+        one, and wait for its end, however long, before any connection starts one. (With
         SOCK_STREAM, uvloop needs no thread if the host is an address.)
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
@@ -2385,9 +2384,9 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, it has taken `address` from this header. So if
-            # `address` is not in it, the peer is not trusted. (Search the text, because
-            # an entry can be "address:port". A false match only omits the warning.)
+            # If uvicorn trusts the peer, it takes `address` from this header. So if the
+            # header lacks it, the peer is not trusted. (Search the text, because an
+            # entry can be "address:port". A false match only omits the warning.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
