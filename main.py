@@ -876,10 +876,11 @@ class FairPool(AsyncAdaptedQueuePool):
     times.
 
     A pool has two methods that SQLAlchemy calls. They are private, but all pools of
-    SQLAlchemy override them (as of 2.1.9):
+    SQLAlchemy override them (as of 2.1.9). The third one is the pool's own:
 
         _do_get          takes a connection out of the pool
         _do_return_conn  gives it back; not called if _do_get has raised an exception
+        _dec_overflow    lets the pool open one connection more
 
     They are not async, but SQLAlchemy calls them in a greenlet, where its function
     `await_(coroutine)` waits as `await coroutine` does in an async function.
@@ -912,7 +913,12 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         try:
-            super()._do_return_conn(record)
+            if record.driver_connection:
+                super()._do_return_conn(record)
+            else:
+                # The connection was lost, and not opened again. Forget the record: in
+                # the pool, requests would get it before connections that are idle.
+                self._dec_overflow()
         finally:
             self.slots.release()
 
@@ -1265,7 +1271,7 @@ class Database(MonitoredBackend):
         Raises ServiceUnavailableException until `prepare` has succeeded.
         """
         if not self.is_prepared:
-            raise ServiceUnavailableException("the database is not reachable")
+            raise ServiceUnavailableException("the database is not ready")
         return AsyncSession(
             self.write_engine if writes else self.read_engine,
             sync_session_class=Session if writes else ReadOnlySession,
@@ -2111,8 +2117,9 @@ class RedisRateLimiter(MonitoredBackend):
     def __init__(self, url: str, project_name: str) -> None:
         super().__init__()
         # Retry once, because Redis may have closed an idle connection (its setting
-        # `timeout`). NoBackoff: a pause would use up REDIS_TIMEOUT_SECONDS.
-        self.client = Redis.from_url(url, retry=Retry(NoBackoff(), 1))
+        # `timeout`). NoBackoff: a pause would use up REDIS_TIMEOUT_SECONDS. With
+        # protocol 2, to connect takes two round trips less than with 3, the default.
+        self.client = Redis.from_url(url, retry=Retry(NoBackoff(), 1), protocol=2)
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
         self.slots = asyncio.Semaphore(REDIS_CONNECTIONS - 1)
@@ -2125,19 +2132,28 @@ class RedisRateLimiter(MonitoredBackend):
 
     async def prepare(self) -> None:
         """Open all connections now, so that a burst of requests need not wait."""
-        pool = self.client.connection_pool
         # After an outage, `recover` calls this. Idle connections may be dead then, so
         # close them. Connections in use can stay: if one is dead, its command fails,
         # and redis-py closes it.
-        await pool.disconnect(inuse_connections=False)
+        await self.close_connections(inuse_connections=False)
         try:
             await self.open_connections()
         except Exception:
             # Redis may have no room for all. Then close those that it has accepted, so
             # that other clients can connect.
-            async with asyncio.timeout(REDIS_CONNECT_SECONDS):
-                await pool.disconnect()
+            await self.close_connections()
             raise
+
+    async def close_connections(self, inuse_connections: bool = True) -> None:
+        """Close connections, but wait at most REDIS_CONNECT_SECONDS for Redis.
+
+        To close a TLS connection, redis-py waits for Redis, and raises an exception if
+        Redis is silent. But then, too, it has given the connection up.
+        """
+        pool = self.client.connection_pool
+        with suppress(Exception):
+            async with asyncio.timeout(REDIS_CONNECT_SECONDS):
+                await pool.disconnect(inuse_connections)
 
     async def check_lookup(self) -> None:
         """Look up the host once, before each connection does. Raise if that is slow.
@@ -2238,7 +2254,7 @@ class RateLimiter:
     async def close(self) -> None:
         if self.redis:
             await self.redis.stop_checks()
-            await self.redis.client.aclose()
+            await self.redis.close_connections()
 
 
 async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> None:
