@@ -319,8 +319,8 @@ def describe_invalid_value(error: ErrorDetails) -> str:
     """
     names = [str(part) for part in error["loc"]]
     message = error["msg"].removeprefix("Value error, ")  # pydantic adds it
-    # pydantic calls the characters of a SecretStr "items".
-    message = message.replace("items after validation", "characters")
+    if message.startswith("Value should"):  # pydantic counts a SecretStr as a list
+        message = message.replace("items after validation", "characters")
     return ": ".join([*names, message])
 
 
@@ -407,8 +407,8 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 
 
 # --- Logging --------------------------------------------------------------------------
-# Each record is one line on stdout. Control characters are escaped, so that the text of
-# a client cannot forge a line.
+# Each record is one JSON line on stdout; in development, it is a line of text, and more
+# with an indent. Control characters are escaped: the text of a client forges no line.
 
 logger = logging.getLogger(__name__)
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
@@ -916,8 +916,8 @@ class FairPool(AsyncAdaptedQueuePool):
             if record.driver_connection:
                 super()._do_return_conn(record)
             else:
-                # The connection was lost, and not opened again. Forget the record: in
-                # the pool, requests would get it before connections that are idle.
+                # The connection was lost, and not opened again. Forget the record: from
+                # the pool, a request would get it, although other connections are idle.
                 self._dec_overflow()
         finally:
             self.slots.release()
@@ -1110,7 +1110,7 @@ class MonitoredBackend:
         raise NotImplementedError
 
     async def prepare(self) -> None:
-        """Do what is needed once, such as to create tables or open connections."""
+        """Do what the first use needs, such as to create tables."""
         raise NotImplementedError
 
     async def recover(self) -> None:
@@ -2117,8 +2117,8 @@ class RedisRateLimiter(MonitoredBackend):
     def __init__(self, url: str, project_name: str) -> None:
         super().__init__()
         # Retry once, because Redis may have closed an idle connection (its setting
-        # `timeout`). NoBackoff: a pause would use up REDIS_TIMEOUT_SECONDS. With
-        # protocol 2, to connect takes two round trips less than with 3, the default.
+        # `timeout`). NoBackoff: a pause would use up REDIS_TIMEOUT_SECONDS. To connect
+        # with protocol 2 takes fewer round trips than with 3, the default.
         self.client = Redis.from_url(url, retry=Retry(NoBackoff(), 1), protocol=2)
         self.script = self.client.register_script(REDIS_SCRIPT)
         self.key_prefix = f"{project_name}:rate-limit"
@@ -2990,7 +2990,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or get_settings()
     if "SECRET_KEY" not in settings.model_fields_set:
         # This warning is not in Settings, because they are read before setup_logging.
-        logger.warning("no SECRET_KEY: a restart or reload ends all tokens")
+        logger.warning("no SECRET_KEY: a restart or --reload ends all tokens")
     rate_limiter = RateLimiter(settings)
     app = FastAPI(
         title=settings.PROJECT_NAME,

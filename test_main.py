@@ -482,7 +482,7 @@ def test_settings_refused_are_all_named_with_a_reason(environment: Any) -> None:
 
 
 FILES = {"é": (b"A=\xe9", "cod.*: in [.]env"), "'": (b"A\nB='1", "line 2: in [.]env")}
-FILES |= {"x": (b"CORS_ORIGINS=x", "S: should be JSON.*"), "dir": (b"", "Is.*: in.*v")}
+FILES |= {"x": (b"CORS_ORIGINS=x", "S: should be.*"), "dir": (b"", "Is.*: in [.]env")}
 
 
 @cases("line, why", FILES)
@@ -574,21 +574,21 @@ def test_log_line_of_an_error_has_its_traceback_indented_in_text() -> None:
     trace = json.loads(main.JsonFormatter().format(failed_record()))["exception"]
     assert re.fullmatch(r"Traceback(.|\n)*ValueError: first line\nsecond line", trace)
     head, *lines = main.TextFormatter().format(failed_record()).split("\n")
-    words = "1970-01-01T00:00:00.250000Z INFO hello"
-    assert head == f"{words} logger=main request_id=None"
+    assert head == "1970-01-01T00:00:00.250000Z INFO hello logger=main request_id=None"
     assert all(line.startswith("    | ") for line in lines)
     assert lines[-1] == "    | second line"
     assert main.TextFormatter().format(make_record("a\nb")).endswith("\n    | b")
 
 
 HOSTILE_VALUES = {
-    "newlines": "a\n{}\r{}\u2028\x85{}",
+    "newlines": "a\n{}\r{}\u2028\x85\x1b{}",
     "lone-surrogate": "\ud800",
     "nan": float("nan"),
     "nan-and-lone-surrogate": [float("nan"), "\ud800"],
     "bytes-that-are-not-utf-8": b"\xff",
     "object-and-lone-surrogate": [object(), "\ud800"],
     "great-number": 10**400,
+    "nothing": "",
     "object-without-a-text": object.__new__(pydantic.SecretStr),
 }
 
@@ -1305,7 +1305,7 @@ async def test_sqlite_cannot_write_is_503_with_reason(
         statuses = [(await ada.post("/items", json=body)).status_code for _ in range(2)]
         assert (await ada.get("/items")).status_code == 200
     assert statuses == [503, 201 if pragma == "query_only = 1" else 503]
-    assert {*reasons(caplog)} == {f"database: {reason}"}
+    assert reasons(caplog) == [f"database: {reason}"] * statuses.count(503)
 
 
 async def test_sqlite_connection_is_prepared() -> None:
@@ -2918,7 +2918,7 @@ def test_create_app_leaves_logging_alone(caplog: CapLog) -> None:
     main.create_app(main.Settings(ENVIRONMENT="development", LOG_LEVEL="DEBUG"))
     main.create_app(make_settings(ENVIRONMENT="development"))
     assert (root.level, root.handlers) == before
-    assert caplog.messages == ["no SECRET_KEY: a restart or reload ends all tokens"]
+    assert caplog.messages == ["no SECRET_KEY: a restart or --reload ends all tokens"]
 
 
 def test_routes_are_built_before_the_first_request() -> None:
