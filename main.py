@@ -88,6 +88,7 @@ from python_multipart.multipart import parse_options_header
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 from sqlalchemy import event, orm
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -407,8 +408,8 @@ def usable_cpus(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
 
 
 # --- Logging --------------------------------------------------------------------------
-# Each record is one JSON line on stdout; in development, it is a line of text, and more
-# with an indent. Control characters are escaped: the text of a client forges no line.
+# Each record is one JSON line on stdout; in development, it is text, with its further
+# lines indented. Control characters are escaped, so that no client can forge a record.
 
 logger = logging.getLogger(__name__)
 request_id_context: ContextVar[str | None] = ContextVar("request_id", default=None)
@@ -521,7 +522,8 @@ class TextFormatter(JsonFormatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = self.collect_fields(record)
         # uvicorn logs an exception in `lifespan` as a message of many lines.
-        fields["message"], *lines = fields["message"].splitlines() or [""]
+        first_line, *lines = fields["message"].splitlines() or [""]
+        fields["message"] = first_line
         lines += safe_text(fields.pop("exception", "")).splitlines()
         parts = [str(fields.pop(name)) for name in ("timestamp", "level", "message")]
         parts += [f"{name}={safe_text(value)}" for name, value in fields.items()]
@@ -882,7 +884,7 @@ class FairPool(AsyncAdaptedQueuePool):
         _do_return_conn  gives it back; not called if _do_get has raised an exception
         _dec_overflow    lets the pool open one connection more
 
-    They are not async, but SQLAlchemy calls them in a greenlet, where its function
+    The first two are not async, but run in a greenlet of SQLAlchemy, where its function
     `await_(coroutine)` waits as `await coroutine` does in an async function.
     """
 
@@ -2154,7 +2156,7 @@ class RedisRateLimiter(MonitoredBackend):
         Redis is silent. But then, too, it has given the connection up.
         """
         pool = self.client.connection_pool
-        with suppress(Exception):
+        with suppress(TimeoutError, RedisError):
             async with asyncio.timeout(REDIS_CONNECT_SECONDS):
                 await pool.disconnect(inuse_connections)
 

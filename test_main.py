@@ -596,7 +596,7 @@ HOSTILE_VALUES = {
 @cases("value", HOSTILE_VALUES)
 @pytest.mark.parametrize("field", ["msg", "path"])
 @pytest.mark.parametrize("formatter", [main.JsonFormatter, main.TextFormatter])
-def test_log_line_stays_one_line(formatter: Any, field: str, value: Any) -> None:
+def test_log_line_cannot_be_forged(formatter: Any, field: str, value: Any) -> None:
     line = formatter().format(make_record(**{field: value}))
     assert line.isascii() and line.replace("\n    | ", "").isprintable()
     if formatter is main.JsonFormatter:
