@@ -877,8 +877,8 @@ class FairPool(AsyncAdaptedQueuePool):
     requests to a silent server would hold all connections. `pool_timeout` limits both
     times.
 
-    A pool has two methods that SQLAlchemy calls. They are private, but all pools of
-    SQLAlchemy override them (as of 2.1.9). The third one is the pool's own:
+    It overrides two private methods that SQLAlchemy calls, as all pools of SQLAlchemy
+    do (as of 2.1.9), and calls a third one, which is QueuePool's:
 
         _do_get          takes a connection out of the pool
         _do_return_conn  gives it back; not called if _do_get has raised an exception
