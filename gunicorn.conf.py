@@ -64,7 +64,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.cycle.transport = self.transport
 
     def refuse_slow(self) -> None:
-        if not self.cycle or self.cycle.response_complete:  # do not cut a response off
+        if not self.cycle or self.cycle.response_complete:  # no response is due
             self.refuse(408)
 
     def data_received(self, data: bytes) -> None:
@@ -73,7 +73,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # a CONNECT raises HttpParserUpgrade without `Upgrade`
+            self.refuse(400)  # HttpParserUpgrade: a CONNECT, which `parse` leaves
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -96,7 +96,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # It runs already at the first request, and when `parse` repeats the headers.
+        # The timer runs already at the first request, and when `parse` repeats headers.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -107,7 +107,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size += sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops the parser (no 400 follows)
+            raise httptools.HttpParserError  # stops the parser; no 400 follows
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         self.is_in_body = True
@@ -168,7 +168,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.sockets += [s.dup() for s in self.sockets for _ in range(3)]
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # for SIGQUIT, gunicorn's at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # on SIGQUIT, which Ctrl+C sends
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -120,8 +120,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. If the URL has none, a dummy 5 is checked: without it,
-    # psycopg would check PGCONNECT_TIMEOUT, which the service never uses.
+    # Checks connect_timeout. The 5 is a dummy: without one, psycopg would check the
+    # variable PGCONNECT_TIMEOUT. (It has no effect: we always set connect_timeout.)
     timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
@@ -208,19 +208,16 @@ def parse_origin(value: str) -> str:
 def parse_json(value: object) -> object:
     """Decode JSON. (Settings(CORS_ORIGINS=[…]) in code passes the list itself.)"""
     if isinstance(value, str):
-        # Bytes that are not UTF-8 arrive as surrogates. For a text with surrogates,
-        # from_json raises TypeError, which pydantic does not catch; for the bytes, it
-        # raises ValueError.
         try:
-            return from_json(value.encode(errors="surrogateescape"))
-        except ValueError:
+            return from_json(value)
+        except (ValueError, TypeError):  # TypeError: the text is not valid Unicode
             raise ValueError('should be JSON, such as ["https://a.example"]') from None
     return value
 
 
-# pydantic-settings decodes the text of a list or a tuple as JSON, before any validator
-# runs. NoDecode prevents this. DatabaseUrl needs it because sa.URL is a tuple. Origins
-# needs it so that strip_white_space runs first, and invalid JSON is a ValidationError.
+# NoDecode: the validator gets the text as it is, after strip_white_space. Without it,
+# pydantic-settings would first decode the text of a list or tuple as JSON. (sa.URL is a
+# tuple.)
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
@@ -367,7 +364,7 @@ def get_settings() -> Settings:
 
 
 # The rest of this section is for gunicorn.conf.py, whose settings come from the
-# environment only.
+# environment only. It is here so that all settings are read in one section.
 def read_text(name: str, default: str) -> str:
     return os.getenv(name, "").strip() or default
 
@@ -431,9 +428,8 @@ LIBRARY_LEVELS = {
     # These repeat what the request's own line says.
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
-    # If a request is cancelled while it returns a connection, its pool logs an ERROR,
-    # which is harmless. SQLAlchemy names the logger after the module (here, this one)
-    # and the class of the pool, so "sqlalchemy" does not cover it.
+    # SQLAlchemy names a pool's logger after the module and the class of the pool. If a
+    # request is cancelled while it returns a connection, this logs a harmless ERROR.
     f"{__name__}.FairPool": "CRITICAL",
 }
 # The servers' loggers. Their own handlers write another format, so setup_logging
@@ -601,7 +597,8 @@ ERROR_CODES = {  # status code: the `error` in the body
     503: "service_unavailable",
     504: "timeout",
 }
-# (Retry-After is 1, because the database is checked every second in an outage.)
+# For errors that do not set these headers themselves. (Retry-After is in seconds: in an
+# outage, the database is checked every second.)
 DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
 
 
@@ -623,7 +620,7 @@ class UnauthorizedException(AppException):
     # One error for every invalid token, so that a forger does not learn what is wrong.
     status_code = 401
     message = "The access token is not valid."
-    # RFC 6750 § 3.1 has this one code for every invalid token.
+    # RFC 6750 § 3.1: invalid_token is the code for every invalid token.
     # (ruff wants a ClassVar, but RateLimitedException sets `headers` per instance.)
     headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
@@ -896,9 +893,9 @@ class FairPool(AsyncAdaptedQueuePool):
         # A timer for each connection. A ConnectionPoolEntry, or record, stays in the
         # pool. It holds one connection, and opens another if that is lost.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # A request holds a connection from "checkout" to "checkin". But an engine's
-        # first connection is used before its "checkout": SQLAlchemy asks for the
-        # server's version, which can hang. So "connect" starts the timer, too.
+        # A request holds a connection from "checkout" to "checkin". "connect" starts
+        # the timer, too: after an engine's first connect, before the "checkout",
+        # SQLAlchemy asks for the server's version, which can hang.
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -918,8 +915,8 @@ class FairPool(AsyncAdaptedQueuePool):
             if record.driver_connection:
                 super()._do_return_conn(record)
             else:
-                # The connection was lost, and not opened again. Forget the record: from
-                # the pool, a request would get it, although other connections are idle.
+                # The connection was lost, and not opened again. Forget the record: if
+                # it were put back, a request could get it, although others are idle.
                 self._dec_overflow()
         finally:
             self.slots.release()
@@ -978,10 +975,9 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    A failed connect leaves a reference cycle (psycopg 3.3, SQLAlchemy 2.1): the
-    exception refers to its traceback, this to frames, and a variable of a frame to the
-    exception. The cycle keeps the socket open until the garbage collector runs, maybe
-    for minutes. clear_frames empties the variables, and so breaks the cycle.
+    A failed connect leaves a reference cycle of the exception, its traceback and a
+    frame's variable (psycopg 3.3, SQLAlchemy 2.1). It keeps the socket open until the
+    garbage collector runs, maybe for minutes. clear_frames breaks the cycle.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -1049,13 +1045,12 @@ BEGIN_STATEMENTS = {
 def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction: in autocommit, the driver sends no BEGIN itself.
 
-    COMMIT works as usual: the driver's commit() sends it if a transaction is open,
-    whoever began it. (With DEBUG, SQLAlchemy logs that COMMIT has no effect in
-    autocommit. Here, it has one.)
+    At a commit, the driver sends COMMIT whenever a transaction is open. (With DEBUG,
+    SQLAlchemy logs that COMMIT has no effect in autocommit. This is not true here.)
 
-    Why not execution_options(isolation_level=…), SQLAlchemy's own way? It switches
-    autocommit off for each transaction. If a request is cancelled during the switch,
-    its connection is lost until the garbage collector runs.
+    SQLAlchemy's own way, execution_options(isolation_level=…), would switch autocommit
+    off and on for each transaction. If a request is cancelled during the switch, its
+    connection is lost until the garbage collector runs.
     """
     connection.exec_driver_sql(BEGIN_STATEMENTS[connection.dialect.name])
 
@@ -1161,7 +1156,8 @@ class MonitoredBackend:
         if self.in_outage:
             return False
         task = self.start_check()
-        # In four steps: if the whole container was paused, only one of them is over.
+        # In four steps: if the whole container was paused, a single timer would be over
+        # at once. Of four, three are left for the answer.
         for _ in range(4):
             if not task.done():
                 await asyncio.wait({task}, timeout=HEALTH_CHECK_TIMEOUT_SECONDS / 4)
@@ -1191,7 +1187,10 @@ class Database(MonitoredBackend):
         self.check_engine = self.create_engine(1)
 
     def driver_arguments(self) -> dict[str, Any]:
-        """Return the arguments of create_async_engine that depend on the database."""
+        """Return the arguments of create_async_engine that depend on the database.
+
+        (libpq's are in postgresql_parameters, because DATABASE_URL can override them.)
+        """
         if self.is_sqlite:  # the longest wait for the lock of the file
             return {"connect_args": {"timeout": self.settings.DATABASE_TIMEOUT_SECONDS}}
         return {
@@ -1263,8 +1262,8 @@ class Database(MonitoredBackend):
             # SQLite has one writer at a time: they take turns with one connection.
             engine = self.create_engine(1)
         else:
-            # execution_options() returns a second engine with the same pool. The
-            # listener below is added to this one only, so read_engine sends no BEGIN.
+            # A copy of the engine, with the same pool, but with listeners of its own:
+            # so read_engine sends no BEGIN.
             engine = self.read_engine.execution_options()
         # SQLAlchemy sends this event before the first statement, in autocommit, too.
         event.listen(engine.sync_engine, "begin", begin_transaction)
@@ -1334,14 +1333,12 @@ class Database(MonitoredBackend):
             await self.create_missing_tables()
 
     async def ping(self) -> None:
-        """Check with one statement that the database answers and has all columns.
-
-        On PostgreSQL, it also fails if the database is read-only, because FOR UPDATE is
-        refused then. (SQLAlchemy omits it on SQLite.) With LIMIT 0, no row is read or
-        locked.
-        """
-        tables = Base.metadata.tables.values()
-        query = sa.select(*tables).limit(0).with_for_update()
+        """Check that the database answers, has all columns, and can be written."""
+        query = (
+            sa.select(*Base.metadata.tables.values())  # names every column
+            .limit(0)  # so no row is read or locked
+            .with_for_update()  # refused by a replica; SQLAlchemy omits it on SQLite
+        )
         async with self.check_engine.connect() as connection:
             await connection.execute(query)
 
@@ -1405,7 +1402,7 @@ async def database_exception_handler(
 ) -> Response:
     """Turn the error into a 503 in an outage, else into a 500."""
     if not is_outage(exc):
-        raise exc  # it reaches LimitsAndErrorsMiddleware, which answers 500
+        raise exc  # a bug, which LimitsAndErrorsMiddleware makes a 500
     database: Database = request.app.state.database
     if not database.in_outage:
         database.start_check()  # to find out whether only this request has failed
@@ -1554,7 +1551,7 @@ class HealthStatus(BaseModel):
 
 # --- Security -------------------------------------------------------------------------
 # Passwords are hashed. Tokens are signed, and carry a number by which they are revoked.
-# (What python-jose itself does not check is checked here.)
+# (python-jose is what the usual guides use. What it does not check is checked here.)
 
 # Argon2id with OWASP's parameters: a guess costs 19 MiB and some 30 ms of a CPU.
 ARGON2ID = Argon2Hasher(time_cost=2, memory_cost=19456, parallelism=1)
@@ -1568,9 +1565,7 @@ MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or long
 # The threads run beside other Python code, because argon2 releases the GIL. They start
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
-# The futures of hashes that wait or run. (If a request is cancelled, its future leaves
-# this set at once, even if its hash still occupies a thread: so there can be up to
-# HASHES_AT_A_TIME more than counted.)
+# The futures of hashes that wait or run.
 UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
@@ -1948,9 +1943,8 @@ NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for each step of `prepare`, such as opening a connection
 # The longest wait of a request for one of the worker's connections. After that, Redis
-# counts as failed. (A burst of 3,000 requests waits for up to 2 s.
-# REQUEST_TIMEOUT_SECONDS does not limit this wait, because RateLimitMiddleware runs
-# before LimitsAndErrorsMiddleware starts that time.)
+# counts as failed. (REQUEST_TIMEOUT_SECONDS does not include this wait, because
+# RateLimitMiddleware runs before LimitsAndErrorsMiddleware.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -2041,7 +2035,7 @@ class SlidingWindowRateLimiter:
         bucket_type = Row * ROWS_IN_BUCKET
         bucket_count = table_bytes // ctypes.sizeof(bucket_type)  # as many as fit
         table_type = bucket_type * bucket_count
-        # Anonymous memory, which forked processes share.
+        # Anonymous memory, which forked processes share. buckets[i][j] is a Row in it.
         self.buckets = table_type.from_buffer(mmap.mmap(-1, table_bytes))
         self.limit = limit
         self.seconds = seconds
@@ -2102,9 +2096,10 @@ class SlidingWindowRateLimiter:
 def end_timeout(timeout: asyncio.Timeout, steps: int) -> None:
     """End a timeout after `steps` more timers of a quarter of REDIS_TIMEOUT_SECONDS.
 
-    run_script starts the first of four. A single timer could end because the event loop
-    was busy, although Redis was fast. Of four, one after the other, a busy event loop
-    costs one: during the others, it can send the command and read the answer.
+    This is like asyncio.timeout(REDIS_TIMEOUT_SECONDS), but in four steps (run_script
+    starts the first), so that a busy event loop does not look like a slow Redis. If the
+    loop was busy, a single timer would be over before the answer is read. Of four, one
+    is over: during the others, the loop can send the command and read the answer.
     """
     loop = asyncio.get_running_loop()
     if steps > 0:
@@ -2160,32 +2155,11 @@ class RedisRateLimiter(MonitoredBackend):
             async with asyncio.timeout(REDIS_CONNECT_SECONDS):
                 await pool.disconnect(inuse_connections)
 
-    async def check_lookup(self) -> None:
-        """Look up the host once, before each connection does. Raise if that is slow.
-
-        uvloop has two threads for lookups, and PostgreSQL's host is looked up there,
-        too. A lookup that hangs keeps its thread, and cannot be cancelled. So start
-        one, and wait for its end, however long, before any connection starts one. (With
-        SOCK_STREAM, uvloop needs no thread if the host is an address.)
-        """
-        host = self.client.connection_pool.connection_kwargs.get("host")
-        if host is None:  # a unix socket, or the default, localhost
-            return
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        try:
-            await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        except OSError as error:
-            raise ConnectionError(f"{host}: {error}") from None
-        if loop.time() - started > REDIS_CONNECT_SECONDS:
-            raise TimeoutError(f"the lookup of {host} took too long")
-
     async def open_connections(self) -> None:
-        await self.check_lookup()
         pool = self.client.connection_pool
         async with AsyncExitStack() as stack:
-            # One after the other, so that only one lookup runs at a time. Keep each
-            # until all are open: otherwise, the pool would return the first one again.
+            # Keep each until all are open: otherwise, the pool would return the first
+            # one again.
             for _ in range(REDIS_CONNECTIONS):
                 connecting = pool.get_connection()  # type: ignore[no-untyped-call]
                 connection = await asyncio.wait_for(connecting, REDIS_CONNECT_SECONDS)
@@ -2367,8 +2341,8 @@ class RequestLoggingMiddleware:
             return await self.app(scope, receive, send)
         started = time.perf_counter()
         # Put back the prefix that the proxy has stripped, as /shop from /shop/health:
-        # in ASGI, `path` includes root_path. (FastAPI's argument root_path would set
-        # only root_path.)
+        # in ASGI, `path` includes root_path. (FastAPI's argument root_path would leave
+        # `path` without it.)
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -2479,7 +2453,7 @@ class OriginCORSMiddleware(CORSMiddleware):
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # (The lifespan has no headers.)
+        # (The scope of the lifespan has no headers.)
         if b"origin" not in dict(scope.get("headers", ())):
             return await self.app(scope, receive, send)
         await super().__call__(scope, receive, send)
@@ -2576,7 +2550,7 @@ class LimitsAndErrorsMiddleware:
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
             if "status_code" in request.scope["state"]:  # the response has started
                 request.state.reason = "the client has disconnected"
-            # Nobody receives this response, but the log line needs a status.
+            # Nobody receives this response: its status is for the log line.
             return await http_exception_handler(request, HTTPException(400))
         if "timed_out" in request.scope["state"]:
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
@@ -2653,9 +2627,7 @@ async def get_read_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that only reads: in autocommit, which is cheaper."""
     async with request.app.state.database.session(writes=False) as session:
         yield session
-        # Refuse changes that were not flushed, which would be lost silently. (flush()
-        # would refuse them, too. But if an attribute was only set to the value that it
-        # had, flush() would take a connection for nothing.)
+        # Refuse changes that were not flushed, which would be lost silently.
         refuse_changes(session.sync_session)
 
 
@@ -2707,7 +2679,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app sets it, too, but not for these routes: it passes them as `routes`.)
+    # (create_app's own setting does not reach these routes, passed as `routes`.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2938,12 +2910,12 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Middleware]:
     """Return the middleware for `FastAPI(middleware=…)`, outermost first.
 
-    Add yours at the end. But two kinds go second:
+    Add yours at the end. But make it the second one
 
-        one that must see every response, as for metrics: at the end, it would miss
-            those of the middleware, such as 429 and 504
-        a BaseHTTPMiddleware: at the end, its `receive` would raise a 413 as an
-            ExceptionGroup, which becomes a 400 or 500
+        if it must see every response, as for metrics: at the end, it would miss those
+            of other middleware, such as 429 and 504
+        if it is a BaseHTTPMiddleware: this runs the route in a task group, so at the
+            end, a 413 would become an ExceptionGroup, and then a 400 or 500
 
     Do not use `app.add_middleware`: it puts yours first, outside of the log line.
     """

@@ -2249,27 +2249,6 @@ async def test_close_does_not_wait_for_redis(monkeypatch: Patch) -> None:  # TLS
         limiter.redis.client.connection_pool.disconnect = partial(asyncio.sleep, 99)
 
 
-@pytest.mark.parametrize(
-    "seconds, reason", [(1, "h: no DNS"), (1e-9, "the lookup of h took too long")]
-)
-async def test_slow_dns_has_one_lookup_for_redis(
-    seconds: float, reason: str, monkeypatch: Patch, caplog: CapLog
-) -> None:
-    found = asyncio.get_running_loop().create_future()
-    lookup = mock.Mock(return_value=found)
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", lookup)
-    monkeypatch.setattr(main, "REDIS_CONNECT_SECONDS", seconds)
-    async with redis_limiter("redis://h") as limiter:
-        limiter.redis.is_prepared = False
-        assert len({limiter.redis.start_check() for _ in range(3)}) == 1
-        assert await admitted(limiter, 4) == 3
-        found.set_result([]) if seconds < 1 else found.set_exception(OSError("no DNS"))
-        await limiter.redis.start_check()
-        await limiter.redis.start_check()
-        assert lookup.mock_calls == [mock.call("h", None, type=socket.SOCK_STREAM)] * 2
-    assert [vars(record)["reason"] for record in caplog.records] == [reason]
-
-
 class OwnRedis:  # a redis-server of the test's own, which fails in each of these ways
     def __init__(self, port: int) -> None:
         self.port = port
