@@ -33,23 +33,23 @@ on_starting = prepare_process  # before the workers are forked
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
-    uvicorn calls a request and its response a `cycle`. For each one:
+    uvicorn calls a request and its response a `cycle`. Three states follow each other:
 
         headers arrive  header_timer and header_bytes limit them
-        a body arrives  if a response starts now, it says `Connection: close`, and
-                        `close` waits for the body, or the client may lose the response
-        the body ends   the connection is kept open, if both sides want that
+        a body arrives  if a response starts now, it says `Connection: close`
+        the body ends   only now does such a connection close, because if it closed
+                        earlier, the client could lose the response
 
-    A cycle gets this object as its transport, and calls write, is_closing and `close`.
+    For this, a cycle gets this object as its transport: its `close` waits for the body.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
-    header_bytes = 0  # since the last complete headers; can include a part of a body
+    header_bytes = 0  # received since the last headers were complete
     is_stopping = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.write = transport.write
+        self.write = transport.write  # a cycle calls this, is_closing and close
         self.is_closing = transport.is_closing
         host, port = self.client or ("127.0.0.1", 0)  # a unix socket counts as local
         self.client = (host.removeprefix("::ffff:"), port)  # the IPv4 form
@@ -59,13 +59,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # at a reset, uvicorn leaves this timer on
-        self.write = lambda _: None  # an earlier, pipelined cycle may still write
+        self.write = lambda _: None  # for an earlier, pipelined cycle: it would raise
         if self.cycle:  # end a circular reference, so that the memory is free at once
             self.cycle.transport = self.transport
 
     def refuse_slow(self) -> None:
-        if not self.cycle or self.cycle.response_complete:  # no response is due
-            self.refuse(408)
+        if not self.cycle or self.cycle.response_complete:  # else it would look like
+            self.refuse(408)  # the response that is due
 
     def data_received(self, data: bytes) -> None:
         if not self.is_in_body:
@@ -73,7 +73,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: a CONNECT, which `parse` leaves
+            self.refuse(400)  # (for a CONNECT, `parse` raises HttpParserUpgrade)
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -96,7 +96,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # The timer runs already at the first request, and when `parse` repeats headers.
+        # Else it still runs: for the first request, or as `parse` repeats the headers.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -107,7 +107,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size += sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops the parser; no 400 follows
+            raise httptools.HttpParserError  # stops the parser; refuse(400) is ignored
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         self.is_in_body = True
@@ -115,21 +115,21 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # a response may have started this timer
         super().on_headers_complete()
-        self.cycle.keep_alive = False  # until on_message_complete
+        self.cycle.keep_alive = False  # so an early response says `Connection: close`
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
     def close(self) -> None:
         if self.is_in_body and self.cycle.response_complete:
-            return  # on_message_complete will close the connection
-        self.transport.close()  # (an incomplete response: the application has failed)
+            return  # an early response: on_message_complete will close the connection
+        self.transport.close()  # (the response is incomplete if the application failed)
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # httptools calls this before it raises HttpParserUpgrade
         super().on_message_complete()
         self.is_in_body = False
-        if self.cycle.response_complete:  # `close` has kept the connection open
+        if self.cycle.response_complete:  # an early response: now close
             self.transport.close()
             raise httptools.HttpParserError  # stops the parser, as above
         if not self.cycle.response_started:  # it has not yet said `Connection: close`
@@ -137,7 +137,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = is_kept and self.scope["http_version"] != "1.0"
 
     def refuse(self, status: int) -> None:
-        if not self.transport.is_closing():  # no other refusal has been sent
+        if not self.transport.is_closing():  # else the last response has been sent
             lines = [b"%s: %s\r\n" % pair for pair in self.server_state.default_headers]
             ending = b"content-length: 0\r\nconnection: close\r\n\r\n"
             self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)
@@ -145,7 +145,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        self.timeout_keep_alive = 1  # seconds for a body that goes on after a response
+        self.timeout_keep_alive = 1  # s after a response, even if its body goes on
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         self.loop.call_later(0.5, super().shutdown)  # a request may be on its way
@@ -156,19 +156,19 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
         self.config.lifespan = "on"  # with "auto", an exception at the start is hidden
-        # -inf: uvicorn calls callback_notify each second, even if a clock is set back.
+        # Each second, uvicorn calls callback_notify if `now - last_call` exceeds this.
         self.config.timeout_notify = float("-inf")
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn replaces this handler while it runs. At its end, it puts it back, and
-        # raises SIGTERM again: then handle_quit ends the worker with status 0.
+        # uvicorn handles SIGTERM itself while it runs. At its end, it puts this handler
+        # back, and raises SIGTERM again: gunicorn's handle_quit exits with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
-        # uvloop accepts one connection per socket and turn of the event loop. With 3
-        # copies of the socket, it accepts 4. (With 15, one worker took most clients.)
+        # In a turn of its loop, uvloop accepts one connection of a socket: slow under
+        # load. With 3 copies, it accepts 4. (With 15, one worker took most clients.)
         self.sockets += [s.dup() for s in self.sockets for _ in range(3)]
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # on SIGQUIT, which Ctrl+C sends
+    def handle_exit(self, *_: object) -> None:  # SIGQUIT, by gunicorn at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -120,8 +120,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks connect_timeout. The 5 is a dummy: without one, psycopg would check the
-    # variable PGCONNECT_TIMEOUT. (It has no effect: we always set connect_timeout.)
+    # Checks the URL's connect_timeout; if it has none, a valid 5. (With none at all,
+    # psycopg would check the variable PGCONNECT_TIMEOUT, which the service never uses.)
     timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
@@ -215,9 +215,8 @@ def parse_json(value: object) -> object:
     return value
 
 
-# NoDecode: the validator gets the text as it is, after strip_white_space. Without it,
-# pydantic-settings would first decode the text of a list or tuple as JSON. (sa.URL is a
-# tuple.)
+# pydantic-settings decodes a variable as JSON if its type is a list or a tuple. sa.URL
+# is a tuple. NoDecode prevents this, so that our validators get the text itself.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
@@ -260,8 +259,8 @@ class Settings(BaseSettings):
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
-    # This URL and REDIS_URL can have passwords. exclude=True: model_dump() omits them,
-    # and so does a log line with extra={"settings": settings}.
+    # This URL and REDIS_URL can have passwords. With exclude=True, they are missing in
+    # model_dump(), and in a log line with extra={"settings": settings}.
     # (The default is parsed, because mypy wants it to have the field's type.)
     DATABASE_URL: DatabaseUrl = Field(
         default=parse_database_url("sqlite:///./app.db"), exclude=True
@@ -381,10 +380,10 @@ def read_addresses() -> list[str]:
     """Read BIND, else PORT. BIND is checked: gunicorn's own errors do not name it."""
     port = read_number("PORT", 8000, maximum=65535)
     addresses = re.split(r"\s*,\s*", read_text("BIND", f"0.0.0.0:{port}"))
-    pattern = r"(?:\[.+\]|[^:/]*):([0-9]{1,5})|unix:.+|fd://[0-9]+"
+    pattern = r"(?:\[.+\]|[^:/]*):(?P<port>[0-9]{1,5})|unix:.+|fd://[0-9]+"
     for address in addresses:
         match = re.fullmatch(pattern, address)
-        if not match or int(match[1] or 0) > 65535:  # match[1] is the port
+        if not match or int(match["port"] or 0) > 65535:
             raise SystemExit(
                 f"bad settings: BIND: {address!r} is not host:port, unix:… or fd://…"
             )
@@ -535,9 +534,8 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # The handler has the level, too. Otherwise, with LOG_LEVEL=ERROR, the warnings of
-    # the libraries in LIBRARY_LEVELS would be written: the root logger's level does not
-    # apply to a logger that has a level of its own.
+    # A logger with a level of its own, as in LIBRARY_LEVELS, ignores the root's level.
+    # So with LOG_LEVEL=ERROR, only the handler's level stops its warnings.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
@@ -546,8 +544,9 @@ def setup_logging(settings: Settings) -> None:
         logging.getLogger("sqlalchemy").setLevel("INFO")  # it logs SQL at INFO
     for name in SERVER_LOGGERS:
         server_logger = logging.getLogger(name)
-        # UvicornWorker later copies the handlers of gunicorn.error to uvicorn.error and
-        # sets its propagate to False. (Without gunicorn, "uvicorn" has a handler.)
+        # Each needs the handler itself: UvicornWorker copies the handlers of
+        # gunicorn.error to uvicorn.error, and sets its propagate to False. (Under
+        # uvicorn alone, the logger "uvicorn" has a handler, which this replaces.)
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # no level of its own: it takes the root's
         server_logger.propagate = False  # or the root's handler would write it, too
@@ -721,8 +720,8 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # In an application mounted at /x, root_path is /x, and so /x/health would match our
-    # /health. So match with our own root_path.
+    # A mounted application, such as StaticFiles at /x, can raise a 405, too. Its scope
+    # has root_path /x, so /x/health would match our /health. So use our own root_path.
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
     # app.routes has one entry for an included router (since FastAPI 0.137), of which
@@ -874,8 +873,8 @@ class FairPool(AsyncAdaptedQueuePool):
     requests to a silent server would hold all connections. `pool_timeout` limits both
     times.
 
-    It overrides two private methods that SQLAlchemy calls, as all pools of SQLAlchemy
-    do (as of 2.1.9), and calls a third one, which is QueuePool's:
+    Like every pool of SQLAlchemy, it overrides two private methods, which SQLAlchemy
+    calls. It also calls a third one, QueuePool's (all as of 2.1.9):
 
         _do_get          takes a connection out of the pool
         _do_return_conn  gives it back; not called if _do_get has raised an exception
@@ -916,7 +915,8 @@ class FairPool(AsyncAdaptedQueuePool):
                 super()._do_return_conn(record)
             else:
                 # The connection was lost, and not opened again. Forget the record: if
-                # it were put back, a request could get it, although others are idle.
+                # it were put back, a request could get it, and would have to connect,
+                # although open connections are idle.
                 self._dec_overflow()
         finally:
             self.slots.release()
@@ -1045,8 +1045,9 @@ BEGIN_STATEMENTS = {
 def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction: in autocommit, the driver sends no BEGIN itself.
 
-    At a commit, the driver sends COMMIT whenever a transaction is open. (With DEBUG,
-    SQLAlchemy logs that COMMIT has no effect in autocommit. This is not true here.)
+    Autocommit means only that: the driver's commit() still sends COMMIT if a
+    transaction is open. (With DEBUG, SQLAlchemy logs that COMMIT has no effect in
+    autocommit. This is not true here.)
 
     SQLAlchemy's own way, execution_options(isolation_level=…), would switch autocommit
     off and on for each transaction. If a request is cancelled during the switch, its
@@ -1156,8 +1157,8 @@ class MonitoredBackend:
         if self.in_outage:
             return False
         task = self.start_check()
-        # In four steps: if the whole container was paused, a single timer would be over
-        # at once. Of four, three are left for the answer.
+        # After a pause of the whole container, one wait of 2 s would be over at once.
+        # Of four waits, only one is: the answer can arrive during the others.
         for _ in range(4):
             if not task.done():
                 await asyncio.wait({task}, timeout=HEALTH_CHECK_TIMEOUT_SECONDS / 4)
@@ -1539,7 +1540,7 @@ class CheckResult(BaseModel):
 
 class HealthChecks(BaseModel):
     database: CheckResult
-    redis: CheckResult | MISSING = MISSING
+    redis: CheckResult | MISSING = MISSING  # left out of the response without Redis
 
 
 class HealthStatus(BaseModel):
@@ -1561,7 +1562,7 @@ PASSWORD_HASHER = PasswordHash([ARGON2ID])
 # and its hash are zeros in base64.
 DUMMY_HASH = "$argon2id$v=19$m=19456,t=2,p=1$" + "A" * 22 + "$" + "A" * 43
 HASHES_AT_A_TIME = 2  # to bound the memory
-MAX_WAITING_HASHES = 100  # two at a time: the last one waits for 1.5 s, or longer
+MAX_WAITING_HASHES = 100  # the last one waits for 50 turns of some 30 ms: 1.5 s
 # The threads run beside other Python code, because argon2 releases the GIL. They start
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
@@ -1625,8 +1626,9 @@ class TokenClaims(BaseModel):
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    Not as a text: if a text is JSON, such as "abc" with its quotes, python-jose parses
-    it when it verifies, but not when it signs. Then no token would be valid.
+    Not as a text: if SECRET_KEY is JSON itself, such as "abc" with the quotes,
+    python-jose signs with the text as it is, but verifies with what it means in JSON.
+    Then no token would be valid.
     """
     # SECRET_KEY may have bytes that are not UTF-8, because pydantic does not check the
     # Unicode of a SecretStr. Python reads them as surrogates; surrogateescape restores
@@ -1678,13 +1680,13 @@ AFTER = sa.bindparam("after", type_=BigInt)
 # uses the index items_of_owner: then the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     #     owner_id = :owner AND id > :after
-    # For a comparison of rows, SQLite would use only the first column of the index
-    # (`id` is the rowid), and read all items of the owner.
+    # Not a comparison of rows: for that, SQLite would use only the first column of the
+    # index (`id` is the rowid), and read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     #     (owner_id, id) > (:owner, :after) AND owner_id <= :owner
-    # For SQLite's query, PostgreSQL may scan the primary key, and skip the items of all
-    # other owners one by one. The second condition is needed because later owners match
-    # the first: (8, 1) > (7, 100).
+    # Not SQLite's query: for that, PostgreSQL may scan the primary key, and skip the
+    # items of all other owners one by one. The second condition is needed because later
+    # owners match the first: (8, 1) > (7, 100).
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1772,8 +1774,8 @@ def make_page(name: str, rows: Rows, limit: int) -> Page:
     Callers ask for `limit + 1` rows. If that many came, there is a next page. If not,
     `next` is None.
     """
-    has_next = len(rows) > limit
-    return {name: rows[:limit], "next": rows[limit - 1].id if has_next else None}
+    last_id = rows[limit - 1].id if len(rows) > limit else None
+    return {name: rows[:limit], "next": last_id}
 
 
 async def register_user(db: AsyncSession, user_in: UserIn) -> User:
@@ -1905,7 +1907,10 @@ async def read_items(db: AsyncSession, owner: User, after: int, limit: int) -> P
 async def change_item(
     db: AsyncSession, owner: User, item_id: int, patch: ItemPatch
 ) -> Item:
-    """Change the fields that were sent, and `updated_at`. Raises NotFoundException."""
+    """Change the fields that were sent. (The model's onupdate changes `updated_at`.)
+
+    Raises NotFoundException.
+    """
     changes = patch.model_dump()
     if not changes:
         return await read_item(db, owner, item_id)  # `updated_at` stays
@@ -2096,10 +2101,10 @@ class SlidingWindowRateLimiter:
 def end_timeout(timeout: asyncio.Timeout, steps: int) -> None:
     """End a timeout after `steps` more timers of a quarter of REDIS_TIMEOUT_SECONDS.
 
-    This is like asyncio.timeout(REDIS_TIMEOUT_SECONDS), but in four steps (run_script
-    starts the first), so that a busy event loop does not look like a slow Redis. If the
-    loop was busy, a single timer would be over before the answer is read. Of four, one
-    is over: during the others, the loop can send the command and read the answer.
+    So run_script has a timeout like asyncio.timeout(REDIS_TIMEOUT_SECONDS), but made of
+    four short timers, one after the other. If the event loop was busy for 0.1 s, a
+    single timer would be over before the loop reads Redis's answer. Here, only one of
+    the four is over, and the loop reads the answer during the next.
     """
     loop = asyncio.get_running_loop()
     if steps > 0:
@@ -2191,7 +2196,7 @@ class RedisRateLimiter(MonitoredBackend):
             try:
                 allowed, *numbers = await self.script(keys, arguments)
             finally:
-                timer.cancel()
+                timer.cancel()  # (if a later timer runs, it will do nothing)
         return RateLimitResult(bool(allowed), *numbers)
 
 
@@ -2379,9 +2384,9 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, it takes `address` from this header. So if the
-            # header lacks it, the peer is not trusted. (Search the text, because an
-            # entry can be "address:port". A false match only omits the warning.)
+            # A trusted proxy's header has `address`: uvicorn took it from there. So if
+            # the header lacks it, the peer is not trusted. (Search the text: an entry
+            # can be "address:port". A false match only omits the warning.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2437,8 +2442,8 @@ class SecurityHeadersMiddleware:
         await self.app(scope, receive, send_with_security_headers)
 
     def headers_for(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        # Called before the routing: then a Mount has not yet changed root_path, so the
-        # /docs of a mounted application do not look like ours.
+        # Called before the routing, while root_path is still ours. In a Mount, /x/docs
+        # has the root_path /x, and would look like our /docs.
         is_docs = scope["path"].removeprefix(scope["root_path"]) in DOCS_PATHS
         headers = self.docs_headers if is_docs else self.headers
         if scope["scheme"] == "https":
@@ -2521,9 +2526,9 @@ class LimitsAndErrorsMiddleware:
         task = asyncio.current_task()
         assert task is not None  # for mypy
         loop = asyncio.get_running_loop()
-        # asyncio.timeout does the same, but makes a health check 4 % slower. At its
-        # end, the timer cancels this task. answer_error makes the CancelledError a 504,
-        # and uncancel() tells asyncio that it was handled.
+        # Not asyncio.timeout, which makes a health check 4 % slower. When the time is
+        # over, time_out cancels this task: a CancelledError, from which answer_error
+        # makes a 504.
         timer = loop.call_later(self.timeout_seconds, self.time_out, task, scope)
         try:
             await self.app(scope, receive_limited, send)
@@ -2532,7 +2537,7 @@ class LimitsAndErrorsMiddleware:
         finally:
             timer.cancel()
             if "timed_out" in scope["state"]:
-                task.uncancel()
+                task.uncancel()  # tells asyncio that the cancellation was handled
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
         # one is incomplete, uvicorn closes the connection.
@@ -2679,7 +2684,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app's own setting does not reach these routes, passed as `routes`.)
+    # (create_app sets it, too, but that does not apply to its argument `routes`.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2910,12 +2915,12 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Middleware]:
     """Return the middleware for `FastAPI(middleware=…)`, outermost first.
 
-    Add yours at the end. But make it the second one
+    Add yours at the end. Two kinds go directly after RequestLoggingMiddleware:
 
-        if it must see every response, as for metrics: at the end, it would miss those
-            of other middleware, such as 429 and 504
-        if it is a BaseHTTPMiddleware: this runs the route in a task group, so at the
-            end, a 413 would become an ExceptionGroup, and then a 400 or 500
+        one that must see every response, as for metrics: at the end, it would miss
+            those of the middleware before it, such as 429 and 504
+        a BaseHTTPMiddleware: it reads the body in a task group, so at the end, a 413
+            would become an ExceptionGroup, and that a 400 or 500
 
     Do not use `app.add_middleware`: it puts yours first, outside of the log line.
     """
@@ -3029,7 +3034,7 @@ def prepare_process(server: object) -> None:
     """Prepare gunicorn's main process. (`server` is gunicorn's Arbiter.)
 
     gunicorn calls this after it has loaded the application (by preload_app), and before
-    it forks workers.
+    it forks workers. It is here, beside setup_logging, to keep gunicorn.conf.py short.
     """
     # `gunicorn 'main:create_app()'` overrides wsgi_app: then logging is not set up yet.
     if not logger.hasHandlers():
