@@ -36,11 +36,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     uvicorn calls a request and its response a `cycle`. Three states follow each other:
 
         headers arrive  header_timer and header_bytes limit them
-        a body arrives  if a response starts now, it says `Connection: close`
-        the body ends   only now does such a connection close, because if it closed
-                        earlier, the client could lose the response
+        a body arrives  a response that starts now says `Connection: close`
+        the body ends   after such a response, the connection is closed only now:
+                        if it were closed before, the client could lose the response
 
-    For this, a cycle gets this object as its transport: its `close` waits for the body.
+    For this, the transport of a cycle is this object, with write, is_closing and close.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -49,7 +49,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.write = transport.write  # a cycle calls this, is_closing and close
+        self.write = transport.write
         self.is_closing = transport.is_closing
         host, port = self.client or ("127.0.0.1", 0)  # a unix socket counts as local
         self.client = (host.removeprefix("::ffff:"), port)  # the IPv4 form
@@ -58,14 +58,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # at a reset, uvicorn leaves this timer on
-        self.write = lambda _: None  # for an earlier, pipelined cycle: it would raise
+        self._unset_keepalive_if_required()  # private: stops the keep-alive timer
+        self.write = lambda _: None  # or a pipelined request that still runs would fail
         if self.cycle:  # end a circular reference, so that the memory is free at once
             self.cycle.transport = self.transport
 
     def refuse_slow(self) -> None:
-        if not self.cycle or self.cycle.response_complete:  # else it would look like
-            self.refuse(408)  # the response that is due
+        if not self.cycle or self.cycle.response_complete:
+            self.refuse(408)  # (the client would take it for a response that is due)
 
     def data_received(self, data: bytes) -> None:
         if not self.is_in_body:
@@ -73,7 +73,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # (for a CONNECT, `parse` raises HttpParserUpgrade)
+            self.refuse(400)  # HttpParserUpgrade: from the second parser at a CONNECT
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -95,19 +95,19 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
-        self._unset_keepalive_if_required()  # private: ends the keep-alive timer
-        # Else it still runs: for the first request, or as `parse` repeats the headers.
+        self._unset_keepalive_if_required()
+        # Start the timer of a later request. (connection_made has started that of the
+        # first one. When `parse` repeats headers, it still runs.)
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
-        # header_bytes can include some body, so count anew. (14 is the length of
-        # "  HTTP/1.1\r\n\r\n", and 4 that of ": \r\n": the parser omits these.)
+        # The size without any body. (14: "  HTTP/1.1\r\n\r\n", and 4: ": \r\n".)
         size = len(self.parser.get_method() + self.url) + 14
         size += sum(len(k) + len(v) + 4 for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops the parser; refuse(400) is ignored
+            raise httptools.HttpParserError  # stops the parser; no 400 is sent
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         self.is_in_body = True
@@ -115,14 +115,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # a response may have started this timer
         super().on_headers_complete()
-        self.cycle.keep_alive = False  # so an early response says `Connection: close`
+        self.cycle.keep_alive = False  # until on_message_complete sets the real value
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
     def close(self) -> None:
         if self.is_in_body and self.cycle.response_complete:
             return  # an early response: on_message_complete will close the connection
-        self.transport.close()  # (the response is incomplete if the application failed)
+        self.transport.close()
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -132,7 +132,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self.cycle.response_complete:  # an early response: now close
             self.transport.close()
             raise httptools.HttpParserError  # stops the parser, as above
-        if not self.cycle.response_started:  # it has not yet said `Connection: close`
+        if not self.cycle.response_started:  # no `Connection: close` has been sent
             is_kept = self.parser.should_keep_alive() and not self.is_stopping
             self.cycle.keep_alive = is_kept and self.scope["http_version"] != "1.0"
 
@@ -145,7 +145,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        self.timeout_keep_alive = 1  # s after a response, even if its body goes on
+        self.timeout_keep_alive = 1  # bounds the wait for a body after its response
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         self.loop.call_later(0.5, super().shutdown)  # a request may be on its way
@@ -156,19 +156,19 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
         self.config.lifespan = "on"  # with "auto", an exception at the start is hidden
-        # Each second, uvicorn calls callback_notify if `now - last_call` exceeds this.
+        # Call callback_notify (below) each second, even after the clock was set back.
         self.config.timeout_notify = float("-inf")
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn handles SIGTERM itself while it runs. At its end, it puts this handler
-        # back, and raises SIGTERM again: gunicorn's handle_quit exits with status 0.
+        # uvicorn replaces this handler while it serves. Then it restores this one, and
+        # raises SIGTERM again: handle_quit ends the worker with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
-        # In a turn of its loop, uvloop accepts one connection of a socket: slow under
-        # load. With 3 copies, it accepts 4. (With 15, one worker took most clients.)
+        # uvloop accepts one connection per socket and turn of the event loop. This is
+        # slow under load: add 3 copies. (With 15, one worker took most clients.)
         self.sockets += [s.dup() for s in self.sockets for _ in range(3)]
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # SIGQUIT, by gunicorn at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # gunicorn sends SIGQUIT at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

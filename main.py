@@ -120,8 +120,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Checks the URL's connect_timeout; if it has none, a valid 5. (With none at all,
-    # psycopg would check the variable PGCONNECT_TIMEOUT, which the service never uses.)
+    # Check connect_timeout. For a URL without one, pass a valid dummy, 5: otherwise,
+    # psycopg would check the variable PGCONNECT_TIMEOUT, which the service never uses.
     timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
@@ -215,8 +215,9 @@ def parse_json(value: object) -> object:
     return value
 
 
-# pydantic-settings decodes a variable as JSON if its type is a list or a tuple. sa.URL
-# is a tuple. NoDecode prevents this, so that our validators get the text itself.
+# pydantic-settings decodes a variable as JSON if its type is a list or a tuple.
+# NoDecode prevents this. A sa.URL is a tuple, but its text is no JSON. Origins are
+# decoded by parse_json, whose error shows an example.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
@@ -284,9 +285,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A text that has only spaces counts as not set. (pydantic-settings has merged its
-        sources before. So if the environment has spaces, and .env has a value, the
-        default is used.)
+        A text that has only spaces counts as not set. (Spaces in the environment still
+        hide a value in .env, because the sources are merged before this runs.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -316,7 +316,8 @@ def describe_invalid_value(error: ErrorDetails) -> str:
     """
     names = [str(part) for part in error["loc"]]
     message = error["msg"].removeprefix("Value error, ")  # pydantic adds it
-    if message.startswith("Value should"):  # pydantic counts a SecretStr as a list
+    # For a SecretStr, pydantic says "Value should have at least 32 items after …".
+    if message.startswith("Value should"):
         message = message.replace("items after validation", "characters")
     return ": ".join([*names, message])
 
@@ -545,8 +546,8 @@ def setup_logging(settings: Settings) -> None:
     for name in SERVER_LOGGERS:
         server_logger = logging.getLogger(name)
         # Each needs the handler itself: UvicornWorker copies the handlers of
-        # gunicorn.error to uvicorn.error, and sets its propagate to False. (Under
-        # uvicorn alone, the logger "uvicorn" has a handler, which this replaces.)
+        # gunicorn.error to uvicorn.error, and stops uvicorn.error from propagating.
+        # (Under uvicorn alone, "uvicorn" has a handler, which this replaces.)
         server_logger.handlers = [handler]
         server_logger.setLevel("NOTSET")  # no level of its own: it takes the root's
         server_logger.propagate = False  # or the root's handler would write it, too
@@ -596,8 +597,8 @@ ERROR_CODES = {  # status code: the `error` in the body
     503: "service_unavailable",
     504: "timeout",
 }
-# For errors that do not set these headers themselves. (Retry-After is in seconds: in an
-# outage, the database is checked every second.)
+# For errors that do not set these headers themselves. Retry-After is 1 s, because the
+# database is checked every second in an outage.
 DEFAULT_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
 
 
@@ -720,8 +721,8 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # A mounted application, such as StaticFiles at /x, can raise a 405, too. Its scope
-    # has root_path /x, so /x/health would match our /health. So use our own root_path.
+    # If the 405 is from a mounted application, such as StaticFiles at /x, the scope has
+    # root_path /x. Then /x/health would match our /health. So use our own root_path.
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
     # app.routes has one entry for an included router (since FastAPI 0.137), of which
@@ -878,7 +879,7 @@ class FairPool(AsyncAdaptedQueuePool):
 
         _do_get          takes a connection out of the pool
         _do_return_conn  gives it back; not called if _do_get has raised an exception
-        _dec_overflow    lets the pool open one connection more
+        _dec_overflow    counts one open connection less: the pool may open another
 
     The first two are not async, but run in a greenlet of SQLAlchemy, where its function
     `await_(coroutine)` waits as `await coroutine` does in an async function.
@@ -886,15 +887,15 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        # A slot for each connection. (size() is SQLAlchemy's: it returns pool_size, and
-        # timeout() pool_timeout. Database.create_engine sets max_overflow to 0.)
+        # A slot for each connection. (size() returns pool_size, and timeout(), below,
+        # pool_timeout. create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
         # A timer for each connection. A ConnectionPoolEntry, or record, stays in the
         # pool. It holds one connection, and opens another if that is lost.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # A request holds a connection from "checkout" to "checkin". "connect" starts
-        # the timer, too: after an engine's first connect, before the "checkout",
-        # SQLAlchemy asks for the server's version, which can hang.
+        # A request holds a connection from "checkout" to "checkin". But start the timer
+        # at "connect", too: before the first "checkout" of an engine, SQLAlchemy asks
+        # for the server's version, which can hang.
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -964,8 +965,8 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in driver_arguments.)
         """
         del self.timers[record]
-        # If a new connection has failed before its "checkout", SQLAlchemy has closed it
-        # without a "checkin": so the timer still ran, and driver_connection is None.
+        # driver_connection is None if a new connection failed before its "checkout":
+        # then there was no "checkin" to stop the timer.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -1045,9 +1046,9 @@ BEGIN_STATEMENTS = {
 def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction: in autocommit, the driver sends no BEGIN itself.
 
-    Autocommit means only that: the driver's commit() still sends COMMIT if a
-    transaction is open. (With DEBUG, SQLAlchemy logs that COMMIT has no effect in
-    autocommit. This is not true here.)
+    Only the BEGIN is missing: the driver's commit() still sends COMMIT if a transaction
+    is open. (With DEBUG, SQLAlchemy logs that COMMIT has no effect in autocommit. This
+    is not true here.)
 
     SQLAlchemy's own way, execution_options(isolation_level=…), would switch autocommit
     off and on for each transaction. If a request is cancelled during the switch, its
@@ -1082,6 +1083,32 @@ def refuse_changes(session: Session, *_: object) -> None:
 def refuse_write_statement(state: orm.ORMExecuteState) -> None:
     if state.is_insert or state.is_update or state.is_delete:
         raise RuntimeError(WRITE_REFUSED)
+
+
+@asynccontextmanager
+async def timeout_in_steps(seconds: float) -> AsyncIterator[None]:
+    """Like asyncio.timeout, but made of four timers, one after the other.
+
+    If the event loop was busy, or the whole container was paused, a single timer would
+    be over before the loop reads an answer that came in time. Here, only one of the
+    four is over, and the loop reads the answer during the next.
+    """
+    loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle  # of the current step
+
+    def end_step(steps_left: int) -> None:
+        nonlocal timer
+        if steps_left == 0:
+            timeout.reschedule(loop.time())
+        else:
+            timer = loop.call_later(seconds / 4, end_step, steps_left - 1)
+
+    async with asyncio.timeout(None) as timeout:
+        timer = loop.call_later(seconds / 4, end_step, 3)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 class MonitoredBackend:
@@ -1157,11 +1184,9 @@ class MonitoredBackend:
         if self.in_outage:
             return False
         task = self.start_check()
-        # After a pause of the whole container, one wait of 2 s would be over at once.
-        # Of four waits, only one is: the answer can arrive during the others.
-        for _ in range(4):
-            if not task.done():
-                await asyncio.wait({task}, timeout=HEALTH_CHECK_TIMEOUT_SECONDS / 4)
+        with suppress(TimeoutError):
+            async with timeout_in_steps(HEALTH_CHECK_TIMEOUT_SECONDS):
+                await asyncio.wait({task})  # a timeout does not cancel the task
         # run_check does not raise an exception: it sets in_outage if the check fails.
         return task.done() and not self.in_outage
 
@@ -1626,9 +1651,8 @@ class TokenClaims(BaseModel):
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    Not as a text: if SECRET_KEY is JSON itself, such as "abc" with the quotes,
-    python-jose signs with the text as it is, but verifies with what it means in JSON.
-    Then no token would be valid.
+    Not as a text: python-jose's decode parses a text that is JSON, such as "abc" with
+    the quotes. Its encode does not. So with such a SECRET_KEY, no token would be valid.
     """
     # SECRET_KEY may have bytes that are not UTF-8, because pydantic does not check the
     # Unicode of a SecretStr. Python reads them as surrogates; surrogateescape restores
@@ -1680,12 +1704,12 @@ AFTER = sa.bindparam("after", type_=BigInt)
 # uses the index items_of_owner: then the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     #     owner_id = :owner AND id > :after
-    # Not a comparison of rows: for that, SQLite would use only the first column of the
-    # index (`id` is the rowid), and read all items of the owner.
+    # With a comparison of rows, SQLite would use only the first column of the index
+    # (`id` is the rowid), and read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     #     (owner_id, id) > (:owner, :after) AND owner_id <= :owner
-    # Not SQLite's query: for that, PostgreSQL may scan the primary key, and skip the
-    # items of all other owners one by one. The second condition is needed because later
+    # With SQLite's query, PostgreSQL may scan the primary key, and skip the items of
+    # all other owners one by one. The second condition is needed because later
     # owners match the first: (8, 1) > (7, 100).
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
@@ -2098,22 +2122,6 @@ class SlidingWindowRateLimiter:
         return RateLimitResult(allowed, self.limit, remaining, reset_seconds)
 
 
-def end_timeout(timeout: asyncio.Timeout, steps: int) -> None:
-    """End a timeout after `steps` more timers of a quarter of REDIS_TIMEOUT_SECONDS.
-
-    So run_script has a timeout like asyncio.timeout(REDIS_TIMEOUT_SECONDS), but made of
-    four short timers, one after the other. If the event loop was busy for 0.1 s, a
-    single timer would be over before the loop reads Redis's answer. Here, only one of
-    the four is over, and the loop reads the answer during the next.
-    """
-    loop = asyncio.get_running_loop()
-    if steps > 0:
-        loop.call_later(REDIS_TIMEOUT_SECONDS / 4, end_timeout, timeout, steps - 1)
-        return
-    with suppress(RuntimeError):  # the block of the timeout was left in the meantime
-        timeout.reschedule(loop.time())
-
-
 class RedisRateLimiter(MonitoredBackend):
     """The same sliding windows, in Redis, for all processes and hosts together."""
 
@@ -2153,7 +2161,7 @@ class RedisRateLimiter(MonitoredBackend):
         """Close connections, but wait at most REDIS_CONNECT_SECONDS for Redis.
 
         To close a TLS connection, redis-py waits for Redis, and raises an exception if
-        Redis is silent. But then, too, it has given the connection up.
+        Redis is silent. In this case, it has already discarded the connection.
         """
         pool = self.client.connection_pool
         with suppress(TimeoutError, RedisError):
@@ -2189,14 +2197,8 @@ class RedisRateLimiter(MonitoredBackend):
     async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
         keys = [f"{self.key_prefix}:{key}"]
         arguments: list[int | str] = [limit, seconds * 1_000_000, secrets.token_hex(8)]
-        loop = asyncio.get_running_loop()
-        # Not asyncio.timeout(REDIS_TIMEOUT_SECONDS): end_timeout says why.
-        async with asyncio.timeout(None) as timeout:
-            timer = loop.call_later(REDIS_TIMEOUT_SECONDS / 4, end_timeout, timeout, 3)
-            try:
-                allowed, *numbers = await self.script(keys, arguments)
-            finally:
-                timer.cancel()  # (if a later timer runs, it will do nothing)
+        async with timeout_in_steps(REDIS_TIMEOUT_SECONDS):
+            allowed, *numbers = await self.script(keys, arguments)
         return RateLimitResult(bool(allowed), *numbers)
 
 
@@ -2345,9 +2347,9 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # Put back the prefix that the proxy has stripped, as /shop from /shop/health:
-        # in ASGI, `path` includes root_path. (FastAPI's argument root_path would leave
-        # `path` without it.)
+        # For /shop/health, the proxy has sent /health. In ASGI, root_path is /shop
+        # then, and `path` is /shop/health: so put the prefix back. (FastAPI's argument
+        # root_path would leave `path` as it is.)
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -2384,8 +2386,8 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # A trusted proxy's header has `address`: uvicorn took it from there. So if
-            # the header lacks it, the peer is not trusted. (Search the text: an entry
+            # If uvicorn trusts the peer, `address` is from this header. So an address
+            # that is not in it is that of an untrusted peer. (Search the text: an entry
             # can be "address:port". A false match only omits the warning.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
@@ -2555,7 +2557,7 @@ class LimitsAndErrorsMiddleware:
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
             if "status_code" in request.scope["state"]:  # the response has started
                 request.state.reason = "the client has disconnected"
-            # Nobody receives this response: its status is for the log line.
+            # The client has gone: the status 400 is for the log line only.
             return await http_exception_handler(request, HTTPException(400))
         if "timed_out" in request.scope["state"]:
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
@@ -2583,8 +2585,9 @@ class LimitsAndErrorsMiddleware:
     def limit_body(self, scope: Scope, receive: Receive) -> Receive:
         """Return a `receive` that raises HTTPException for a bad body.
 
-        It raises when a route reads the body, so 404 and 405 come first. It must be an
-        HTTPException: FastAPI, which reads the body, makes nearly all others a 400.
+        It raises when a route reads the body, so 404 and 405 come first. It raises only
+        HTTPException: FastAPI, which reads the body, turns nearly any other exception
+        into a 400.
         """
         received_bytes = 0
 
@@ -2684,7 +2687,8 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app sets it, too, but that does not apply to its argument `routes`.)
+    # (It is set here, too, because create_app passes these routes as `routes`, to which
+    # the application's setting does not apply.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2919,8 +2923,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
 
         one that must see every response, as for metrics: at the end, it would miss
             those of the middleware before it, such as 429 and 504
-        a BaseHTTPMiddleware: it reads the body in a task group, so at the end, a 413
-            would become an ExceptionGroup, and that a 400 or 500
+        a BaseHTTPMiddleware: at the end, its task group would wrap a 413 in an
+            ExceptionGroup, and the client would get 400 or 500
 
     Do not use `app.add_middleware`: it puts yours first, outside of the log line.
     """
@@ -3012,8 +3016,8 @@ def build_app() -> FastAPI:
     try:
         return create_app()
     except AttributeError as error:
-        # If __getattr__ (below) raises AttributeError, servers say that there is no
-        # `app`, and hide the cause. With an ImportError, they show it.
+        # __getattr__ (below) calls this. If it raised AttributeError, servers would say
+        # that there is no `app`, and hide the cause. With an ImportError, they show it.
         raise ImportError("create_app has failed") from error
 
 
