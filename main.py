@@ -2068,6 +2068,7 @@ class SlidingWindowRateLimiter:
         self.buckets = table_type.from_buffer(mmap.mmap(-1, table_bytes))
         self.limit = limit
         self.seconds = seconds
+        self.window_ns = seconds * NANOSECONDS_PER_SECOND
         # The same clock in all processes of a machine. Tests replace it.
         self.clock_ns = time.monotonic_ns
         self.hash_key = secrets.token_hex()
@@ -2103,20 +2104,23 @@ class SlidingWindowRateLimiter:
         row.count = 0  # `oldest` may stay: an empty ring buffer may begin anywhere
         return row
 
-    def record_request(self, row: ctypes.Structure) -> RateLimitResult:
+    def drop_old_times(self, row: ctypes.Structure, now_ns: int) -> None:
         times = row.times  # the shared memory, not a copy
-        window_ns = self.seconds * NANOSECONDS_PER_SECOND
-        now_ns = self.clock_ns()
-        row.last_seen_ns = now_ns
-        while row.count and times[row.oldest] <= now_ns - window_ns:
+        while row.count and times[row.oldest] <= now_ns - self.window_ns:
             row.oldest = (row.oldest + 1) % self.limit
             row.count -= 1
+
+    def record_request(self, row: ctypes.Structure) -> RateLimitResult:
+        times = row.times
+        now_ns = self.clock_ns()
+        row.last_seen_ns = now_ns
+        self.drop_old_times(row, now_ns)
         allowed = row.count < self.limit
         if allowed:
             times[(row.oldest + row.count) % self.limit] = now_ns
             row.count += 1
         # The window is not empty here: it has this request, or it is full.
-        reset_ns = times[row.oldest] + window_ns - now_ns
+        reset_ns = times[row.oldest] + self.window_ns - now_ns
         reset_seconds = math.ceil(reset_ns / NANOSECONDS_PER_SECOND)
         remaining = self.limit - row.count
         return RateLimitResult(allowed, self.limit, remaining, reset_seconds)
