@@ -40,7 +40,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         the body ends   after such a response, the connection is closed only now:
                         if it were closed before, the client could lose the response
 
-    For this, the transport of a cycle is this object, with write, is_closing and close.
+    A cycle gets this object as its `transport`: so our `close` can wait for the body.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -49,7 +49,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.write = transport.write
+        self.write = transport.write  # for the cycle, as is_closing and close
         self.is_closing = transport.is_closing
         host, port = self.client or ("127.0.0.1", 0)  # a unix socket counts as local
         self.client = (host.removeprefix("::ffff:"), port)  # the IPv4 form
@@ -59,13 +59,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
-        self.write = lambda _: None  # or a pipelined request that still runs would fail
+        self.write = lambda _: None  # pipelined requests still run: drop their output
         if self.cycle:  # end a circular reference, so that the memory is free at once
             self.cycle.transport = self.transport
 
     def refuse_slow(self) -> None:
+        # If a response is due, the client would take the 408 for that response.
         if not self.cycle or self.cycle.response_complete:
-            self.refuse(408)  # (the client would take it for a response that is due)
+            self.refuse(408)
 
     def data_received(self, data: bytes) -> None:
         if not self.is_in_body:
@@ -73,7 +74,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: from the second parser at a CONNECT
+            self.refuse(400)  # HttpParserUpgrade: a CONNECT stops any parser
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -96,15 +97,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()
-        # Start the timer of a later request. (connection_made has started that of the
-        # first one. When `parse` repeats headers, it still runs.)
+        # Cancelled: by the headers of an earlier request. (Else the timer still runs.)
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
-        # The size without any body. (14: "  HTTP/1.1\r\n\r\n", and 4: ": \r\n".)
-        size = len(self.parser.get_method() + self.url) + 14
-        size += sum(len(k) + len(v) + 4 for k, v in self.headers)
+        # Unlike header_bytes, this does not include a part of the body.
+        size = len(self.parser.get_method() + self.url + b"  HTTP/1.1\r\n\r\n")
+        size += sum(len(k + v + b": \r\n") for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
             raise httptools.HttpParserError  # stops the parser; no 400 is sent
@@ -115,7 +115,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # a response may have started this timer
         super().on_headers_complete()
-        self.cycle.keep_alive = False  # until on_message_complete sets the real value
+        self.keep_alive = self.cycle.keep_alive  # what the client wants
+        self.cycle.keep_alive = False  # an early response says `Connection: close`
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
@@ -133,8 +134,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
             raise httptools.HttpParserError  # stops the parser, as above
         if not self.cycle.response_started:  # no `Connection: close` has been sent
-            is_kept = self.parser.should_keep_alive() and not self.is_stopping
-            self.cycle.keep_alive = is_kept and self.scope["http_version"] != "1.0"
+            self.cycle.keep_alive = self.keep_alive and not self.is_stopping
 
     def refuse(self, status: int) -> None:
         if not self.transport.is_closing():  # else the last response has been sent
@@ -145,7 +145,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        self.timeout_keep_alive = 1  # bounds the wait for a body after its response
+        self.timeout_keep_alive = 1  # for the rest of a body, after an early response
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         self.loop.call_later(0.5, super().shutdown)  # a request may be on its way
@@ -156,19 +156,19 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
         self.config.lifespan = "on"  # with "auto", an exception at the start is hidden
-        # Call callback_notify (below) each second, even after the clock was set back.
+        # uvicorn calls callback_notify if `now - last_call` is more than this: always.
         self.config.timeout_notify = float("-inf")
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # uvicorn replaces this handler while it serves. Then it restores this one, and
-        # raises SIGTERM again: handle_quit ends the worker with status 0.
+        # After serving, uvicorn raises SIGTERM again, for the handler that was set when
+        # it began: this one is gunicorn's, and ends the worker with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         # uvloop accepts one connection per socket and turn of the event loop. This is
         # slow under load: add 3 copies. (With 15, one worker took most clients.)
         self.sockets += [s.dup() for s in self.sockets for _ in range(3)]
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # gunicorn sends SIGQUIT at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # called at SIGQUIT (gunicorn's Ctrl+C)
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -120,8 +120,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Check connect_timeout. For a URL without one, pass a valid dummy, 5: otherwise,
-    # psycopg would check the variable PGCONNECT_TIMEOUT, which the service never uses.
+    # Check connect_timeout. The 5 stands in for a URL without one: otherwise, psycopg
+    # would check the variable PGCONNECT_TIMEOUT, which the service never uses.
     timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
@@ -138,6 +138,9 @@ def parse_database_url(value: str) -> sa.URL:
     # word@host for the host. Drivers log the host, and so a part of the password.
     if url.get_backend_name() == "postgresql" and value.count("@") > 1:
         raise ValueError("has an @ that is not encoded as %40")
+    # SQLAlchemy hides only the password before the @ when it prints the URL.
+    if url.query.keys() & {"password", "sslpassword"}:
+        raise ValueError("has a password in its options: use user:password@host")
     if url.port is not None and not 1 <= url.port <= 65535:
         raise ValueError("has a bad port")
     # libpq checks the values of other options only when it connects. sslmode is the
@@ -285,8 +288,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A text that has only spaces counts as not set. (Spaces in the environment still
-        hide a value in .env, because the sources are merged before this runs.)
+        A text that has only spaces counts as not set. (But a variable of spaces still
+        wins over .env: the sources are merged before this runs.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -721,8 +724,8 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # If the 405 is from a mounted application, such as StaticFiles at /x, the scope has
-    # root_path /x. Then /x/health would match our /health. So use our own root_path.
+    # A 405 can come from an application that is mounted at /x. In its scope, root_path
+    # is /x, so /x/health would match our /health. So match with our own root_path.
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
     # app.routes has one entry for an included router (since FastAPI 0.137), of which
@@ -887,8 +890,8 @@ class FairPool(AsyncAdaptedQueuePool):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        # A slot for each connection. (size() returns pool_size, and timeout(), below,
-        # pool_timeout. create_engine sets max_overflow to 0.)
+        # A slot for each connection. (size() and timeout() are QueuePool's: they return
+        # pool_size and pool_timeout. create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
         # A timer for each connection. A ConnectionPoolEntry, or record, stays in the
         # pool. It holds one connection, and opens another if that is lost.
@@ -1046,9 +1049,9 @@ BEGIN_STATEMENTS = {
 def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction: in autocommit, the driver sends no BEGIN itself.
 
-    Only the BEGIN is missing: the driver's commit() still sends COMMIT if a transaction
-    is open. (With DEBUG, SQLAlchemy logs that COMMIT has no effect in autocommit. This
-    is not true here.)
+    This is all that is needed: the driver's commit() and rollback() still end a
+    transaction that was begun by hand. (With DEBUG, SQLAlchemy logs that COMMIT has no
+    effect in autocommit. Here, it has one.)
 
     SQLAlchemy's own way, execution_options(isolation_level=…), would switch autocommit
     off and on for each transaction. If a request is cancelled during the switch, its
@@ -1089,9 +1092,9 @@ def refuse_write_statement(state: orm.ORMExecuteState) -> None:
 async def timeout_in_steps(seconds: float) -> AsyncIterator[None]:
     """Like asyncio.timeout, but made of four timers, one after the other.
 
-    If the event loop was busy, or the whole container was paused, a single timer would
-    be over before the loop reads an answer that came in time. Here, only one of the
-    four is over, and the loop reads the answer during the next.
+    Each timer is started when the one before it fires. So if the event loop was busy,
+    or the whole container was paused, for however long, this uses up only one timer.
+    Before the next one fires, the loop can read an answer that came in time.
     """
     loop = asyncio.get_running_loop()
     timer: asyncio.TimerHandle  # of the current step
@@ -1353,8 +1356,8 @@ class Database(MonitoredBackend):
     async def recover(self) -> None:
         self.replace_connections()
         # A database without tables is a new one: create them. If only some are missing,
-        # a migration may be running: leave them to it. (`prepare` runs after a start,
-        # and migrations end before a start.)
+        # a migration may be creating them now. (`prepare` need not care: it runs at a
+        # start, when migrations have ended.)
         if not await self.table_names(self.check_engine):
             await self.create_missing_tables()
 
@@ -1651,8 +1654,8 @@ class TokenClaims(BaseModel):
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    Not as a text: python-jose's decode parses a text that is JSON, such as "abc" with
-    the quotes. Its encode does not. So with such a SECRET_KEY, no token would be valid.
+    Not as a text: if a text is JSON, such as "abc" with the quotes, jwt.decode parses
+    it, but jwt.encode does not. So with such a SECRET_KEY, no token would be valid.
     """
     # SECRET_KEY may have bytes that are not UTF-8, because pydantic does not check the
     # Unicode of a SecretStr. Python reads them as surrogates; surrogateescape restores
@@ -2192,8 +2195,9 @@ class RedisRateLimiter(MonitoredBackend):
             async with asyncio.timeout(REDIS_WAIT_SECONDS), self.slots:
                 # Checked here, because an outage may begin during the wait. Until
                 # `prepare` has succeeded, each request would have to connect.
-                is_usable = self.is_prepared and not self.in_outage
-                return await self.run_script(key, limit, seconds) if is_usable else None
+                if self.in_outage or not self.is_prepared:
+                    return None
+                return await self.run_script(key, limit, seconds)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
             self.handle_failure(error)
             return None
@@ -2351,9 +2355,9 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # For /shop/health, the proxy has sent /health. In ASGI, root_path is /shop
-        # then, and `path` is /shop/health: so put the prefix back. (FastAPI's argument
-        # root_path would leave `path` as it is.)
+        # A client asks for /shop/health, and the proxy strips /shop. In ASGI, the
+        # prefix is in both root_path and `path`: so put it back. (FastAPI's argument
+        # root_path would set only root_path.)
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -2390,9 +2394,9 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, `address` is from this header. So an address
-            # that is not in it is that of an untrusted peer. (Search the text: an entry
-            # can be "address:port". A false match only omits the warning.)
+            # If uvicorn trusts the peer, it has taken `address` from this header. If
+            # not, `address` is the peer's own, which the header lacks. (Search the
+            # text: an entry can be "address:port". A false match only omits a warning.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2448,8 +2452,8 @@ class SecurityHeadersMiddleware:
         await self.app(scope, receive, send_with_security_headers)
 
     def headers_for(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        # Called before the routing, while root_path is still ours. In a Mount, /x/docs
-        # has the root_path /x, and would look like our /docs.
+        # Called before the app runs: a Mount at /x changes root_path to /x in the
+        # scope, and then /x/docs would look like our /docs.
         is_docs = scope["path"].removeprefix(scope["root_path"]) in DOCS_PATHS
         headers = self.docs_headers if is_docs else self.headers
         if scope["scheme"] == "https":
@@ -2533,8 +2537,8 @@ class LimitsAndErrorsMiddleware:
         assert task is not None  # for mypy
         loop = asyncio.get_running_loop()
         # Not asyncio.timeout, which makes a health check 4 % slower. When the time is
-        # over, time_out cancels this task: a CancelledError, from which answer_error
-        # makes a 504.
+        # over, time_out cancels this task. This raises a CancelledError here, from
+        # which answer_error makes a 504.
         timer = loop.call_later(self.timeout_seconds, self.time_out, task, scope)
         try:
             await self.app(scope, receive_limited, send)
@@ -2543,7 +2547,7 @@ class LimitsAndErrorsMiddleware:
         finally:
             timer.cancel()
             if "timed_out" in scope["state"]:
-                task.uncancel()  # tells asyncio that the cancellation was handled
+                task.uncancel()  # the cancellation was handled: the task goes on
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
         # one is incomplete, uvicorn closes the connection.
@@ -2561,7 +2565,7 @@ class LimitsAndErrorsMiddleware:
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
             if "status_code" in request.scope["state"]:  # the response has started
                 request.state.reason = "the client has disconnected"
-            # The client has gone: the status 400 is for the log line only.
+            # The client has gone: this 400 only gives the log line a status.
             return await http_exception_handler(request, HTTPException(400))
         if "timed_out" in request.scope["state"]:
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
@@ -2927,8 +2931,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
 
         one that must see every response, as for metrics: at the end, it would miss
             those of the middleware before it, such as 429 and 504
-        a BaseHTTPMiddleware: at the end, its task group would wrap a 413 in an
-            ExceptionGroup, and the client would get 400 or 500
+        a BaseHTTPMiddleware: at the end, it would wrap the HTTPException of a large
+            body in an ExceptionGroup, and the client would not get a 413
 
     Do not use `app.add_middleware`: it puts yours first, outside of the log line.
     """
