@@ -1,9 +1,12 @@
 """A production-grade FastAPI service in one module: users, access tokens and items.
 
-Read it from the top: a section uses only names that are defined above it. A request
-passes through middleware, dependencies, route, service, repository and database. The
-verb of a route, service or repository function tells its layer: get_user is a route,
-read_user a service, find_user a repository function.
+Read it from the top: a section uses only names that are defined above it. At a first
+reading, skip the bodies of FairPool, MonitoredBackend and the rate limiters: for the
+rest, their docstrings are enough.
+
+A request passes through middleware, dependencies, route, service, repository and
+database. The verb of a route, service or repository function tells its layer: get_user
+is a route, read_user a service, find_user a repository function.
 
     Settings       every variable is validated before the server starts
     Logging        one JSON object per record; clients cannot forge a line
@@ -814,19 +817,21 @@ class Base(DeclarativeBase):
 class User(Base):
     __tablename__ = "users"
     # Without autoincrement, SQLite gives the id of a deleted user to the next new user,
-    # and the deleted user's tokens would be valid for that account.
+    # and a link to the deleted user would lead to the new one.
     __table_args__ = {"sqlite_autoincrement": True}  # noqa: RUF012
     username: Mapped[str] = mapped_column(sa.String(32), unique=True)
     password_hash: Mapped[str]
     # Each token carries this number. Incrementing it makes all earlier tokens invalid.
-    token_version: Mapped[int] = mapped_column(default=0)
+    # It starts at random: so if a user is lost, because an older backup was restored,
+    # the user's tokens are not valid for the one who gets the id next.
+    token_version: Mapped[int] = mapped_column(default=lambda: secrets.randbits(31))
 
 
 class Item(Base):
     __tablename__ = "items"
     __table_args__ = (
         sa.Index("items_of_owner", "owner_id", "id"),
-        # As in User: otherwise, the link to a deleted item could lead to a new one.
+        # As in User.
         {"sqlite_autoincrement": True},
     )
     owner_id: Mapped[int] = mapped_column(sa.ForeignKey(User.id, ondelete="CASCADE"))
@@ -1090,11 +1095,11 @@ def refuse_write_statement(state: orm.ORMExecuteState) -> None:
 
 @asynccontextmanager
 async def timeout_in_steps(seconds: float) -> AsyncIterator[None]:
-    """Like asyncio.timeout, but made of four timers, one after the other.
+    """Like asyncio.timeout, but it does not end only because the event loop was busy.
 
-    Each timer is started when the one before it fires. So if the event loop was busy,
-    or the whole container was paused, for however long, this uses up only one timer.
-    Before the next one fires, the loop can read an answer that came in time.
+    It is made of four timers: each is started when the one before it fires. So a pause
+    of the event loop, or of the whole container, uses up only one of them, however long
+    it was. Before the next one fires, the loop can read an answer that came in time.
     """
     loop = asyncio.get_running_loop()
     timer: asyncio.TimerHandle  # of the current step
@@ -1356,8 +1361,8 @@ class Database(MonitoredBackend):
     async def recover(self) -> None:
         self.replace_connections()
         # A database without tables is a new one: create them. If only some are missing,
-        # a migration may be creating them now. (`prepare` need not care: it runs at a
-        # start, when migrations have ended.)
+        # a migration may be creating them now. (`prepare` is for the start of a
+        # version: migrations must have ended before.)
         if not await self.table_names(self.check_engine):
             await self.create_missing_tables()
 

@@ -176,7 +176,7 @@ KNOWN_HASH = main.PASSWORD_HASHER.hash(PASSWORD)  # made once: it takes 30 ms
 async def add_user(
     database: main.Database, username: str = "ada", password_hash: str = KNOWN_HASH
 ) -> main.User:
-    user = main.User(username=username, password_hash=password_hash)
+    user = main.User(username=username, password_hash=password_hash, token_version=0)
     async with database.session(writes=True) as db:
         db.add(user)
         await db.commit()
@@ -854,6 +854,14 @@ async def test_id_of_a_deleted_user_is_not_given_again(database: main.Database) 
     async with database.session(writes=True) as db:
         await main.discard_user(db, deleted)
     assert (await add_user(database)).id > deleted.id
+
+
+async def test_token_version_starts_at_random(database: main.Database) -> None:
+    users = [main.User(username=name, password_hash="") for name in ("ada", "bob")]
+    async with database.session(writes=True) as db:
+        for user in users:
+            await main.add_row(db, user)
+    assert users[0].token_version != users[1].token_version
 
 
 # --- Database -------------------------------------------------------------------------
@@ -1840,7 +1848,7 @@ async def test_registration_race_has_one_winner(database: main.Database) -> None
 
 
 OWN_INDEXES: dict[str, Any] = {
-    "user": ("users (token_version)", lambda db: main.register_user(db, EVE)),
+    "user": ("users (length(username))", lambda db: main.register_user(db, EVE)),
     "item": ("items (owner_id)", lambda db: add_item(db, 1, secrets.token_hex())),
 }
 
