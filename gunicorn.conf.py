@@ -49,7 +49,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.write = transport.write  # for the cycle, as is_closing and close
+        self.write = transport.write  # a cycle calls this, is_closing and close
         self.is_closing = transport.is_closing
         host, port = self.client or ("127.0.0.1", 0)  # a unix socket counts as local
         self.client = (host.removeprefix("::ffff:"), port)  # the IPv4 form
@@ -97,7 +97,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()
-        # Cancelled: by the headers of an earlier request. (Else the timer still runs.)
+        # The first request uses connection_made's timer. Later ones start their own.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -145,7 +145,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        self.timeout_keep_alive = 1  # uvicorn's: it also closes after early responses
+        self.timeout_keep_alive = 1  # s; then uvicorn closes, also within a body
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         self.loop.call_later(0.5, super().shutdown)  # a request may be on its way
@@ -160,15 +160,15 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = float("-inf")
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # After serving, uvicorn raises SIGTERM again, for the handler that was set when
-        # it began: this one is gunicorn's, and ends the worker with status 0.
+        # At its end, uvicorn restores the SIGTERM handler that it found, and raises the
+        # signal again. So set gunicorn's handle_quit before: it exits with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         # uvloop accepts one connection per socket and turn of the event loop. This is
         # slow under load: add 3 copies. (With 15, one worker took most clients.)
         self.sockets += [s.dup() for s in self.sockets for _ in range(3)]
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # called at SIGQUIT (gunicorn's Ctrl+C)
+    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, so at gunicorn's Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -123,8 +123,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Check connect_timeout. The 5 stands in for a URL without one: otherwise, psycopg
-    # would check the variable PGCONNECT_TIMEOUT, which the service never uses.
+    # Check connect_timeout. If the URL has none, pass any valid number: otherwise,
+    # psycopg would check PGCONNECT_TIMEOUT, which postgresql_parameters overrides.
     timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
@@ -822,8 +822,8 @@ class User(Base):
     username: Mapped[str] = mapped_column(sa.String(32), unique=True)
     password_hash: Mapped[str]
     # Each token carries this number. Incrementing it makes all earlier tokens invalid.
-    # It starts at random: so if a user is lost, because an older backup was restored,
-    # the user's tokens are not valid for the one who gets the id next.
+    # It starts at random: after an older backup is restored, a new user can get the id
+    # of a lost one, and must not accept that user's tokens.
     token_version: Mapped[int] = mapped_column(default=lambda: secrets.randbits(31))
 
 
@@ -887,7 +887,7 @@ class FairPool(AsyncAdaptedQueuePool):
 
         _do_get          takes a connection out of the pool
         _do_return_conn  gives it back; not called if _do_get has raised an exception
-        _dec_overflow    counts one open connection less: the pool may open another
+        _dec_overflow    tells the pool that it has one connection less
 
     The first two are not async, but run in a greenlet of SQLAlchemy, where its function
     `await_(coroutine)` waits as `await coroutine` does in an async function.
@@ -1107,7 +1107,7 @@ async def timeout_in_steps(seconds: float) -> AsyncIterator[None]:
     def end_step(steps_left: int) -> None:
         nonlocal timer
         if steps_left == 0:
-            timeout.reschedule(loop.time())
+            timeout.reschedule(loop.time())  # `timeout` (below) ends now
         else:
             timer = loop.call_later(seconds / 4, end_step, steps_left - 1)
 
@@ -1360,9 +1360,9 @@ class Database(MonitoredBackend):
 
     async def recover(self) -> None:
         self.replace_connections()
-        # A database without tables is a new one: create them. If only some are missing,
-        # a migration may be creating them now. (`prepare` is for the start of a
-        # version: migrations must have ended before.)
+        # During an outage, a migration may have begun: if only some tables are missing,
+        # leave them to it. If all are, the database is new: create them. (At a start,
+        # `prepare` creates any that is missing: migrations have ended before.)
         if not await self.table_names(self.check_engine):
             await self.create_missing_tables()
 
@@ -1599,7 +1599,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 50 turns of some 30 ms: 1.5 s
 # The threads run beside other Python code, because argon2 releases the GIL. They start
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
-# The futures of hashes that wait or run.
+# The futures of hashes that wait or run. (That of a cancelled request leaves at once,
+# even if its thread still hashes.)
 UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
@@ -2399,9 +2400,9 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, it has taken `address` from this header. If
-            # not, `address` is the peer's own, which the header lacks. (Search the
-            # text: an entry can be "address:port". A false match only omits a warning.)
+            # If uvicorn trusts the peer, it took `address` from this header. So if the
+            # header does not contain it, the peer is not trusted. (Search the text: an
+            # entry can be "address:port". A false match only omits the warning.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2419,8 +2420,8 @@ class RequestLoggingMiddleware:
         }
         optional = ("client", "user_id", "trace_id", "reason")
         fields |= {name: state[name] for name in optional if name in state}
-        # A response that fails after its headers were sent keeps its status, such as
-        # 200. Then, LimitsAndErrorsMiddleware has set `reason` or `exception`.
+        # An error after the headers were sent leaves the status at 200, for example. So
+        # a `reason` makes the line a WARNING, too, and an `exception` an ERROR.
         is_warning = status_code >= 500 or "reason" in state
         level = logging.WARNING if is_warning else logging.INFO
         if exception:
@@ -2552,7 +2553,7 @@ class LimitsAndErrorsMiddleware:
         finally:
             timer.cancel()
             if "timed_out" in scope["state"]:
-                task.uncancel()  # the cancellation was handled: the task goes on
+                task.uncancel()  # answer_error has handled our own cancel()
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
         # one is incomplete, uvicorn closes the connection.
@@ -2568,7 +2569,7 @@ class LimitsAndErrorsMiddleware:
     ) -> Response:
         """Return the response to an error. Set `reason` or `exception` for the log."""
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
-            if "status_code" in request.scope["state"]:  # the response has started
+            if "status_code" in request.scope["state"]:  # the response was cut short
                 request.state.reason = "the client has disconnected"
             # The client has gone: this 400 only gives the log line a status.
             return await http_exception_handler(request, HTTPException(400))
@@ -3005,7 +3006,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         # Not include_router: since FastAPI 0.137, it nests the router, which makes a
         # health check a fifth slower. The price: dependency_overrides have no effect on
-        # these routes, so they must have no dependencies.
+        # these routes. So do not give them a dependency.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
