@@ -262,7 +262,8 @@ class Settings(BaseSettings):
     ROOT_PATH: str = Field(default="", pattern=rf"^({PATH_SEGMENT})*$")
     # The random default is for development only: see refuse_unsafe_values. All workers
     # have the same key, because gunicorn imports this module before it forks.
-    # (RFC 7518 § 3.2 wants a key at least as long as the hash: 32 bytes for HS256.)
+    # (RFC 7518 § 3.2 wants 32 bytes for HS256. For HS384 and HS512, it wants 48 and 64,
+    # which is not checked.)
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"

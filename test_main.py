@@ -680,6 +680,7 @@ def test_description_of_an_error_is_one_line() -> None:
 
 # --- Errors ---------------------------------------------------------------------------
 
+RESPONSE_FAULT = {"input": "hunter2", "ctx": "hunter2", "msg": "hunter2"}
 USUAL_500 = "Something went wrong. Quote the request_id if you report it."
 
 FAILURES: dict[str, tuple[BaseException, int, str]] = {
@@ -704,7 +705,7 @@ FAILURES: dict[str, tuple[BaseException, int, str]] = {
     "crash": (RuntimeError("hunter2"), 500, USUAL_500),
     "disconnect": (ClientDisconnect(), 400, "Bad Request"),
     "timeout": (TimeoutError("hunter2"), 500, USUAL_500),
-    "response": (ResponseValidationError([{"input": "hunter2"}]), 500, USUAL_500),
+    "response": (ResponseValidationError([RESPONSE_FAULT]), 500, USUAL_500),
 }
 ORIGIN = "https://app.example"
 
@@ -2899,6 +2900,14 @@ def test_importing_main_reads_no_environment_and_opens_nothing() -> None:
     subprocess.run([sys.executable, "-c", script], env=variables, check=True)
 
 
+def test_logging_is_set_up_before_the_fork(main_app: None, log: Log) -> None:
+    logging.getLogger().handlers = []
+    main.prepare_process(None)  # as for gunicorn 'main:create_app()'
+    gc.unfreeze()
+    main.logger.warning("tea")
+    assert log.text().count(" WARNING tea ") == 1
+
+
 def test_create_app_leaves_logging_alone(caplog: CapLog) -> None:
     root = logging.getLogger()
     before = (root.level, root.handlers[:])
@@ -2970,8 +2979,9 @@ def test_openapi_error_is_an_error_response() -> None:
             assert model_names(responses[status]) == models, name
 
 
-def test_openapi_operation_has_a_name_and_a_description() -> None:
+def test_openapi_operation_has_tag_name_and_description() -> None:
     for name, operation in operations().items():
+        assert operation["tags"][0] in name.split("/")
         assert re.fullmatch(r"[a-z]+(_[a-z]+)+", operation["operationId"])
         assert re.fullmatch(r"[A-Z].+[.?]", operation.get("description", "")), name
 
