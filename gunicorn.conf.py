@@ -44,7 +44,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
-    header_bytes = 0  # received since the last headers were complete
+    header_bytes = 0  # received since the last headers were complete, but not in a body
     is_stopping = False
 
     def connection_made(self, transport: Any) -> None:
@@ -59,7 +59,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
-        self.write = lambda _: None  # pipelined requests still run: drop their output
+        self.write = lambda _: None  # an earlier, pipelined request may still write
         if self.cycle:  # end a circular reference, so that the memory is free at once
             self.cycle.transport = self.transport
 
@@ -115,8 +115,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # a response may have started this timer
         super().on_headers_complete()
-        self.keep_alive = self.cycle.keep_alive  # for on_message_complete to restore
-        self.cycle.keep_alive = False  # so an early response says `Connection: close`
+        self.cycle.keep_alive = False  # until on_message_complete sets the real value
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
@@ -134,10 +133,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
             raise httptools.HttpParserError  # stops the parser, as above
         if not self.cycle.response_started:  # no `Connection: close` has been sent
-            self.cycle.keep_alive = self.keep_alive and not self.is_stopping
+            is_kept = self.parser.should_keep_alive() and not self.is_stopping
+            self.cycle.keep_alive = is_kept and self.scope["http_version"] != "1.0"
 
     def refuse(self, status: int) -> None:
-        if not self.transport.is_closing():  # else the last response has been sent
+        if not self.transport.is_closing():  # else nothing more may be sent
             lines = [b"%s: %s\r\n" % pair for pair in self.server_state.default_headers]
             ending = b"content-length: 0\r\nconnection: close\r\n\r\n"
             self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)

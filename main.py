@@ -141,9 +141,6 @@ def parse_database_url(value: str) -> sa.URL:
     # word@host for the host. Drivers log the host, and so a part of the password.
     if url.get_backend_name() == "postgresql" and value.count("@") > 1:
         raise ValueError("has an @ that is not encoded as %40")
-    # SQLAlchemy hides only the password before the @ when it prints the URL.
-    if url.query.keys() & {"password", "sslpassword"}:
-        raise ValueError("has a password in its options: use user:password@host")
     if url.port is not None and not 1 <= url.port <= 65535:
         raise ValueError("has a bad port")
     # libpq checks the values of other options only when it connects. sslmode is the
@@ -158,6 +155,9 @@ def parse_database_url(value: str) -> sa.URL:
         path = url.database
         if url != file_url or not path or path == ":memory:" or path.endswith("/"):
             raise ValueError("should name a file, without options: sqlite:///./app.db")
+    # SQLAlchemy hides only the password before the @ when it prints the URL.
+    if "password" in url.query:
+        raise ValueError("has a password in its options: use user:password@host")
     return url
 
 
@@ -1094,30 +1094,36 @@ def refuse_write_statement(state: orm.ORMExecuteState) -> None:
         raise RuntimeError(WRITE_REFUSED)
 
 
+class SteppedTimer:
+    """End a timeout after some steps. Each is a timer, started by the one before it."""
+
+    def __init__(self, timeout: asyncio.Timeout, step_seconds: float) -> None:
+        self.timeout = timeout
+        self.step_seconds = step_seconds
+
+    def start(self, steps: int) -> None:
+        loop = asyncio.get_running_loop()
+        if steps == 0:
+            self.timeout.reschedule(loop.time())  # it ends now
+        else:
+            self.timer = loop.call_later(self.step_seconds, self.start, steps - 1)
+
+
 @asynccontextmanager
 async def timeout_in_steps(seconds: float) -> AsyncIterator[None]:
     """Like asyncio.timeout, but it does not end only because the event loop was busy.
 
-    It is made of four timers: each is started when the one before it fires. So a pause
-    of the event loop, or of the whole container, uses up only one of them, however long
-    it was. Before the next one fires, the loop can read an answer that came in time.
+    A pause of the event loop, or of the whole container, uses up only one of four
+    steps, however long it was. In the others, the loop can read an answer that came in
+    time.
     """
-    loop = asyncio.get_running_loop()
-    timer: asyncio.TimerHandle  # of the current step
-
-    def end_step(steps_left: int) -> None:
-        nonlocal timer
-        if steps_left == 0:
-            timeout.reschedule(loop.time())  # `timeout` (below) ends now
-        else:
-            timer = loop.call_later(seconds / 4, end_step, steps_left - 1)
-
-    async with asyncio.timeout(None) as timeout:
-        timer = loop.call_later(seconds / 4, end_step, 3)
+    async with asyncio.timeout(None) as timeout:  # no end yet: SteppedTimer sets it
+        stepped_timer = SteppedTimer(timeout, seconds / 4)
+        stepped_timer.start(steps=4)
         try:
             yield
         finally:
-            timer.cancel()
+            stepped_timer.timer.cancel()
 
 
 class MonitoredBackend:
@@ -1368,7 +1374,7 @@ class Database(MonitoredBackend):
             await self.create_missing_tables()
 
     async def ping(self) -> None:
-        """Check that the database answers, has all columns, and can be written."""
+        """Check that the database answers, has all columns, and (PostgreSQL) writes."""
         query = (
             sa.select(*Base.metadata.tables.values())  # names every column
             .limit(0)  # so no row is read or locked
@@ -2182,11 +2188,27 @@ class RedisRateLimiter(MonitoredBackend):
             async with asyncio.timeout(REDIS_CONNECT_SECONDS):
                 await pool.disconnect(inuse_connections)
 
+    async def check_lookup(self) -> None:
+        """Look up the host once, before each connection does. Raise if that is slow.
+
+        uvloop has two threads for lookups, also for that of PostgreSQL's host. A lookup
+        that hangs keeps its thread, and cannot be cancelled: so wait for its end.
+        """
+        host = self.client.connection_pool.connection_kwargs.get("host")
+        if host is None:  # a unix socket, or the default, localhost
+            return
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        await loop.getaddrinfo(host, None)
+        if loop.time() - started > REDIS_CONNECT_SECONDS:
+            raise TimeoutError(f"the lookup of {host} took too long")
+
     async def open_connections(self) -> None:
+        await self.check_lookup()
         pool = self.client.connection_pool
         async with AsyncExitStack() as stack:
-            # Keep each until all are open: otherwise, the pool would return the first
-            # one again.
+            # One after the other, so that only one lookup runs at a time. Keep each
+            # until all are open: otherwise, the pool would return the first one again.
             for _ in range(REDIS_CONNECTIONS):
                 connecting = pool.get_connection()  # type: ignore[no-untyped-call]
                 connection = await asyncio.wait_for(connecting, REDIS_CONNECT_SECONDS)
@@ -3053,7 +3075,7 @@ def prepare_process(server: object) -> None:
     """Prepare gunicorn's main process. (`server` is gunicorn's Arbiter.)
 
     gunicorn calls this after it has loaded the application (by preload_app), and before
-    it forks workers. It is here, beside setup_logging, to keep gunicorn.conf.py short.
+    it forks workers. It is in this module to keep gunicorn.conf.py short.
     """
     # `gunicorn 'main:create_app()'` overrides wsgi_app: then logging is not set up yet.
     if not logger.hasHandlers():
