@@ -2192,14 +2192,18 @@ class RedisRateLimiter(MonitoredBackend):
         """Look up the host once, before each connection does. Raise if that is slow.
 
         uvloop has two threads for lookups, also for that of PostgreSQL's host. A lookup
-        that hangs keeps its thread, and cannot be cancelled: so wait for its end.
+        that hangs keeps its thread, and cannot be cancelled: so wait for its end. (With
+        SOCK_STREAM, uvloop needs no thread if the host is an address.)
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
             return
         loop = asyncio.get_running_loop()
         started = loop.time()
-        await loop.getaddrinfo(host, None)
+        try:
+            await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise ConnectionError(f"{host}: {error}") from None
         if loop.time() - started > REDIS_CONNECT_SECONDS:
             raise TimeoutError(f"the lookup of {host} took too long")
 
@@ -2224,9 +2228,8 @@ class RedisRateLimiter(MonitoredBackend):
             async with asyncio.timeout(REDIS_WAIT_SECONDS), self.slots:
                 # Checked here, because an outage may begin during the wait. Until
                 # `prepare` has succeeded, each request would have to connect.
-                if self.in_outage or not self.is_prepared:
-                    return None
-                return await self.run_script(key, limit, seconds)
+                is_usable = self.is_prepared and not self.in_outage
+                return await self.run_script(key, limit, seconds) if is_usable else None
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
             self.handle_failure(error)
             return None

@@ -858,10 +858,9 @@ async def test_id_of_a_deleted_user_is_not_given_again(database: main.Database) 
 
 
 async def test_token_version_starts_at_random(db: AsyncSession) -> None:
-    users = [main.User(username=name, password_hash="") for name in ("eve", "fay")]
-    db.add_all(users)
-    await db.flush()
-    assert users[0].token_version != users[1].token_version
+    db.add_all(main.User(username=name, password_hash="") for name in ("eve", "fay"))
+    users = await main.list_users(db, 2, 9)  # not Ada and Bob, of whom it is given
+    assert len({user.token_version for user in users}) == len(users) == 2
 
 
 # --- Database -------------------------------------------------------------------------
@@ -1149,9 +1148,10 @@ async def test_readiness_check_may_go_on(postgresql_url: str, caplog: CapLog) ->
         with psycopg.connect(postgresql_url) as other:
             other.execute("LOCK TABLE users")
             check = asyncio.create_task(database.is_ready())
-            for seconds in (0, 2, 0.5, 0.5, 0.5):  # a pause of 2 s is one step of four
+            for seconds in (0, 2, 0.5, 0.5, 0.4, 0.2):  # a pause is one step of four
                 assert not check.done()
                 await let_others_run(after=seconds)
+            assert check.done()
         assert (await check, await database.is_ready()) == (False, True)
     assert not caplog.records  # slow is not away
 
@@ -2257,19 +2257,25 @@ async def test_close_does_not_wait_for_redis(monkeypatch: Patch) -> None:  # TLS
         limiter.redis.client.connection_pool.disconnect = partial(asyncio.sleep, 99)
 
 
-async def test_slow_dns_has_one_lookup_for_redis(monkeypatch: Patch) -> None:
+@pytest.mark.parametrize(
+    "seconds, reason", [(1, "h: no DNS"), (1e-9, "the lookup of h took too long")]
+)
+async def test_slow_dns_has_one_lookup_for_redis(
+    seconds: float, reason: str, monkeypatch: Patch, caplog: CapLog
+) -> None:
     found = asyncio.get_running_loop().create_future()
     lookup = mock.Mock(return_value=found)
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", lookup)
-    monkeypatch.setattr(main, "REDIS_CONNECT_SECONDS", 1e-9)
+    monkeypatch.setattr(main, "REDIS_CONNECT_SECONDS", seconds)
     async with redis_limiter("redis://h") as limiter:
         limiter.redis.is_prepared = False
         assert len({limiter.redis.start_check() for _ in range(3)}) == 1
         assert await admitted(limiter, 4) == 3
-        found.set_result([])
+        found.set_result([]) if seconds < 1 else found.set_exception(OSError("no DNS"))
         await limiter.redis.start_check()
         await limiter.redis.start_check()
-        assert lookup.mock_calls == [mock.call("h", None)] * 2
+        assert lookup.mock_calls == [mock.call("h", None, type=socket.SOCK_STREAM)] * 2
+    assert [vars(record)["reason"] for record in caplog.records] == [reason]
 
 
 class OwnRedis:  # a redis-server of the test's own, which fails in each of these ways
@@ -2914,14 +2920,6 @@ def test_importing_main_reads_no_environment_and_opens_nothing() -> None:
     subprocess.run([sys.executable, "-c", script], env=variables, check=True)
 
 
-def test_logging_is_set_up_before_the_fork(main_app: None, log: Log) -> None:
-    logging.getLogger().handlers = []
-    main.prepare_process(None)  # as for gunicorn 'main:create_app()'
-    gc.unfreeze()
-    main.logger.warning("tea")
-    assert log.text().count(" WARNING tea ") == 1
-
-
 def test_create_app_leaves_logging_alone(caplog: CapLog) -> None:
     root = logging.getLogger()
     before = (root.level, root.handlers[:])
@@ -3137,12 +3135,15 @@ def test_workers_default_to_quota(quota: str, cpus: int, monkeypatch: Patch) -> 
     assert main.usable_cpus("cpu.max") == cpus
 
 
-def test_open_file_limit_is_raised_to_the_hard_limit() -> None:
+def test_main_process_has_logs_and_many_open_files(main_app: None, log: Log) -> None:
+    logging.getLogger().handlers = []  # as for gunicorn 'main:create_app()'
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
     try:
         load_config()["on_starting"](None)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+        main.logger.warning("tea")
+        assert log.text().count(" WARNING tea ") == 1
     finally:
         gc.unfreeze()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
