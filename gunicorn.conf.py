@@ -33,14 +33,14 @@ on_starting = prepare_process  # before the workers are forked
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
-    uvicorn calls a request and its response a `cycle`. Three states follow each other:
+    uvicorn calls a request and its response a `cycle`. Here, the `transport` to which a
+    cycle writes is this object: so our `close` can wait for the body. Three states
+    follow each other:
 
         headers arrive  header_timer and header_bytes limit them
         a body arrives  a response that starts now says `Connection: close`
         the body ends   after such a response, the connection is closed only now:
                         if it were closed before, the client could lose the response
-
-    A cycle gets this object as its `transport`: so our `close` can wait for the body.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -49,7 +49,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.write = transport.write  # a cycle calls this, is_closing and close
+        self.write = transport.write  # a cycle needs this, is_closing and close
         self.is_closing = transport.is_closing
         host, port = self.client or ("127.0.0.1", 0)  # a unix socket counts as local
         self.client = (host.removeprefix("::ffff:"), port)  # the IPv4 form
@@ -60,7 +60,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
         self.write = lambda _: None  # an earlier, pipelined request may still write
-        if self.cycle:  # end a circular reference, so that the memory is free at once
+        if self.cycle:  # it refers to this object: end that, to free the memory now
             self.cycle.transport = self.transport
 
     def refuse_slow(self) -> None:
@@ -74,7 +74,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: a CONNECT stops the new parser, too
+            self.refuse(400)  # `parse` raises HttpParserUpgrade for CONNECT only
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -102,7 +102,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
-        # Unlike header_bytes, this does not include a part of the body.
+        # header_bytes can include a part of the body: count again, without it.
         size = len(self.parser.get_method() + self.url + b"  HTTP/1.1\r\n\r\n")
         size += sum(len(k + v + b": \r\n") for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
@@ -115,7 +115,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # a response may have started this timer
         super().on_headers_complete()
-        self.cycle.keep_alive = False  # until on_message_complete sets the real value
+        self.cycle.keep_alive = False  # for an early response; see on_message_complete
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
@@ -133,8 +133,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
             raise httptools.HttpParserError  # stops the parser, as above
         if not self.cycle.response_started:  # no `Connection: close` has been sent
+            is_old = self.scope["http_version"] == "1.0"  # never kept, as in uvicorn
             is_kept = self.parser.should_keep_alive() and not self.is_stopping
-            self.cycle.keep_alive = is_kept and self.scope["http_version"] != "1.0"
+            self.cycle.keep_alive = is_kept and not is_old
 
     def refuse(self, status: int) -> None:
         if not self.transport.is_closing():  # else nothing more may be sent
@@ -145,7 +146,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        self.timeout_keep_alive = 1  # s; then uvicorn closes, also within a body
+        self.timeout_keep_alive = 1  # s after a response, even if its body goes on
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         self.loop.call_later(0.5, super().shutdown)  # a request may be on its way
@@ -156,19 +157,18 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
         self.config.lifespan = "on"  # with "auto", an exception at the start is hidden
-        # -inf: call callback_notify (below) each second, even if a clock was set back.
+        # Even if a clock was set back, more than -inf has passed: notify each second.
         self.config.timeout_notify = float("-inf")
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # At its end, uvicorn restores the SIGTERM handler that it found, and raises the
-        # signal again. So set gunicorn's handle_quit before: it exits with status 0.
+        # At its end, uvicorn restores this handler, and raises SIGTERM again: exit 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         # uvloop accepts one connection per socket and turn of the event loop. This is
         # slow under load: add 3 copies. (With 15, one worker took most clients.)
         self.sockets += [s.dup() for s in self.sockets for _ in range(3)]
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # at SIGQUIT, so at gunicorn's Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn's way at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -123,8 +123,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Check connect_timeout. If the URL has none, pass any valid number: otherwise,
-    # psycopg would check PGCONNECT_TIMEOUT, which postgresql_parameters overrides.
+    # Check connect_timeout. The 5 stands for a missing one: without it, psycopg would
+    # check the variable PGCONNECT_TIMEOUT, which the service does not use.
     timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
@@ -268,7 +268,7 @@ class Settings(BaseSettings):
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
     # This URL and REDIS_URL can have passwords. With exclude=True, they are missing in
-    # model_dump(), and in a log line with extra={"settings": settings}.
+    # model_dump(), and so in the JSON of a log line with extra={"settings": settings}.
     # (The default is parsed, because mypy wants it to have the field's type.)
     DATABASE_URL: DatabaseUrl = Field(
         default=parse_database_url("sqlite:///./app.db"), exclude=True
@@ -483,8 +483,8 @@ class JsonFormatter(logging.Formatter):
     def format_slowly(self, fields: dict[str, object]) -> str:
         """Write what to_json refuses, such as invalid Unicode.
 
-        json.dumps accepts that. If it fails, too, because there is also a NaN, or a
-        cycle, write each value as text.
+        json.dumps writes that. If there is also a cycle, or a NaN, which is not JSON,
+        write each value as text.
         """
         try:
             return json.dumps(fields, default=str, allow_nan=False)
@@ -542,8 +542,8 @@ def setup_logging(settings: Settings) -> None:
     level = "DEBUG" if settings.DEBUG else settings.LOG_LEVEL
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(TextFormatter() if is_development else JsonFormatter())
-    # A logger with a level of its own, as in LIBRARY_LEVELS, ignores the root's level.
-    # So with LOG_LEVEL=ERROR, only the handler's level stops its warnings.
+    # A logger in LIBRARY_LEVELS has a level of its own, and ignores the root's. So if
+    # LOG_LEVEL is ERROR, only the handler's level stops the warnings of that logger.
     handler.setLevel(level)
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for name, library_level in LIBRARY_LEVELS.items():
@@ -564,8 +564,8 @@ def setup_logging(settings: Settings) -> None:
     access_logger.handlers = []
     access_logger.propagate = False
     logging.captureWarnings(True)  # or Python would write them to stderr, as text
-    # Do not collect the line of code, the thread, the process and its name: saves 7 µs.
-    # (Python's Logging HOWTO describes these switches, under "Optimization".)
+    # Do not collect the line of code, the thread and the process: this saves 7 µs per
+    # record. (Python's Logging HOWTO describes these switches, under "Optimization".)
     logging._srcfile = None
     logging.logThreads = False
     logging.logProcesses = False
@@ -728,12 +728,13 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # A 405 can come from an application that is mounted at /x. In its scope, root_path
-    # is /x, so /x/health would match our /health. So match with our own root_path.
+    # Starlette matches `path` without `root_path`. In an application mounted at /x,
+    # root_path is /x, so /x/health would match our /health. So use our own root_path.
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
-    # app.routes has one entry for an included router (since FastAPI 0.137), of which
-    # iter_route_contexts gives the routes. A mounted application has no `methods`.
+    # app.routes has one entry for an included router (since FastAPI 0.137). FastAPI's
+    # iter_route_contexts also yields the routes inside. A mounted application has no
+    # `methods`.
     for route in iter_route_contexts(request.app.routes):
         if route.methods and route.matches(scope)[0] != Match.NONE:
             allowed |= route.methods
@@ -924,9 +925,9 @@ class FairPool(AsyncAdaptedQueuePool):
             if record.driver_connection:
                 super()._do_return_conn(record)
             else:
-                # The connection was lost, and not opened again. Forget the record: if
-                # it were put back, a request could get it, and would have to connect,
-                # although open connections are idle.
+                # The connection was lost during the request, or could not be opened.
+                # Forget the record: if it were put back, a request could get it, and
+                # would have to connect, although open connections are idle.
                 self._dec_overflow()
         finally:
             self.slots.release()
@@ -974,8 +975,8 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in driver_arguments.)
         """
         del self.timers[record]
-        # driver_connection is None if a new connection failed before its "checkout":
-        # then there was no "checkin" to stop the timer.
+        # driver_connection is None if a new connection failed between "connect" and
+        # "checkout": no "checkin" followed, so the timer went on.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -1095,7 +1096,7 @@ def refuse_write_statement(state: orm.ORMExecuteState) -> None:
 
 
 class SteppedTimer:
-    """End a timeout after some steps. Each is a timer, started by the one before it."""
+    """End a timeout after some steps. Each step is a timer that starts the next one."""
 
     def __init__(self, timeout: asyncio.Timeout, step_seconds: float) -> None:
         self.timeout = timeout
@@ -1113,9 +1114,9 @@ class SteppedTimer:
 async def timeout_in_steps(seconds: float) -> AsyncIterator[None]:
     """Like asyncio.timeout, but it does not end only because the event loop was busy.
 
-    A pause of the event loop, or of the whole container, uses up only one of four
-    steps, however long it was. In the others, the loop can read an answer that came in
-    time.
+    After a pause, an event loop first ends the timeouts that are over, and only then
+    reads the answers that came in time. Here, a pause ends only one of four steps,
+    however long it was. The next step begins after it, and the loop reads the answer.
     """
     async with asyncio.timeout(None) as timeout:  # no end yet: SteppedTimer sets it
         stepped_timer = SteppedTimer(timeout, seconds / 4)
@@ -1303,8 +1304,8 @@ class Database(MonitoredBackend):
             # SQLite has one writer at a time: they take turns with one connection.
             engine = self.create_engine(1)
         else:
-            # A copy of the engine, with the same pool, but with listeners of its own:
-            # so read_engine sends no BEGIN.
+            # A copy of the engine, with the same pool and listeners. A listener that is
+            # added to the copy is only the copy's: so read_engine sends no BEGIN.
             engine = self.read_engine.execution_options()
         # SQLAlchemy sends this event before the first statement, in autocommit, too.
         event.listen(engine.sync_engine, "begin", begin_transaction)
@@ -1367,9 +1368,9 @@ class Database(MonitoredBackend):
 
     async def recover(self) -> None:
         self.replace_connections()
-        # During an outage, a migration may have begun: if only some tables are missing,
-        # leave them to it. If all are, the database is new: create them. (At a start,
-        # `prepare` creates any that is missing: migrations have ended before.)
+        # A database without any table is new: create all. If it has some, leave the
+        # missing ones to a migration, which may have begun during the outage. (At a
+        # start, `prepare` creates any that is missing: migrations have ended before.)
         if not await self.table_names(self.check_engine):
             await self.create_missing_tables()
 
@@ -1606,8 +1607,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 50 turns of some 30 ms: 1.5 s
 # The threads run beside other Python code, because argon2 releases the GIL. They start
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
-# The futures of hashes that wait or run. (That of a cancelled request leaves at once,
-# even if its thread still hashes.)
+# The futures of hashes that wait or run. (If a request is cancelled, its future is
+# removed at once, even if its thread still hashes.)
 UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
@@ -1645,8 +1646,8 @@ TOKEN_OPTIONS = {
     "require_sub": True,
     "require_iat": True,
     "require_exp": True,
-    # A token is invalid from `exp` on (RFC 7519 § 4.1.4). python-jose accepts it in
-    # that second, too, unless the leeway is -1.
+    # A token is invalid from `exp` on (RFC 7519 § 4.1.4). python-jose refuses it if
+    # exp < now - leeway: with a leeway of 0, it would accept it in that second, too.
     "leeway": -1,
 }
 
@@ -1667,8 +1668,8 @@ class TokenClaims(BaseModel):
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    Not as a text: if a text is JSON, such as "abc" with the quotes, jwt.decode parses
-    it, but jwt.encode does not. So with such a SECRET_KEY, no token would be valid.
+    Not as a text: jwt.decode parses a text that is JSON, such as "abc" with the quotes,
+    but jwt.encode does not. So with such a SECRET_KEY, every token would be refused.
     """
     # SECRET_KEY may have bytes that are not UTF-8, because pydantic does not check the
     # Unicode of a SecretStr. Python reads them as surrogates; surrogateescape restores
@@ -1716,8 +1717,8 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # The types are given, because sa.tuple_ (below) does not infer them.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# The items of an owner behind the id `after`. The queries differ so that each database
-# uses the index items_of_owner: then the last page costs what the first does.
+# The items of an owner with an id greater than `after`. The queries differ so that each
+# database uses the index items_of_owner: then the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     #     owner_id = :owner AND id > :after
     # With a comparison of rows, SQLite would use only the first column of the index
@@ -1725,8 +1726,8 @@ LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     #     (owner_id, id) > (:owner, :after) AND owner_id <= :owner
     # With SQLite's query, PostgreSQL may scan the primary key, and skip the items of
-    # all other owners one by one. The second condition is needed because later
-    # owners match the first: (8, 1) > (7, 100).
+    # all other owners one by one. The comparison of rows alone would also find the
+    # items of later owners: (8, 1) > (7, 100).
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1821,8 +1822,8 @@ def make_page(name: str, rows: Rows, limit: int) -> Page:
 async def register_user(db: AsyncSession, user_in: UserIn) -> User:
     """Store a new user. Raises UsernameTakenException.
 
-    (If you add a second UNIQUE column, also look up here whether its value is taken,
-    and raise an exception of its own. Otherwise, such a value is a 500.)
+    (If you add a second UNIQUE column, also look up its value here, and raise another
+    exception if it is taken. Otherwise, a value that is taken gets a 500.)
     """
     password_hash = await hash_password(user_in.password)
     user = User(username=user_in.username, password_hash=password_hash)
@@ -1988,7 +1989,8 @@ NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for each step of `prepare`, such as opening a connection
 # The longest wait of a request for one of the worker's connections. After that, Redis
-# counts as failed. (REQUEST_TIMEOUT_SECONDS does not include this wait, because
+# counts as failed. It is long, because requests wait if the worker is busy, although
+# Redis is fast. (REQUEST_TIMEOUT_SECONDS does not include this wait, because
 # RateLimitMiddleware runs before LimitsAndErrorsMiddleware.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
@@ -2189,11 +2191,11 @@ class RedisRateLimiter(MonitoredBackend):
                 await pool.disconnect(inuse_connections)
 
     async def check_lookup(self) -> None:
-        """Look up the host once, before each connection does. Raise if that is slow.
+        """Look up the host once, before each connection does. Raise if that was slow.
 
-        uvloop has two threads for lookups, also for that of PostgreSQL's host. A lookup
-        that hangs keeps its thread, and cannot be cancelled: so wait for its end. (With
-        SOCK_STREAM, uvloop needs no thread if the host is an address.)
+        There is no timeout, because a lookup cannot be cancelled: it keeps one of
+        uvloop's two threads until it ends, and a lookup of PostgreSQL's host needs one,
+        too. (With SOCK_STREAM, uvloop needs no thread if the host is an address.)
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2426,9 +2428,9 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, it took `address` from this header. So if the
-            # header does not contain it, the peer is not trusted. (Search the text: an
-            # entry can be "address:port". A false match only omits the warning.)
+            # uvicorn takes `address` from this header only if it trusts the peer. So if
+            # the header does not contain it, the peer is not trusted. (Search the text:
+            # an entry can be "address:port". A false match only omits the warning.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2579,7 +2581,9 @@ class LimitsAndErrorsMiddleware:
         finally:
             timer.cancel()
             if "timed_out" in scope["state"]:
-                task.uncancel()  # answer_error has handled our own cancel()
+                # Undo time_out's cancel(). Otherwise, the task would still count as
+                # being cancelled.
+                task.uncancel()
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
         # one is incomplete, uvicorn closes the connection.
@@ -2595,9 +2599,10 @@ class LimitsAndErrorsMiddleware:
     ) -> Response:
         """Return the response to an error. Set `reason` or `exception` for the log."""
         if isinstance(error, ClientDisconnect):  # in a route that reads the body itself
-            if "status_code" in request.scope["state"]:  # the response was cut short
+            # If a response was cut short, set a `reason`: it makes the line a WARNING.
+            if "status_code" in request.scope["state"]:
                 request.state.reason = "the client has disconnected"
-            # The client has gone: this 400 only gives the log line a status.
+            # The client has gone: nobody reads this 400. It is for the log line.
             return await http_exception_handler(request, HTTPException(400))
         if "timed_out" in request.scope["state"]:
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
@@ -2709,8 +2714,8 @@ def rate_limit_dependency(limit_name: str) -> Callable[[Request], Awaitable[None
     return apply_limit
 
 
-# scope="function" closes the session before the response, which can be slow, is sent.
-# So an exception after a dependency's `yield`, as from refuse_changes, becomes a 500.
+# scope="function" closes the session before the response is sent, which can be slow.
+# Then an exception after `yield`, as from refuse_changes, can still become a 500.
 WriteSession = Annotated[AsyncSession, Depends(get_db, scope="function")]
 ReadSession = Annotated[AsyncSession, Depends(get_read_db, scope="function")]
 CurrentUser = Annotated[User, Depends(get_current_user)]
@@ -2966,7 +2971,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
         a BaseHTTPMiddleware: at the end, it would wrap the HTTPException of a large
             body in an ExceptionGroup, and the client would not get a 413
 
-    Do not use `app.add_middleware`: it puts yours first, outside of the log line.
+    Do not use `app.add_middleware`: it puts yours outside RequestLoggingMiddleware,
+    which then logs neither its time nor its errors.
     """
     cors = Middleware(
         OriginCORSMiddleware,
@@ -3080,7 +3086,7 @@ def prepare_process(server: object) -> None:
     gunicorn calls this after it has loaded the application (by preload_app), and before
     it forks workers. It is in this module to keep gunicorn.conf.py short.
     """
-    # `gunicorn 'main:create_app()'` overrides wsgi_app: then logging is not set up yet.
+    # `gunicorn 'main:create_app()'` does not call build_app, which sets up logging.
     if not logger.hasHandlers():
         setup_logging(get_settings())
     # Each connection is an open file. So raise the soft limit to the hard one.
