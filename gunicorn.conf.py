@@ -33,23 +33,22 @@ on_starting = prepare_process  # before the workers are forked
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
-    uvicorn calls a request and its response a `cycle`. Here, the `transport` to which a
-    cycle writes is this object: so our `close` can wait for the body. Three states
-    follow each other:
+    uvicorn calls a request and its response a `cycle`. Each cycle gets this object in
+    place of its transport, of which it calls write, is_closing and close: so our close
+    can wait for the end of the body. Three states follow each other:
 
         headers arrive  header_timer and header_bytes limit them
         a body arrives  a response that starts now says `Connection: close`
-        the body ends   after such a response, the connection is closed only now:
-                        if it were closed before, the client could lose the response
+        the body ends   only now, the connection of such a response is closed
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
-    header_bytes = 0  # received since the last headers were complete, but not in a body
+    header_bytes = 0  # of the headers that are arriving
     is_stopping = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.write = transport.write  # a cycle needs this, is_closing and close
+        self.write = transport.write
         self.is_closing = transport.is_closing
         host, port = self.client or ("127.0.0.1", 0)  # a unix socket counts as local
         self.client = (host.removeprefix("::ffff:"), port)  # the IPv4 form
@@ -59,8 +58,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
-        self.write = lambda _: None  # an earlier, pipelined request may still write
-        if self.cycle:  # it refers to this object: end that, to free the memory now
+        self.write = lambda _: None  # ignore what an unfinished response still writes
+        if self.cycle:  # break the reference cycle: so no garbage collection is needed
             self.cycle.transport = self.transport
 
     def refuse_slow(self) -> None:
@@ -74,18 +73,19 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # `parse` raises HttpParserUpgrade for CONNECT only
+            self.refuse(400)  # `parse` handles each Upgrade: only CONNECT still raises
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
-        # At an `Upgrade`, httptools stops after the headers. Then make a new parser,
-        # feed it the same headers without `Upgrade`, and go on with the rest of `data`.
+        # At an `Upgrade`, httptools raises after the headers (on_headers_complete and
+        # on_message_complete have returned at once). Then feed a new parser the same
+        # headers without `Upgrade`, and after them the rest of `data`.
         while data:
             try:
                 return self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]  # the rest, behind the headers
+                data = data[upgrade.args[0] :]  # args[0]: where the rest begins
             version = self.parser.get_http_version().encode()
             lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
             lines += [k + b": " + v for k, v in self.headers if k != b"upgrade"]
@@ -107,7 +107,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size += sum(len(k + v + b": \r\n") for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops the parser; `refuse` acts only once
+            raise httptools.HttpParserError  # stop the parser; refuse(400) does nothing
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         self.is_in_body = True
@@ -115,7 +115,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # a response may have started this timer
         super().on_headers_complete()
-        self.cycle.keep_alive = False  # for an early response; see on_message_complete
+        self.cycle.keep_alive = False  # so a response within the body says `close`
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
@@ -146,7 +146,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        self.timeout_keep_alive = 1  # s after a response, even if its body goes on
+        self.timeout_keep_alive = 1  # s for which an early response waits for its body
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         self.loop.call_later(0.5, super().shutdown)  # a request may be on its way
@@ -157,18 +157,18 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
         self.config.lifespan = "on"  # with "auto", an exception at the start is hidden
-        # Even if a clock was set back, more than -inf has passed: notify each second.
-        self.config.timeout_notify = float("-inf")
+        # Notify each second: more than -inf has passed, even if a clock was set back.
+        self.config.timeout_notify = float("-inf")  # for callback_notify, below
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # At its end, uvicorn restores this handler, and raises SIGTERM again: exit 0.
+        # At its end, uvicorn raises SIGTERM again for this handler, which exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
-        # uvloop accepts one connection per socket and turn of the event loop. This is
-        # slow under load: add 3 copies. (With 15, one worker took most clients.)
+        # uvloop accepts only one connection per socket and turn of its loop: use more.
+        # (But with 15 copies, one worker took most clients.)
         self.sockets += [s.dup() for s in self.sockets for _ in range(3)]
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn's way at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn sends it at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -1,8 +1,8 @@
 """A production-grade FastAPI service in one module: users, access tokens and items.
 
 Read it from the top: a section uses only names that are defined above it. At a first
-reading, skip the bodies of FairPool, MonitoredBackend and the rate limiters: for the
-rest, their docstrings are enough.
+reading, skip the bodies of FairPool, timeout_in_steps, MonitoredBackend and the rate
+limiters: to understand the other parts, their docstrings are enough.
 
 A request passes through middleware, dependencies, route, service, repository and
 database. The verb of a route, service or repository function tells its layer: get_user
@@ -123,8 +123,9 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Check connect_timeout. The 5 stands for a missing one: without it, psycopg would
-    # check the variable PGCONNECT_TIMEOUT, which the service does not use.
+    # Check connect_timeout. If the URL has none, check a valid number in its place:
+    # otherwise, psycopg would check PGCONNECT_TIMEOUT. (The service does not use this
+    # variable, because postgresql_parameters always sets connect_timeout.)
     timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
@@ -292,8 +293,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A text that has only spaces counts as not set. (But a variable of spaces still
-        wins over .env: the sources are merged before this runs.)
+        A text that has only spaces counts as not set: then the default applies, even if
+        .env has a value.
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -426,9 +427,9 @@ MAX_TRACEBACK_BYTES = 2800
 # A library's part of a traceback: the line "  File …", and the indented code under it.
 LIBRARY_FRAME = re.compile(r"^  File .*site-packages.*\n(    .*\n)*", re.MULTILINE)
 LIBRARY_LEVELS = {
+    "asyncio": "WARNING",  # logs the name of its selector at each start
     # These log each statement or URL, some with parameters.
     "aiosqlite": "WARNING",
-    "asyncio": "WARNING",  # logs the name of its selector at each start
     "httpx": "WARNING",  # if you use it, as the tests do
     "sqlalchemy": "WARNING",
     "uvicorn.asgi": "WARNING",  # with LOG_LEVEL=NOTSET, it would log query strings
@@ -481,10 +482,10 @@ class JsonFormatter(logging.Formatter):
             return self.format_slowly(fields)
 
     def format_slowly(self, fields: dict[str, object]) -> str:
-        """Write what to_json refuses, such as invalid Unicode.
+        """Write what to_json refuses.
 
-        json.dumps writes that. If there is also a cycle, or a NaN, which is not JSON,
-        write each value as text.
+        json.dumps accepts invalid Unicode. If it refuses the fields, too, because of a
+        cycle, or of a NaN, which JSON does not have, write each value as text.
         """
         try:
             return json.dumps(fields, default=str, allow_nan=False)
@@ -524,7 +525,8 @@ class TextFormatter(JsonFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = self.collect_fields(record)
-        # uvicorn logs an exception in `lifespan` as a message of many lines.
+        # uvicorn logs an exception in `lifespan` as a message of many lines. (An empty
+        # message has no line.)
         first_line, *lines = fields["message"].splitlines() or [""]
         fields["message"] = first_line
         lines += safe_text(fields.pop("exception", "")).splitlines()
@@ -728,8 +730,9 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # Starlette matches `path` without `root_path`. In an application mounted at /x,
-    # root_path is /x, so /x/health would match our /health. So use our own root_path.
+    # This may be the 405 of an application that is mounted at /x. Starlette has then
+    # added /x to root_path, and matches `path` without root_path: so /x/health would
+    # match our /health. With our own root_path, it does not.
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
     # app.routes has one entry for an included router (since FastAPI 0.137). FastAPI's
@@ -825,7 +828,7 @@ class User(Base):
     password_hash: Mapped[str]
     # Each token carries this number. Incrementing it makes all earlier tokens invalid.
     # It starts at random: after an older backup is restored, a new user can get the id
-    # of a lost one, and must not accept that user's tokens.
+    # of a user who registered after the backup, and must not accept that user's tokens.
     token_version: Mapped[int] = mapped_column(default=lambda: secrets.randbits(31))
 
 
@@ -898,7 +901,7 @@ class FairPool(AsyncAdaptedQueuePool):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         # A slot for each connection. (size() and timeout() are QueuePool's: they return
-        # pool_size and pool_timeout. create_engine sets max_overflow to 0.)
+        # pool_size and pool_timeout. Database.create_engine sets max_overflow to 0.)
         self.slots = asyncio.Semaphore(self.size())
         # A timer for each connection. A ConnectionPoolEntry, or record, stays in the
         # pool. It holds one connection, and opens another if that is lost.
@@ -975,8 +978,8 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in driver_arguments.)
         """
         del self.timers[record]
-        # driver_connection is None if a new connection failed between "connect" and
-        # "checkout": no "checkin" followed, so the timer went on.
+        # If a new connection fails between "connect" and "checkout", there is no
+        # "checkin", so its timer goes on. Then driver_connection is None.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -1062,7 +1065,7 @@ def begin_transaction(connection: sa.Connection) -> None:
 
     SQLAlchemy's own way, execution_options(isolation_level=…), would switch autocommit
     off and on for each transaction. If a request is cancelled during the switch, its
-    connection is lost until the garbage collector runs.
+    connection does not return to the pool until the garbage collector runs.
     """
     connection.exec_driver_sql(BEGIN_STATEMENTS[connection.dialect.name])
 
@@ -1231,7 +1234,8 @@ class Database(MonitoredBackend):
     def driver_arguments(self) -> dict[str, Any]:
         """Return the arguments of create_async_engine that depend on the database.
 
-        (libpq's are in postgresql_parameters, because DATABASE_URL can override them.)
+        (libpq's are in postgresql_parameters: in connect_args, they would override the
+        parameters of DATABASE_URL.)
         """
         if self.is_sqlite:  # the longest wait for the lock of the file
             return {"connect_args": {"timeout": self.settings.DATABASE_TIMEOUT_SECONDS}}
@@ -1513,7 +1517,7 @@ class UserIn(RequestBody):
     password: NewPassword = Field(examples=["correct horse battery staple"])
 
 
-# from_attributes: it can be made from a row, also in the list of a UserPage.
+# from_attributes: model_validate accepts a User, also in the list of a UserPage.
 class UserOut(BaseModel, from_attributes=True):
     id: Int64
     username: str
@@ -1608,7 +1612,7 @@ MAX_WAITING_HASHES = 100  # the last one waits for 50 turns of some 30 ms: 1.5 s
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
 # The futures of hashes that wait or run. (If a request is cancelled, its future is
-# removed at once, even if its thread still hashes.)
+# removed at once, even if its thread still hashes. Two more hashes do no harm.)
 UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
@@ -1647,7 +1651,7 @@ TOKEN_OPTIONS = {
     "require_iat": True,
     "require_exp": True,
     # A token is invalid from `exp` on (RFC 7519 § 4.1.4). python-jose refuses it if
-    # exp < now - leeway: with a leeway of 0, it would accept it in that second, too.
+    # exp < now - leeway. So with 0, it would accept a token if exp == now.
     "leeway": -1,
 }
 
@@ -1989,8 +1993,8 @@ NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for each step of `prepare`, such as opening a connection
 # The longest wait of a request for one of the worker's connections. After that, Redis
-# counts as failed. It is long, because requests wait if the worker is busy, although
-# Redis is fast. (REQUEST_TIMEOUT_SECONDS does not include this wait, because
+# counts as failed. It is long, because a busy worker makes requests wait, too: that is
+# no failure of Redis. (REQUEST_TIMEOUT_SECONDS does not include this wait, because
 # RateLimitMiddleware runs before LimitsAndErrorsMiddleware.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
@@ -2191,11 +2195,12 @@ class RedisRateLimiter(MonitoredBackend):
                 await pool.disconnect(inuse_connections)
 
     async def check_lookup(self) -> None:
-        """Look up the host once, before each connection does. Raise if that was slow.
+        """Raise an exception if the lookup of the host fails or is slow.
 
-        There is no timeout, because a lookup cannot be cancelled: it keeps one of
-        uvloop's two threads until it ends, and a lookup of PostgreSQL's host needs one,
-        too. (With SOCK_STREAM, uvloop needs no thread if the host is an address.)
+        Otherwise, each of the connections would look it up again. uvloop runs only two
+        lookups at a time, and those of PostgreSQL's host would have to wait. There is
+        no timeout here, because a lookup cannot be cancelled. (With SOCK_STREAM, uvloop
+        needs no lookup if the host is an address.)
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2581,8 +2586,8 @@ class LimitsAndErrorsMiddleware:
         finally:
             timer.cancel()
             if "timed_out" in scope["state"]:
-                # Undo time_out's cancel(). Otherwise, the task would still count as
-                # being cancelled.
+                # Undo time_out's cancel(). Otherwise, an asyncio.timeout of an outer
+                # middleware would not work: it compares the task's cancelling().
                 task.uncancel()
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
@@ -3093,4 +3098,6 @@ def prepare_process(server: object) -> None:
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # macOS refuses its own hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
-    gc.freeze()  # else garbage collections copy memory that the workers share
+    # Otherwise, a garbage collection in a worker would write to memory that the workers
+    # share, and the kernel would copy it.
+    gc.freeze()
