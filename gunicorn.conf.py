@@ -21,7 +21,7 @@ preload_app = True  # so bad settings end gunicorn, and the workers share the li
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 max_requests_jitter = max_requests // 10  # or all workers would be replaced at once
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
-timeout = graceful_timeout + 30  # a worker sends no heartbeats during a shutdown
+timeout = graceful_timeout + 30  # no heartbeats during a stop; 30 is the default
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = read_text("FORWARDED_ALLOW_IPS", "127.0.0.1,::1")
 control_socket_disable = True  # the socket of `gunicornc` needs a writable home
@@ -33,9 +33,9 @@ on_starting = prepare_process  # before the workers are forked
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
-    uvicorn calls a request and its response a `cycle`. Each cycle gets this object in
-    place of its transport, of which it calls write, is_closing and close: so our close
-    can wait for the end of the body. Three states follow each other:
+    uvicorn calls a request and its response a `cycle`. on_headers_complete makes this
+    object the cycle's `transport`: so the cycle calls our write, is_closing and close,
+    and close can wait for the end of the body. Three states follow each other:
 
         headers arrive  header_timer and header_bytes limit them
         a body arrives  a response that starts now says `Connection: close`
@@ -59,7 +59,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
         self.write = lambda _: None  # ignore what an unfinished response still writes
-        if self.cycle:  # break the reference cycle: so no garbage collection is needed
+        if self.cycle:  # break the circular reference: its memory is free at once then
             self.cycle.transport = self.transport
 
     def refuse_slow(self) -> None:
@@ -73,14 +73,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # `parse` handles each Upgrade: only CONNECT still raises
+            self.refuse(400)  # CONNECT has no `Upgrade` to leave out: it raises again
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
-        # At an `Upgrade`, httptools raises after the headers (on_headers_complete and
-        # on_message_complete have returned at once). Then feed a new parser the same
-        # headers without `Upgrade`, and after them the rest of `data`.
+        # httptools raises after the headers of an `Upgrade`. By then, our callbacks
+        # have only collected url and headers. So give a new parser the same headers
+        # without `Upgrade`, and then the rest of `data`.
         while data:
             try:
                 return self.parser.feed_data(data)
@@ -97,7 +97,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()
-        # The first request uses connection_made's timer. Later ones start their own.
+        # It is cancelled (by on_headers_complete) if this is not the first request.
         if self.header_timer.cancelled():
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
@@ -107,7 +107,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size += sum(len(k + v + b": \r\n") for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stop the parser; refuse(400) does nothing
+            raise httptools.HttpParserError  # stops the parser; only one refuse acts
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         self.is_in_body = True
@@ -115,7 +115,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # a response may have started this timer
         super().on_headers_complete()
-        self.cycle.keep_alive = False  # so a response within the body says `close`
+        self.cycle.keep_alive = False  # until on_message_complete: see the docstring
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
@@ -146,7 +146,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        self.timeout_keep_alive = 1  # s for which an early response waits for its body
+        self.timeout_keep_alive = 1  # s; ends the wait of `close` for a body, too
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         self.loop.call_later(0.5, super().shutdown)  # a request may be on its way
@@ -157,18 +157,18 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
         self.config.lifespan = "on"  # with "auto", an exception at the start is hidden
-        # Notify each second: more than -inf has passed, even if a clock was set back.
-        self.config.timeout_notify = float("-inf")  # for callback_notify, below
+        # Each second, uvicorn calls callback_notify if more time than this has passed:
+        self.config.timeout_notify = float("-inf")  # always, even if a clock goes back
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # At its end, uvicorn raises SIGTERM again for this handler, which exits with 0.
+        # After its shutdown, uvicorn raises SIGTERM for this handler: exit status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
-        # uvloop accepts only one connection per socket and turn of its loop: use more.
-        # (But with 15 copies, one worker took most clients.)
+        # uvloop accepts one connection per socket and turn of its loop. So listen on 4
+        # copies of each socket. (With 16, one worker took most clients.)
         self.sockets += [s.dup() for s in self.sockets for _ in range(3)]
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn sends it at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # UvicornWorker's for SIGQUIT (Ctrl+C)
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

@@ -123,9 +123,9 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Check connect_timeout. If the URL has none, check a valid number in its place:
-    # otherwise, psycopg would check PGCONNECT_TIMEOUT. (The service does not use this
-    # variable, because postgresql_parameters always sets connect_timeout.)
+    # Check the URL's connect_timeout. The 5 is a dummy for a URL without one: then,
+    # psycopg would check PGCONNECT_TIMEOUT. (The service does not use this variable,
+    # because postgresql_parameters always sets connect_timeout.)
     timeout_from_conninfo({"connect_timeout": 5, **options})
 
 
@@ -482,10 +482,10 @@ class JsonFormatter(logging.Formatter):
             return self.format_slowly(fields)
 
     def format_slowly(self, fields: dict[str, object]) -> str:
-        """Write what to_json refuses.
+        """Write what to_json refuses: invalid Unicode, or a cycle.
 
-        json.dumps accepts invalid Unicode. If it refuses the fields, too, because of a
-        cycle, or of a NaN, which JSON does not have, write each value as text.
+        json.dumps accepts invalid Unicode. If it fails, too, because there is a cycle,
+        or also a NaN, write each value as text.
         """
         try:
             return json.dumps(fields, default=str, allow_nan=False)
@@ -630,7 +630,7 @@ class UnauthorizedException(AppException):
     status_code = 401
     message = "The access token is not valid."
     # RFC 6750 § 3.1: invalid_token is the code for every invalid token.
-    # (ruff wants a ClassVar, but RateLimitedException sets `headers` per instance.)
+    # (No ClassVar, as ruff wants: RateLimitedException sets `headers` per instance.)
     headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
 
@@ -730,9 +730,8 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # This may be the 405 of an application that is mounted at /x. Starlette has then
-    # added /x to root_path, and matches `path` without root_path: so /x/health would
-    # match our /health. With our own root_path, it does not.
+    # If you mount an application at /x, its 405 arrives here with the root_path /x, and
+    # /x/health would match our /health. So match with our own root_path.
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
     # app.routes has one entry for an included router (since FastAPI 0.137). FastAPI's
@@ -853,6 +852,8 @@ class Item(Base):
 #     read_engine   for sessions that only read
 #     write_engine  for sessions that write: begin_transaction sends their BEGIN
 #     check_engine  for health checks, so that they do not wait for requests
+#
+# On PostgreSQL, read_engine and write_engine share their connections.
 
 CHECK_INTERVAL_SECONDS = 1  # from a failed check to the next one
 HEALTH_CHECK_TIMEOUT_SECONDS = 2  # the longest time until a health check is answered
@@ -978,8 +979,8 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in driver_arguments.)
         """
         del self.timers[record]
-        # If a new connection fails between "connect" and "checkout", there is no
-        # "checkin", so its timer goes on. Then driver_connection is None.
+        # driver_connection is None if a new connection failed before its "checkout":
+        # there was no "checkin", which would have stopped this timer.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -1038,7 +1039,7 @@ def prepare_sqlite_connection(connection: Any, record: ConnectionPoolEntry) -> N
 
 
 def roll_back_sqlite_connection(connection: Any, *_: object) -> None:
-    """Roll back a connection that SQLAlchemy gives up, as after a cancelled request.
+    """Roll back a connection that SQLAlchemy invalidates, as after a cancelled request.
 
     SQLAlchemy only closes it. But sqlite3 keeps the file locked until the last cursor
     is gone. The cursor of a cancelled request stays until the garbage collector runs.
@@ -1115,11 +1116,12 @@ class SteppedTimer:
 
 @asynccontextmanager
 async def timeout_in_steps(seconds: float) -> AsyncIterator[None]:
-    """Like asyncio.timeout, but it does not end only because the event loop was busy.
+    """Like asyncio.timeout, but a pause of the event loop alone does not make it end.
 
     After a pause, an event loop first ends the timeouts that are over, and only then
-    reads the answers that came in time. Here, a pause ends only one of four steps,
-    however long it was. The next step begins after it, and the loop reads the answer.
+    reads the answers that came in time. Here, each step starts the next one when it
+    ends. So after a pause, however long it was, only one step is over, and the loop
+    reads the answers during the next one.
     """
     async with asyncio.timeout(None) as timeout:  # no end yet: SteppedTimer sets it
         stepped_timer = SteppedTimer(timeout, seconds / 4)
@@ -1359,22 +1361,19 @@ class Database(MonitoredBackend):
         After a failover of PostgreSQL, those to the former primary can be silent, but
         not closed: each would make a request time out. At a checkout, SQLAlchemy
         replaces a connection that was opened before the pool's `_invalidate_time` (a
-        private attribute, as of 2.1.9).
+        private attribute, as of 2.1.9). write_engine shares this pool.
+        (check_engine replaces its connection itself when a check fails.)
 
         dispose() is no alternative: it would begin a new pool while connections of the
         old one are in use, and together, they could be too many.
-
-        The other engines need nothing: on PostgreSQL, write_engine shares this pool,
-        and SQLAlchemy itself replaces the connection of check_engine if it is lost or
-        read-only. SQLite has no failover.
         """
         self.read_engine.pool._invalidate_time = time.time()
 
     async def recover(self) -> None:
         self.replace_connections()
-        # A database without any table is new: create all. If it has some, leave the
-        # missing ones to a migration, which may have begun during the outage. (At a
-        # start, `prepare` creates any that is missing: migrations have ended before.)
+        # The server may have come back without any table, for example on a new disk:
+        # then create all. If it has some, a migration may be running: do not interfere.
+        # (`prepare` need not care: migrations have ended before a start.)
         if not await self.table_names(self.check_engine):
             await self.create_missing_tables()
 
@@ -1612,7 +1611,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 50 turns of some 30 ms: 1.5 s
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
 # The futures of hashes that wait or run. (If a request is cancelled, its future is
-# removed at once, even if its thread still hashes. Two more hashes do no harm.)
+# removed at once, even if its thread still hashes. So there can be HASHES_AT_A_TIME
+# more, which does no harm.)
 UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
@@ -1650,8 +1650,7 @@ TOKEN_OPTIONS = {
     "require_sub": True,
     "require_iat": True,
     "require_exp": True,
-    # A token is invalid from `exp` on (RFC 7519 § 4.1.4). python-jose refuses it if
-    # exp < now - leeway. So with 0, it would accept a token if exp == now.
+    # -1: a token is invalid from `exp` on, not a second later (RFC 7519 § 4.1.4).
     "leeway": -1,
 }
 
@@ -1761,8 +1760,8 @@ async def list_users(db: AsyncSession, after: int, limit: int) -> Rows:
 async def update_user(db: AsyncSession, user: User, **changes: object) -> bool:
     """Update the user, unless its token_version has changed since `user` was read.
 
-    Return whether it was updated. This is optimistic locking: a password change raises
-    the version, so one of two simultaneous changes fails.
+    Return whether it was updated. This is optimistic locking: a password change
+    increments the version, so one of two simultaneous changes fails.
     """
     condition = (User.id == user.id) & (User.token_version == user.token_version)
     query = sa.update(User).where(condition).values(**changes)
@@ -1993,9 +1992,9 @@ NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for each step of `prepare`, such as opening a connection
 # The longest wait of a request for one of the worker's connections. After that, Redis
-# counts as failed. It is long, because a busy worker makes requests wait, too: that is
-# no failure of Redis. (REQUEST_TIMEOUT_SECONDS does not include this wait, because
-# RateLimitMiddleware runs before LimitsAndErrorsMiddleware.)
+# counts as failed. Usually, a long wait only means that this worker is busy.
+# (REQUEST_TIMEOUT_SECONDS does not include this wait, because RateLimitMiddleware runs
+# before LimitsAndErrorsMiddleware.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -2195,12 +2194,12 @@ class RedisRateLimiter(MonitoredBackend):
                 await pool.disconnect(inuse_connections)
 
     async def check_lookup(self) -> None:
-        """Raise an exception if the lookup of the host fails or is slow.
+        """Try a lookup of the host. Raise an exception if it fails or is slow.
 
-        Otherwise, each of the connections would look it up again. uvloop runs only two
-        lookups at a time, and those of PostgreSQL's host would have to wait. There is
-        no timeout here, because a lookup cannot be cancelled. (With SOCK_STREAM, uvloop
-        needs no lookup if the host is an address.)
+        So a bad name server costs one lookup, not one for each connection. (uvloop runs
+        only two lookups at a time, and those of PostgreSQL's host would have to wait.)
+        There is no timeout here, because a lookup cannot be cancelled. (If the host is
+        an address, uvloop needs no lookup, but only with SOCK_STREAM.)
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2586,8 +2585,8 @@ class LimitsAndErrorsMiddleware:
         finally:
             timer.cancel()
             if "timed_out" in scope["state"]:
-                # Undo time_out's cancel(). Otherwise, an asyncio.timeout of an outer
-                # middleware would not work: it compares the task's cancelling().
+                # time_out's cancel() has added 1 to task.cancelling(). Take it back:
+                # an asyncio.timeout in an outer middleware looks at this number.
                 task.uncancel()
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
@@ -2670,7 +2669,7 @@ class LimitsAndErrorsMiddleware:
 # What a route asks for, and what a test overrides. All are async: sync functions would
 # wait for one of FastAPI's 40 threads.
 
-# A placeholder: customize_openapi writes the real URL, which depends on settings.
+# A placeholder: customize_openapi (at the end) puts the prefix before it.
 oauth2_scheme = OAuth2PasswordBearer("auth/token")
 BearerToken = Annotated[str, Depends(oauth2_scheme)]
 
@@ -2737,8 +2736,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (It is set here, too, because create_app passes these routes as `routes`, to which
-    # the application's setting does not apply.)
+    # (create_app sets this, too, but only for the routes that it includes.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
