@@ -73,7 +73,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # CONNECT has no `Upgrade` to leave out: it raises again
+            self.refuse(400)  # a CONNECT still upgrades: `parse` can leave nothing out
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -97,8 +97,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()
-        # It is cancelled (by on_headers_complete) if this is not the first request.
-        if self.header_timer.cancelled():
+        if self.header_timer.cancelled():  # by on_headers_complete of a former request
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -146,7 +145,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        self.timeout_keep_alive = 1  # s; ends the wait of `close` for a body, too
+        # After an early response, uvicorn's keep-alive timer closes, now after 1 s.
+        self.timeout_keep_alive = 1
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
         self.loop.call_later(0.5, super().shutdown)  # a request may be on its way
@@ -157,18 +157,18 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.http = LimitedHttpProtocol
         self.config.server_header = False
         self.config.lifespan = "on"  # with "auto", an exception at the start is hidden
-        # Each second, uvicorn calls callback_notify if more time than this has passed:
+        # Each second, uvicorn calls callback_notify if now - last > timeout_notify.
         self.config.timeout_notify = float("-inf")  # always, even if a clock goes back
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # After its shutdown, uvicorn raises SIGTERM for this handler: exit status 0.
+        # After its shutdown, uvicorn restores the handler that it found, and raises
+        # SIGTERM again. gunicorn's handle_quit then exits with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
-        # uvloop accepts one connection per socket and turn of its loop. So listen on 4
-        # copies of each socket. (With 16, one worker took most clients.)
+        # uvloop accepts one connection per socket and turn of its loop: use 4 copies.
         self.sockets += [s.dup() for s in self.sockets for _ in range(3)]
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # UvicornWorker's for SIGQUIT (Ctrl+C)
+    def handle_exit(self, *_: object) -> None:  # SIGQUIT, sent by gunicorn at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

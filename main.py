@@ -123,10 +123,8 @@ def check_libpq_options(url: sa.URL) -> None:
     dialect_class = url.get_dialect()
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
-    # Check the URL's connect_timeout. The 5 is a dummy for a URL without one: then,
-    # psycopg would check PGCONNECT_TIMEOUT. (The service does not use this variable,
-    # because postgresql_parameters always sets connect_timeout.)
-    timeout_from_conninfo({"connect_timeout": 5, **options})
+    if "connect_timeout" in options:
+        timeout_from_conninfo(dict(options))  # checks that it is a number
 
 
 def parse_database_url(value: str) -> sa.URL:
@@ -293,8 +291,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A text that has only spaces counts as not set: then the default applies, even if
-        .env has a value.
+        A text that has only spaces counts as not set. (But it has already replaced the
+        value in .env, so the default applies.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -436,8 +434,9 @@ LIBRARY_LEVELS = {
     # These repeat what the request's own line says.
     "psycopg": "ERROR",
     "python_multipart": "ERROR",
-    # SQLAlchemy names a pool's logger after the module and the class of the pool. If a
-    # request is cancelled while it returns a connection, this logs a harmless ERROR.
+    # SQLAlchemy names a pool's logger after the module and the class of the pool. The
+    # logger writes a harmless ERROR if a request is cancelled while it returns a
+    # connection.
     f"{__name__}.FairPool": "CRITICAL",
 }
 # The servers' loggers. Their own handlers write another format, so setup_logging
@@ -630,7 +629,7 @@ class UnauthorizedException(AppException):
     status_code = 401
     message = "The access token is not valid."
     # RFC 6750 § 3.1: invalid_token is the code for every invalid token.
-    # (No ClassVar, as ruff wants: RateLimitedException sets `headers` per instance.)
+    # (ruff wants a ClassVar, but RateLimitedException sets `headers` per instance.)
     headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # noqa: RUF012
 
 
@@ -826,8 +825,8 @@ class User(Base):
     username: Mapped[str] = mapped_column(sa.String(32), unique=True)
     password_hash: Mapped[str]
     # Each token carries this number. Incrementing it makes all earlier tokens invalid.
-    # It starts at random: after an older backup is restored, a new user can get the id
-    # of a user who registered after the backup, and must not accept that user's tokens.
+    # It starts at random: if a backup is restored, users who registered after it are
+    # gone, and new users get their ids. With 0, the old users' tokens would be valid.
     token_version: Mapped[int] = mapped_column(default=lambda: secrets.randbits(31))
 
 
@@ -907,9 +906,9 @@ class FairPool(AsyncAdaptedQueuePool):
         # A timer for each connection. A ConnectionPoolEntry, or record, stays in the
         # pool. It holds one connection, and opens another if that is lost.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # A request holds a connection from "checkout" to "checkin". But start the timer
-        # at "connect", too: before the first "checkout" of an engine, SQLAlchemy asks
-        # for the server's version, which can hang.
+        # A request holds a connection from "checkout" to "checkin". But an engine uses
+        # its first connection before the "checkout", too: it asks for the server's
+        # version, which can hang. So the timer also starts at "connect".
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -1118,10 +1117,10 @@ class SteppedTimer:
 async def timeout_in_steps(seconds: float) -> AsyncIterator[None]:
     """Like asyncio.timeout, but a pause of the event loop alone does not make it end.
 
-    After a pause, an event loop first ends the timeouts that are over, and only then
-    reads the answers that came in time. Here, each step starts the next one when it
-    ends. So after a pause, however long it was, only one step is over, and the loop
-    reads the answers during the next one.
+    Example: the limit is 2 s, the answer comes after 1 s, but the loop is blocked for
+    3 s. Then it ends an asyncio.timeout before it reads the answer. Here, the pause
+    ends only the first of four steps, which starts the next one: the loop reads the
+    answer during that one.
     """
     async with asyncio.timeout(None) as timeout:  # no end yet: SteppedTimer sets it
         stepped_timer = SteppedTimer(timeout, seconds / 4)
@@ -1378,7 +1377,7 @@ class Database(MonitoredBackend):
             await self.create_missing_tables()
 
     async def ping(self) -> None:
-        """Check that the database answers, has all columns, and (PostgreSQL) writes."""
+        """Check that the database answers, has all columns, and is not read-only."""
         query = (
             sa.select(*Base.metadata.tables.values())  # names every column
             .limit(0)  # so no row is read or locked
@@ -1492,6 +1491,7 @@ LoginPassword = Annotated[LoginText, NormalizeUnicode]  # can have NUL: it is ha
 Title = Annotated[str, Field(min_length=1, max_length=200, pattern=NO_NUL)]
 Description = Annotated[str, Field(max_length=2000, pattern=NO_NUL)]
 # Without a format, openapi-generator gives an id only 32 bits in Go, Java and others.
+# (The format sets no bounds.)
 Int64 = Annotated[int, Field(json_schema_extra={"format": "int64"})]
 NextCursor = Annotated[
     Int64 | None, Field(description="Send it as `after`; null on the last page")
@@ -1611,8 +1611,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 50 turns of some 30 ms: 1.5 s
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
 # The futures of hashes that wait or run. (If a request is cancelled, its future is
-# removed at once, even if its thread still hashes. So there can be HASHES_AT_A_TIME
-# more, which does no harm.)
+# removed at once, even if its thread goes on. So up to HASHES_AT_A_TIME hashes can run
+# uncounted, which does no harm.)
 UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
@@ -1662,8 +1662,8 @@ class TokenClaims(BaseModel):
     the kinds apart: otherwise, those would be access tokens, too.
     """
 
-    # Another program with the same key could sign any number. Beyond 64 bits, the
-    # database would raise: a 500 in place of a 401.
+    # Another program with the same key could sign any number. With more than 64 bits,
+    # the driver would raise an exception: a 500 in place of a 401.
     sub: Annotated[int, Field(ge=1, le=MAX_ID)]  # in the token, it is a text: "5"
     version: pydantic.StrictInt  # strict, or `false` would count as 0
 
@@ -1720,8 +1720,9 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # The types are given, because sa.tuple_ (below) does not infer them.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# The items of an owner with an id greater than `after`. The queries differ so that each
-# database uses the index items_of_owner: then the last page costs what the first does.
+# The items of an owner with an id greater than `after`. Both queries have this result,
+# but each database uses the index items_of_owner for only one of them. With the index,
+# the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     #     owner_id = :owner AND id > :after
     # With a comparison of rows, SQLite would use only the first column of the index
@@ -1992,7 +1993,7 @@ NANOSECONDS_PER_SECOND = 10**9
 REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for each step of `prepare`, such as opening a connection
 # The longest wait of a request for one of the worker's connections. After that, Redis
-# counts as failed. Usually, a long wait only means that this worker is busy.
+# counts as failed. It is long, because a wait usually means that this worker is busy.
 # (REQUEST_TIMEOUT_SECONDS does not include this wait, because RateLimitMiddleware runs
 # before LimitsAndErrorsMiddleware.)
 REDIS_WAIT_SECONDS = 10
@@ -2198,8 +2199,6 @@ class RedisRateLimiter(MonitoredBackend):
 
         So a bad name server costs one lookup, not one for each connection. (uvloop runs
         only two lookups at a time, and those of PostgreSQL's host would have to wait.)
-        There is no timeout here, because a lookup cannot be cancelled. (If the host is
-        an address, uvloop needs no lookup, but only with SOCK_STREAM.)
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2207,6 +2206,8 @@ class RedisRateLimiter(MonitoredBackend):
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
+            # No timeout, because a lookup cannot be cancelled. (If the host is an
+            # address, uvloop needs no lookup, but only with SOCK_STREAM.)
             await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except OSError as error:
             raise ConnectionError(f"{host}: {error}") from None
@@ -2585,8 +2586,8 @@ class LimitsAndErrorsMiddleware:
         finally:
             timer.cancel()
             if "timed_out" in scope["state"]:
-                # time_out's cancel() has added 1 to task.cancelling(). Take it back:
-                # an asyncio.timeout in an outer middleware looks at this number.
+                # Undo time_out's cancel(), as asyncio.timeout does. Otherwise, an outer
+                # asyncio.timeout would not know its own cancel() from this one.
                 task.uncancel()
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
@@ -2612,8 +2613,8 @@ class LimitsAndErrorsMiddleware:
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
             return await app_exception_handler(request, late)
         if isinstance(error, asyncio.CancelledError) and task.cancelling():
-            # uvicorn has cancelled the task, as it does at a shutdown. It does so only
-            # once, so this response can still be sent.
+            # This task was cancelled: by uvicorn, at a shutdown. It does so only once,
+            # so this response can still be sent.
             stopping = ServiceUnavailableException("the server is shutting down")
             return await app_exception_handler(request, stopping)
         # A CancelledError is the route's own here: it awaits a task that was cancelled.
@@ -2669,7 +2670,7 @@ class LimitsAndErrorsMiddleware:
 # What a route asks for, and what a test overrides. All are async: sync functions would
 # wait for one of FastAPI's 40 threads.
 
-# A placeholder: customize_openapi (at the end) puts the prefix before it.
+# A placeholder, because the prefix is a setting: customize_openapi writes the real URL.
 oauth2_scheme = OAuth2PasswordBearer("auth/token")
 BearerToken = Annotated[str, Depends(oauth2_scheme)]
 
@@ -2736,7 +2737,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app sets this, too, but only for the routes that it includes.)
+    # (create_app sets this, too, but not for these routes, which it does not include.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2997,6 +2998,7 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
 
 
 def register_exception_handlers(app: FastAPI) -> None:
+    # LimitsAndErrorsMiddleware calls unhandled_exception_handler.
     # Not app.add_exception_handler: its type wants handlers that accept any Exception,
     # so mypy refuses these, which accept one class each.
     app.exception_handler(AppException)(app_exception_handler)
@@ -3006,7 +3008,10 @@ def register_exception_handlers(app: FastAPI) -> None:
 
 
 def customize_openapi(app: FastAPI) -> None:
-    """Put the token URL into the OpenAPI document, for /docs's Authorize button."""
+    """Put the token URL into the OpenAPI document, for /docs's Authorize button.
+
+    (oauth2_scheme is made at the import, before the settings are known.)
+    """
     settings: Settings = app.state.settings
     token_url = f"{settings.ROOT_PATH}{settings.API_V1_PREFIX}/auth/token"
     generate_document = app.openapi
