@@ -21,7 +21,7 @@ preload_app = True  # so bad settings end gunicorn, and the workers share the li
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 max_requests_jitter = max_requests // 10  # or all workers would be replaced at once
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
-timeout = graceful_timeout + 30  # no heartbeats during a stop; 30 is the default
+timeout = graceful_timeout + 30  # 30: the default; a stop has no heartbeats
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = read_text("FORWARDED_ALLOW_IPS", "127.0.0.1,::1")
 control_socket_disable = True  # the socket of `gunicornc` needs a writable home
@@ -33,13 +33,11 @@ on_starting = prepare_process  # before the workers are forked
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
-    uvicorn calls a request and its response a `cycle`. on_headers_complete makes this
-    object the cycle's `transport`: so the cycle calls our write, is_closing and close,
-    and close can wait for the end of the body. Three states follow each other:
-
-        headers arrive  header_timer and header_bytes limit them
-        a body arrives  a response that starts now says `Connection: close`
-        the body ends   only now, the connection of such a response is closed
+    A response can be complete before the body of its request has arrived. If uvicorn
+    closed the connection then, the client could lose this early response. So a `cycle`
+    (uvicorn's word for a request and its response) gets this object as its `transport`.
+    write and is_closing are those of the real one, but close waits for the end of the
+    body. An early response says `Connection: close`.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -73,7 +71,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # a CONNECT still upgrades: `parse` can leave nothing out
+            self.refuse(400)  # HttpParserUpgrade: CONNECT has no header to leave out
         if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
             self.refuse(431)
 
@@ -106,15 +104,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size += sum(len(k + v + b": \r\n") for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            raise httptools.HttpParserError  # stops the parser; only one refuse acts
+            # Stop the parser. data_received then calls refuse(400), which does nothing.
+            raise httptools.HttpParserError
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         self.is_in_body = True
         self.header_bytes = 0
         self.header_timer.cancel()
-        self._unset_keepalive_if_required()  # a response may have started this timer
+        self._unset_keepalive_if_required()  # the last response may have started it
         super().on_headers_complete()
-        self.cycle.keep_alive = False  # until on_message_complete: see the docstring
+        self.cycle.keep_alive = False  # until on_message_complete: for early responses
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
@@ -145,7 +144,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        # After an early response, uvicorn's keep-alive timer closes, now after 1 s.
+        # If an early response still waits for its body, uvicorn's keep-alive timer
+        # closes the connection: during a stop, after 1 s.
         self.timeout_keep_alive = 1
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
@@ -161,10 +161,10 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = float("-inf")  # always, even if a clock goes back
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # After its shutdown, uvicorn restores the handler that it found, and raises
-        # SIGTERM again. gunicorn's handle_quit then exits with status 0.
+        # After its shutdown, uvicorn raises SIGTERM again, for the handler that was set
+        # before. handle_quit, which is gunicorn's, exits with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
-        # uvloop accepts one connection per socket and turn of its loop: use 4 copies.
+        # 4 copies of each socket: see the row "Gunicorn" in README's "Practices".
         self.sockets += [s.dup() for s in self.sockets for _ in range(3)]
         super().run()
 

@@ -291,8 +291,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A text that has only spaces counts as not set. (But it has already replaced the
-        value in .env, so the default applies.)
+        A text that has only spaces counts as not set. (If it is in the environment, the
+        default applies, and not the value in .env.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -483,8 +483,8 @@ class JsonFormatter(logging.Formatter):
     def format_slowly(self, fields: dict[str, object]) -> str:
         """Write what to_json refuses: invalid Unicode, or a cycle.
 
-        json.dumps accepts invalid Unicode. If it fails, too, because there is a cycle,
-        or also a NaN, write each value as text.
+        json.dumps accepts invalid Unicode. It fails for a cycle, or if there is a NaN
+        besides the invalid Unicode: then write each value as text.
         """
         try:
             return json.dumps(fields, default=str, allow_nan=False)
@@ -729,8 +729,9 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # If you mount an application at /x, its 405 arrives here with the root_path /x, and
-    # /x/health would match our /health. So match with our own root_path.
+    # If you mount an application at /x, its 405 also arrives here. In its scope,
+    # root_path is /x, and Starlette matches what follows root_path: so /x/health would
+    # look like our /health. So match with our own root_path.
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
     # app.routes has one entry for an included router (since FastAPI 0.137). FastAPI's
@@ -826,7 +827,8 @@ class User(Base):
     password_hash: Mapped[str]
     # Each token carries this number. Incrementing it makes all earlier tokens invalid.
     # It starts at random: if a backup is restored, users who registered after it are
-    # gone, and new users get their ids. With 0, the old users' tokens would be valid.
+    # gone, and new users get their ids. If all versions began at 0, the token of a user
+    # who is gone would be valid for the new user.
     token_version: Mapped[int] = mapped_column(default=lambda: secrets.randbits(31))
 
 
@@ -1099,7 +1101,7 @@ def refuse_write_statement(state: orm.ORMExecuteState) -> None:
 
 
 class SteppedTimer:
-    """End a timeout after some steps. Each step is a timer that starts the next one."""
+    """A timer in several steps, each of which starts the next: see timeout_in_steps."""
 
     def __init__(self, timeout: asyncio.Timeout, step_seconds: float) -> None:
         self.timeout = timeout
@@ -1117,10 +1119,10 @@ class SteppedTimer:
 async def timeout_in_steps(seconds: float) -> AsyncIterator[None]:
     """Like asyncio.timeout, but a pause of the event loop alone does not make it end.
 
-    Example: the limit is 2 s, the answer comes after 1 s, but the loop is blocked for
-    3 s. Then it ends an asyncio.timeout before it reads the answer. Here, the pause
-    ends only the first of four steps, which starts the next one: the loop reads the
-    answer during that one.
+    After a pause, an event loop ends the timeouts that are over before it reads answers
+    that have already come. Here, the time is four timers, each started by the one
+    before: a pause can end only one of them, and the loop reads the answers before the
+    next one ends.
     """
     async with asyncio.timeout(None) as timeout:  # no end yet: SteppedTimer sets it
         stepped_timer = SteppedTimer(timeout, seconds / 4)
@@ -1235,8 +1237,8 @@ class Database(MonitoredBackend):
     def driver_arguments(self) -> dict[str, Any]:
         """Return the arguments of create_async_engine that depend on the database.
 
-        (libpq's are in postgresql_parameters: in connect_args, they would override the
-        parameters of DATABASE_URL.)
+        (libpq's parameters are not here, but in postgresql_parameters: in connect_args,
+        they would override those of DATABASE_URL.)
         """
         if self.is_sqlite:  # the longest wait for the lock of the file
             return {"connect_args": {"timeout": self.settings.DATABASE_TIMEOUT_SECONDS}}
@@ -1372,7 +1374,7 @@ class Database(MonitoredBackend):
         self.replace_connections()
         # The server may have come back without any table, for example on a new disk:
         # then create all. If it has some, a migration may be running: do not interfere.
-        # (`prepare` need not care: migrations have ended before a start.)
+        # (`prepare` may create some: migrations are run before the service starts.)
         if not await self.table_names(self.check_engine):
             await self.create_missing_tables()
 
@@ -1517,13 +1519,18 @@ class UserIn(RequestBody):
 
 
 # from_attributes: model_validate accepts a User, also in the list of a UserPage.
-class UserOut(BaseModel, from_attributes=True):
+# hide_input_in_errors: if a row does not fit, the log does not show it.
+class ResponseBody(BaseModel, from_attributes=True, hide_input_in_errors=True):
+    pass
+
+
+class UserOut(ResponseBody):
     id: Int64
     username: str
     created_at: UtcTime
 
 
-class UserPage(BaseModel):
+class UserPage(ResponseBody):
     users: list[UserOut]
     next: NextCursor
 
@@ -1561,7 +1568,7 @@ class ItemPatch(RequestBody):
     )
 
 
-class ItemOut(BaseModel, from_attributes=True):
+class ItemOut(ResponseBody):
     id: Int64
     title: str
     description: str | None
@@ -1569,7 +1576,7 @@ class ItemOut(BaseModel, from_attributes=True):
     updated_at: UtcTime
 
 
-class ItemPage(BaseModel):
+class ItemPage(ResponseBody):
     items: list[ItemOut]
     next: NextCursor
 
@@ -1714,19 +1721,19 @@ def decode_access_token(token: str, settings: Settings) -> TokenClaims:
 Rows = Sequence[Any]  # of objects such as User, or of plain rows
 # The queries of the busiest routes are built once, because that takes 0.2 ms.
 FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
-# `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects. The order is
-# that of the index items_of_owner, so no sorting is needed.
+# `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects, but have no
+# relationships. The order is that of the index items_of_owner, so no sorting is needed.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # The types are given, because sa.tuple_ (below) does not infer them.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# The items of an owner with an id greater than `after`. Both queries have this result,
-# but each database uses the index items_of_owner for only one of them. With the index,
-# the last page costs what the first does.
+# The items of an owner with an id greater than `after`. The two queries have the same
+# result, but each database uses the index items_of_owner only for its own one. With the
+# index, the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     #     owner_id = :owner AND id > :after
-    # With a comparison of rows, SQLite would use only the first column of the index
-    # (`id` is the rowid), and read all items of the owner.
+    # For a comparison of rows, as below, SQLite would use only the first column of the
+    # index, and read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     #     (owner_id, id) > (:owner, :after) AND owner_id <= :owner
     # With SQLite's query, PostgreSQL may scan the primary key, and skip the items of
@@ -2197,8 +2204,8 @@ class RedisRateLimiter(MonitoredBackend):
     async def check_lookup(self) -> None:
         """Try a lookup of the host. Raise an exception if it fails or is slow.
 
-        So a bad name server costs one lookup, not one for each connection. (uvloop runs
-        only two lookups at a time, and those of PostgreSQL's host would have to wait.)
+        So a bad name server costs one lookup, not one for each connection. (uvloop's
+        library runs two lookups at a time: those of PostgreSQL's host would wait.)
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2433,8 +2440,8 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # uvicorn takes `address` from this header only if it trusts the peer. So if
-            # the header does not contain it, the peer is not trusted. (Search the text:
+            # If uvicorn trusts the peer, it has taken `address` from this header. So if
+            # `address` is not in the header, the peer is not trusted. (Search the text:
             # an entry can be "address:port". A false match only omits the warning.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
@@ -2586,8 +2593,8 @@ class LimitsAndErrorsMiddleware:
         finally:
             timer.cancel()
             if "timed_out" in scope["state"]:
-                # Undo time_out's cancel(), as asyncio.timeout does. Otherwise, an outer
-                # asyncio.timeout would not know its own cancel() from this one.
+                # Take time_out's cancel() back, as asyncio.timeout does: a timeout in a
+                # middleware outside would count it, too.
                 task.uncancel()
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
@@ -2607,7 +2614,7 @@ class LimitsAndErrorsMiddleware:
             # If a response was cut short, set a `reason`: it makes the line a WARNING.
             if "status_code" in request.scope["state"]:
                 request.state.reason = "the client has disconnected"
-            # The client has gone: nobody reads this 400. It is for the log line.
+            # Nobody receives this 400, but RequestLoggingMiddleware logs its status.
             return await http_exception_handler(request, HTTPException(400))
         if "timed_out" in request.scope["state"]:
             late = RequestTimeoutException("REQUEST_TIMEOUT_SECONDS is over")
@@ -2737,7 +2744,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app sets this, too, but not for these routes, which it does not include.)
+    # (create_app sets this for the routes that it includes. It does not include these.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2938,6 +2945,8 @@ async def delete_item(item_id: IdPath, user: CurrentUser, db: WriteSession) -> N
 # --- Application ----------------------------------------------------------------------
 # Wiring only: create_app reads as a list of parts, which are defined above.
 
+# create_app puts API_V1_PREFIX before these routes. (A second prefix has no rate limit
+# until you add it in RateLimitMiddleware.)
 api_router = APIRouter(responses=document_errors(429, 500, 503, 504))
 api_router.include_router(users_router)
 api_router.include_router(auth_router)
@@ -2951,6 +2960,10 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     Your own code for the start and the end goes here: with a lifespan, FastAPI ignores
     `on_event`. Keep objects in `app.state`, not in the state that a lifespan can yield:
     httpx, which the tests use, does not pass this state to requests.
+
+    A background task that you start here runs in every worker. Log exceptions inside
+    of its loop: otherwise, the first one ends it, and no log line says so. Before
+    `database.close()`, cancel the task, and wait for its end by `asyncio.wait({task})`.
     """
     database = Database(app.state.settings)
     app.state.database = database
@@ -2998,7 +3011,7 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
 
 
 def register_exception_handlers(app: FastAPI) -> None:
-    # LimitsAndErrorsMiddleware calls unhandled_exception_handler.
+    """Register all handlers but unhandled_exception_handler: its docstring says why."""
     # Not app.add_exception_handler: its type wants handlers that accept any Exception,
     # so mypy refuses these, which accept one class each.
     app.exception_handler(AppException)(app_exception_handler)
@@ -3046,7 +3059,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         # Not include_router: since FastAPI 0.137, it nests the router, which makes a
         # health check a fifth slower. The price: dependency_overrides have no effect on
-        # these routes. So do not give them a dependency.
+        # these routes, which do not know the app. So do not give them a dependency.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
@@ -3091,8 +3104,8 @@ else:
 def prepare_process(server: object) -> None:
     """Prepare gunicorn's main process. (`server` is gunicorn's Arbiter.)
 
-    gunicorn calls this after it has loaded the application (by preload_app), and before
-    it forks workers. It is in this module to keep gunicorn.conf.py short.
+    gunicorn calls this as on_starting, before it forks workers. (By preload_app, it has
+    already loaded the application.) It is here to keep gunicorn.conf.py short.
     """
     # `gunicorn 'main:create_app()'` does not call build_app, which sets up logging.
     if not logger.hasHandlers():

@@ -48,7 +48,7 @@ import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, datetime, timezone
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1594,15 +1594,15 @@ def test_username_has_letters_digits_and_three_signs_but_no_sign_first() -> None
 
 def test_time_is_written_in_utc_with_its_offset() -> None:
     utc = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-    elsewhere = utc.astimezone(timezone(timedelta(hours=2)))
-    for moment in (utc, elsewhere, utc.replace(tzinfo=None)):
+    for moment in (utc, utc.astimezone(timezone.max), utc.replace(tzinfo=None)):
         user = main.UserOut(id=1, username="ada", created_at=moment)
         assert '"2026-01-02T03:04:05Z"' in user.model_dump_json()
 
 
-def test_time_outside_of_the_utc_range_is_refused() -> None:
-    with pytest.raises(ValueError, match="is out of range"):
-        main.to_utc(datetime.max.replace(tzinfo=timezone(timedelta(hours=-1))))
+def test_time_outside_of_the_utc_range_is_refused_and_not_shown() -> None:
+    with pytest.raises(ValueError, match="is out of range") as error:
+        main.UserOut.model_validate({"created_at": "9999-12-31T23:59-01:00"})
+    assert "9999" not in str(error.value)
 
 
 # --- Security -------------------------------------------------------------------------
@@ -2968,7 +2968,7 @@ OWN_STATUSES = {  # which only the rules of a route can give
 def test_openapi_names_every_status_of_an_error() -> None:
     for name, operation in operations().items():
         expected = {500, 503, 504} | OWN_STATUSES.get(name, set())
-        expected |= {429} if "/api/v1/" in name else set()
+        expected |= set() if "/health" in name else {429}
         expected |= {401} if "security" in operation else set()
         expected |= {400, 413, 422} if "requestBody" in operation else set()
         expected |= {422} if "parameters" in operation else set()
