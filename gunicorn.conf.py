@@ -21,7 +21,7 @@ preload_app = True  # so bad settings end gunicorn, and the workers share the li
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 max_requests_jitter = max_requests // 10  # or all workers would be replaced at once
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
-timeout = graceful_timeout + 30  # 30: the default; a stop has no heartbeats
+timeout = graceful_timeout + 30  # a stopping worker sends no heartbeats
 keepalive = read_number("KEEP_ALIVE_SECONDS", 75)  # most load balancers have 60 s
 forwarded_allow_ips = read_text("FORWARDED_ALLOW_IPS", "127.0.0.1,::1")
 control_socket_disable = True  # the socket of `gunicornc` needs a writable home
@@ -71,8 +71,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: CONNECT has no header to leave out
-        if self.header_bytes > MAX_HEADER_BYTES:  # complete headers set it to 0
+            self.refuse(400)  # HttpParserUpgrade: CONNECT upgrades without a header
+        if self.header_bytes > MAX_HEADER_BYTES:  # on_headers_complete sets it to 0
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
@@ -113,7 +113,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # the last response may have started it
         super().on_headers_complete()
-        self.cycle.keep_alive = False  # until on_message_complete: for early responses
+        self.cycle.keep_alive = False  # an early response says close; see docstring
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
@@ -131,9 +131,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
             raise httptools.HttpParserError  # stops the parser, as above
         if not self.cycle.response_started:  # no `Connection: close` has been sent
-            is_old = self.scope["http_version"] == "1.0"  # never kept, as in uvicorn
             is_kept = self.parser.should_keep_alive() and not self.is_stopping
-            self.cycle.keep_alive = is_kept and not is_old
+            is_http_1_0 = self.scope["http_version"] == "1.0"  # as in uvicorn: not kept
+            self.cycle.keep_alive = is_kept and not is_http_1_0
 
     def refuse(self, status: int) -> None:
         if not self.transport.is_closing():  # else nothing more may be sent
@@ -144,8 +144,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        # If an early response still waits for its body, uvicorn's keep-alive timer
-        # closes the connection: during a stop, after 1 s.
+        # uvicorn starts its keep-alive timer when a response is complete, also an early
+        # one. During a stop, the timer closes the connection after 1 s.
         self.timeout_keep_alive = 1
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"

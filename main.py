@@ -124,7 +124,8 @@ def check_libpq_options(url: sa.URL) -> None:
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
     if "connect_timeout" in options:
-        timeout_from_conninfo(dict(options))  # checks that it is a number
+        # This checks that it is a number. (mypy wants a dict.)
+        timeout_from_conninfo(dict(options))
 
 
 def parse_database_url(value: str) -> sa.URL:
@@ -221,8 +222,8 @@ def parse_json(value: object) -> object:
 
 
 # pydantic-settings decodes a variable as JSON if its type is a list or a tuple.
-# NoDecode prevents this. A sa.URL is a tuple, but its text is no JSON. Origins are
-# decoded by parse_json, whose error shows an example.
+# NoDecode prevents this for a sa.URL, which is a tuple, but not written as JSON, and
+# for Origins, because parse_json's error shows an example.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
@@ -231,7 +232,7 @@ Origins = Annotated[list[Origin], NoDecode, BeforeValidator(parse_json)]
 # (A lone surrogate is invalid. It comes from "\ud800" in JSON, or from a variable that
 # is not UTF-8.) The length is arbitrary.
 ValidText = Annotated[str, Field(max_length=1000)]
-# A segment may begin with a dot, but is never "." or "..": clients resolve these.
+# Such as /api, /v1.2 or /.api, but not /. or /..: clients resolve these.
 PATH_SEGMENT = r"/\.?[A-Za-z0-9_~-][A-Za-z0-9._~-]*"
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -261,8 +262,8 @@ class Settings(BaseSettings):
     ROOT_PATH: str = Field(default="", pattern=rf"^({PATH_SEGMENT})*$")
     # The random default is for development only: see refuse_unsafe_values. All workers
     # have the same key, because gunicorn imports this module before it forks.
-    # (RFC 7518 § 3.2 wants 32 bytes for HS256. For HS384 and HS512, it wants 48 and 64,
-    # which is not checked.)
+    # (RFC 7518 § 3.2 wants 32 bytes for HS256. For HS384 and HS512, it wants 48 and 64:
+    # this is not checked, so that the key need not change with the algorithm.)
     SECRET_KEY: SecretStr = Field(default=SecretStr(secrets.token_hex()), min_length=32)
     ACCESS_TOKEN_EXPIRE_MINUTES: int = Field(default=30, gt=0)
     ALGORITHM: Literal["HS256", "HS384", "HS512"] = "HS256"
@@ -353,8 +354,8 @@ def get_settings() -> Settings:
     try:
         check_env_file()
         # If a secret is a folder (Docker makes one in place of a missing file),
-        # pydantic-settings only warns, and goes on without it. So make the warning an
-        # exception: pydantic-settings turns it into the SettingsError below.
+        # pydantic-settings only warns, and goes on without it. With action="error", the
+        # warning is raised, and arrives below as the cause of a SettingsError.
         with warnings.catch_warnings(action="error", category=UserWarning):
             # Without pydantic's plugin, mypy does not know this argument.
             return Settings(_secrets_dir=folder)  # type: ignore[call-arg]
@@ -447,7 +448,7 @@ SERVER_LOGGERS = ("gunicorn.error", "uvicorn.error", "uvicorn")
 def shorten_traceback(text: str) -> str:
     """Cut the beginning, so that the text has at most MAX_TRACEBACK_BYTES as JSON.
 
-    The error itself is at the end.
+    The error itself is at the end, and stays.
     """
     if len(text) > MAX_TRACEBACK_BYTES:
         # First leave out the frames of libraries: SQLAlchemy's alone exceed the limit,
@@ -483,8 +484,8 @@ class JsonFormatter(logging.Formatter):
     def format_slowly(self, fields: dict[str, object]) -> str:
         """Write what to_json refuses: invalid Unicode, or a cycle.
 
-        json.dumps accepts invalid Unicode. It fails for a cycle, or if there is a NaN
-        besides the invalid Unicode: then write each value as text.
+        json.dumps accepts invalid Unicode. It fails for a cycle and, with
+        allow_nan=False, for a NaN, which is no JSON: then write each value as text.
         """
         try:
             return json.dumps(fields, default=str, allow_nan=False)
@@ -729,9 +730,9 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # If you mount an application at /x, its 405 also arrives here. In its scope,
-    # root_path is /x, and Starlette matches what follows root_path: so /x/health would
-    # look like our /health. So match with our own root_path.
+    # The 405 of an application that you mount at /x also arrives here. Starlette has
+    # then set root_path to /x, and matches only what follows it: so /x/health would
+    # look like our /health. With our own root_path, it does not.
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
     # app.routes has one entry for an included router (since FastAPI 0.137). FastAPI's
@@ -981,7 +982,7 @@ class FairPool(AsyncAdaptedQueuePool):
         """
         del self.timers[record]
         # driver_connection is None if a new connection failed before its "checkout":
-        # there was no "checkin", which would have stopped this timer.
+        # then there is no "checkin", so the timer goes on. There is nothing to abort.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -991,9 +992,10 @@ class FairPool(AsyncAdaptedQueuePool):
 async def connect_to_postgresql(*args: Any, **options: Any) -> Any:
     """Connect, and leave nothing open if that fails or is cancelled.
 
-    A failed connect leaves a reference cycle of the exception, its traceback and a
-    frame's variable (psycopg 3.3, SQLAlchemy 2.1). It keeps the socket open until the
-    garbage collector runs, maybe for minutes. clear_frames breaks the cycle.
+    A failed connect leaves a reference cycle: exception, traceback, frame, and a local
+    variable that refers to the exception (psycopg 3.3, SQLAlchemy 2.1). It keeps the
+    socket open until the garbage collector runs, maybe for minutes. clear_frames
+    empties the local variables.
     """
     try:
         return await psycopg.AsyncConnection.connect(*args, **options)
@@ -1117,11 +1119,11 @@ class SteppedTimer:
 
 @asynccontextmanager
 async def timeout_in_steps(seconds: float) -> AsyncIterator[None]:
-    """Like asyncio.timeout, but a pause of the event loop alone does not make it end.
+    """Like asyncio.timeout, but it does not end only because the loop was blocked.
 
-    After a pause, an event loop ends the timeouts that are over before it reads answers
-    that have already come. Here, the time is four timers, each started by the one
-    before: a pause can end only one of them, and the loop reads the answers before the
+    After a block, an event loop runs the timers that are due before a task gets an
+    answer that has already come. Here, the time is four timers, each started by the one
+    before: a block can end only one of them, and the task gets its answer before the
     next one ends.
     """
     async with asyncio.timeout(None) as timeout:  # no end yet: SteppedTimer sets it
@@ -1193,7 +1195,7 @@ class MonitoredBackend:
             logger.warning("%s is not ready", self.name, extra=extra)
         self.in_outage = True
         if self.retry_timer is not None:
-            self.retry_timer.cancel()  # of an earlier failure: one timer is enough
+            self.retry_timer.cancel()  # if requests fail together, keep one timer
         loop = asyncio.get_running_loop()
         self.retry_timer = loop.call_later(CHECK_INTERVAL_SECONDS, self.start_check)
 
@@ -1295,7 +1297,8 @@ class Database(MonitoredBackend):
             max_overflow=0,
             pool_timeout=self.settings.DATABASE_TIMEOUT_SECONDS,
             hide_parameters=True,  # or every error would log them
-            # Database.ping selects from all tables without a join: do not warn of it.
+            # Without this, SQLAlchemy would warn of ping, which selects from all tables
+            # without a join.
             enable_from_linting=False,
         )
         event.listen(engine.sync_engine, "handle_error", cut_message)
@@ -1363,7 +1366,7 @@ class Database(MonitoredBackend):
         not closed: each would make a request time out. At a checkout, SQLAlchemy
         replaces a connection that was opened before the pool's `_invalidate_time` (a
         private attribute, as of 2.1.9). write_engine shares this pool.
-        (check_engine replaces its connection itself when a check fails.)
+        (SQLAlchemy replaces check_engine's connection if it is lost or read-only.)
 
         dispose() is no alternative: it would begin a new pool while connections of the
         old one are in use, and together, they could be too many.
@@ -1373,8 +1376,8 @@ class Database(MonitoredBackend):
     async def recover(self) -> None:
         self.replace_connections()
         # The server may have come back without any table, for example on a new disk:
-        # then create all. If it has some, a migration may be running: do not interfere.
-        # (`prepare` may create some: migrations are run before the service starts.)
+        # then create them. If only some are missing, a migration may be running: do
+        # nothing. (At a start, `prepare` creates those: migrations have run before.)
         if not await self.table_names(self.check_engine):
             await self.create_missing_tables()
 
@@ -1657,7 +1660,8 @@ TOKEN_OPTIONS = {
     "require_sub": True,
     "require_iat": True,
     "require_exp": True,
-    # -1: a token is invalid from `exp` on, not a second later (RFC 7519 § 4.1.4).
+    # A token is invalid from `exp` on (RFC 7519 § 4.1.4). python-jose would accept it
+    # for one second more.
     "leeway": -1,
 }
 
@@ -1678,8 +1682,8 @@ class TokenClaims(BaseModel):
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    Not as a text: jwt.decode parses a text that is JSON, such as "abc" with the quotes,
-    but jwt.encode does not. So with such a SECRET_KEY, every token would be refused.
+    If it were a text that happens to be JSON, such as "abc" with the quotes, jwt.decode
+    would parse it, but not jwt.encode. So every token would be refused.
     """
     # SECRET_KEY may have bytes that are not UTF-8, because pydantic does not check the
     # Unicode of a SecretStr. Python reads them as surrogates; surrogateescape restores
@@ -2204,8 +2208,8 @@ class RedisRateLimiter(MonitoredBackend):
     async def check_lookup(self) -> None:
         """Try a lookup of the host. Raise an exception if it fails or is slow.
 
-        So a bad name server costs one lookup, not one for each connection. (uvloop's
-        library runs two lookups at a time: those of PostgreSQL's host would wait.)
+        So a bad name server costs one lookup, not one for each connection. (uvloop runs
+        two lookups at a time: if Redis's are slow, those for PostgreSQL have to wait.)
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2213,8 +2217,8 @@ class RedisRateLimiter(MonitoredBackend):
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
-            # No timeout, because a lookup cannot be cancelled. (If the host is an
-            # address, uvloop needs no lookup, but only with SOCK_STREAM.)
+            # No timeout, because a lookup cannot be cancelled. (With SOCK_STREAM,
+            # uvloop skips the lookup if the host is an address.)
             await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except OSError as error:
             raise ConnectionError(f"{host}: {error}") from None
@@ -2240,13 +2244,19 @@ class RedisRateLimiter(MonitoredBackend):
             # Wait for a slot before the timeout of run_script begins: if all slots are
             # taken, this worker is busy, but Redis need not be slow.
             async with asyncio.timeout(REDIS_WAIT_SECONDS), self.slots:
-                # Checked here, because an outage may begin during the wait. Until
-                # `prepare` has succeeded, each request would have to connect.
-                is_usable = self.is_prepared and not self.in_outage
-                return await self.run_script(key, limit, seconds) if is_usable else None
+                return await self.run_script_if_usable(key, limit, seconds)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is logged
             self.handle_failure(error)
             return None
+
+    async def run_script_if_usable(
+        self, key: str, limit: int, seconds: int
+    ) -> RateLimitResult | None:
+        # An outage may have begun during the wait for a slot. Until `prepare` has
+        # succeeded, each request would have to connect.
+        if self.in_outage or not self.is_prepared:
+            return None
+        return await self.run_script(key, limit, seconds)
 
     async def run_script(self, key: str, limit: int, seconds: int) -> RateLimitResult:
         keys = [f"{self.key_prefix}:{key}"]
@@ -2593,8 +2603,8 @@ class LimitsAndErrorsMiddleware:
         finally:
             timer.cancel()
             if "timed_out" in scope["state"]:
-                # Take time_out's cancel() back, as asyncio.timeout does: a timeout in a
-                # middleware outside would count it, too.
+                # time_out's cancel() has increased task.cancelling(). Take it back, as
+                # asyncio.timeout does, because an outer asyncio.timeout looks at it.
                 task.uncancel()
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
@@ -2744,7 +2754,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app sets this for the routes that it includes. It does not include these.)
+    # (create_app's own setting does not reach these routes: see there, at `routes`.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -3059,7 +3069,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         # Not include_router: since FastAPI 0.137, it nests the router, which makes a
         # health check a fifth slower. The price: dependency_overrides have no effect on
-        # these routes, which do not know the app. So do not give them a dependency.
+        # these routes, which only include_router tells of them. So give them none.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
@@ -3104,8 +3114,8 @@ else:
 def prepare_process(server: object) -> None:
     """Prepare gunicorn's main process. (`server` is gunicorn's Arbiter.)
 
-    gunicorn calls this as on_starting, before it forks workers. (By preload_app, it has
-    already loaded the application.) It is here to keep gunicorn.conf.py short.
+    gunicorn calls this as on_starting, before it forks workers. (With preload_app, the
+    application is already loaded then.) It is here to keep gunicorn.conf.py short.
     """
     # `gunicorn 'main:create_app()'` does not call build_app, which sets up logging.
     if not logger.hasHandlers():
