@@ -33,11 +33,11 @@ on_starting = prepare_process  # before the workers are forked
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
-    A response can be complete before the body of its request has arrived. If uvicorn
-    closed the connection then, the client could lose this early response. So a `cycle`
-    (uvicorn's word for a request and its response) gets this object as its `transport`.
-    write and is_closing are those of the real one, but close waits for the end of the
-    body. An early response says `Connection: close`.
+    An early response is complete before the body of its request has arrived. uvicorn
+    would then close the connection, and the client could lose the response. So here, a
+    `cycle` (uvicorn's word for a request and its response) gets this object as its
+    `transport`: write and is_closing are the real transport's, but close waits for the
+    end of the body. An early response says `Connection: close`.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -71,14 +71,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: CONNECT upgrades without a header
+            self.refuse(400)  # HttpParserUpgrade: a CONNECT has raised it again
         if self.header_bytes > MAX_HEADER_BYTES:  # on_headers_complete sets it to 0
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
-        # httptools raises after the headers of an `Upgrade`. By then, our callbacks
+        # At an `Upgrade`, httptools raises after the headers. By then, our callbacks
         # have only collected url and headers. So give a new parser the same headers
-        # without `Upgrade`, and then the rest of `data`.
+        # without `Upgrade`, and then the rest of `data`. (A CONNECT raises again.)
         while data:
             try:
                 return self.parser.feed_data(data)
@@ -113,7 +113,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # the last response may have started it
         super().on_headers_complete()
-        self.cycle.keep_alive = False  # an early response says close; see docstring
+        self.cycle.keep_alive = False  # until on_message_complete sets the real value
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
@@ -144,8 +144,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         self.is_stopping = True
-        # uvicorn starts its keep-alive timer when a response is complete, also an early
-        # one. During a stop, the timer closes the connection after 1 s.
+        # An early response also starts uvicorn's keep-alive timer, which closes the
+        # connection. Let it do so after 1 s, so that no endless body holds up the stop.
         self.timeout_keep_alive = 1
         if self.cycle:
             self.cycle.keep_alive = False  # the response has "Connection: close"
@@ -168,7 +168,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.sockets += [s.dup() for s in self.sockets for _ in range(3)]
         super().run()
 
-    def handle_exit(self, *_: object) -> None:  # SIGQUIT, sent by gunicorn at Ctrl+C
+    def handle_exit(self, *_: object) -> None:  # SIGQUIT: gunicorn sends it at Ctrl+C
         signal.raise_signal(signal.SIGTERM)
 
     async def callback_notify(self) -> None:

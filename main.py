@@ -162,8 +162,8 @@ def parse_database_url(value: str) -> sa.URL:
 
 
 # Matches a URL that redis-py cannot misread. In a password, a /, ? or # must be
-# encoded: otherwise, redis-py would take a part of the password for something else. In
-# redis://me:12/34@host, it would take me:12 for host and port, which get into the log.
+# encoded. Example: in redis://me:12/34@host, the password is 12/34, but redis-py takes
+# me:12 for host and port, which get into the log.
 # What redis-py would ignore is also refused: a path that is no number, or a host in
 # unix://host/path.
 REDIS_URL_PATTERN = re.compile(
@@ -222,8 +222,8 @@ def parse_json(value: object) -> object:
 
 
 # pydantic-settings decodes a variable as JSON if its type is a list or a tuple.
-# NoDecode prevents this for a sa.URL, which is a tuple, but not written as JSON, and
-# for Origins, because parse_json's error shows an example.
+# NoDecode prevents this. DatabaseUrl needs it, because a sa.URL is a tuple, but not
+# written as JSON. Origins needs it, because parse_json's error shows an example.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
@@ -232,7 +232,8 @@ Origins = Annotated[list[Origin], NoDecode, BeforeValidator(parse_json)]
 # (A lone surrogate is invalid. It comes from "\ud800" in JSON, or from a variable that
 # is not UTF-8.) The length is arbitrary.
 ValidText = Annotated[str, Field(max_length=1000)]
-# Such as /api, /v1.2 or /.api, but not /. or /..: clients resolve these.
+# One segment, such as /api, /v1.2 or /.api, but no single or double dot: clients remove
+# these from a URL.
 PATH_SEGMENT = r"/\.?[A-Za-z0-9_~-][A-Za-z0-9._~-]*"
 # Bounded, because the rate limiter keeps one timestamp per allowed request in memory.
 RequestCount = Annotated[int, Field(ge=1, le=10_000)]
@@ -292,8 +293,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A text that has only spaces counts as not set. (If it is in the environment, the
-        default applies, and not the value in .env.)
+        A text that has only spaces counts as not set. (The sources are merged before
+        this runs: so if it is in the environment, the value in .env is lost.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -484,8 +485,9 @@ class JsonFormatter(logging.Formatter):
     def format_slowly(self, fields: dict[str, object]) -> str:
         """Write what to_json refuses: invalid Unicode, or a cycle.
 
-        json.dumps accepts invalid Unicode. It fails for a cycle and, with
-        allow_nan=False, for a NaN, which is no JSON: then write each value as text.
+        json.dumps accepts invalid Unicode, but fails for a cycle. It would write NaN,
+        which is not JSON: so allow_nan=False makes it fail, too. If it has failed,
+        write each value as text.
         """
         try:
             return json.dumps(fields, default=str, allow_nan=False)
@@ -730,9 +732,9 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # The 405 of an application that you mount at /x also arrives here. Starlette has
-    # then set root_path to /x, and matches only what follows it: so /x/health would
-    # look like our /health. With our own root_path, it does not.
+    # If you mount StaticFiles at /x, its 405 also arrives here. Starlette has then set
+    # root_path to /x, and matches only what follows it: so /x/health would look like
+    # our /health. With our own root_path, it does not.
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
     # app.routes has one entry for an included router (since FastAPI 0.137). FastAPI's
@@ -897,7 +899,7 @@ class FairPool(AsyncAdaptedQueuePool):
         _do_return_conn  gives it back; not called if _do_get has raised an exception
         _dec_overflow    tells the pool that it has one connection less
 
-    The first two are not async, but run in a greenlet of SQLAlchemy, where its function
+    The first two are not async, but SQLAlchemy runs them in a greenlet. In it,
     `await_(coroutine)` waits as `await coroutine` does in an async function.
     """
 
@@ -909,9 +911,9 @@ class FairPool(AsyncAdaptedQueuePool):
         # A timer for each connection. A ConnectionPoolEntry, or record, stays in the
         # pool. It holds one connection, and opens another if that is lost.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # A request holds a connection from "checkout" to "checkin". But an engine uses
-        # its first connection before the "checkout", too: it asks for the server's
-        # version, which can hang. So the timer also starts at "connect".
+        # A request holds a connection from "checkout" to "checkin". But with the first
+        # connection, the engine asks for the server's version before the "checkout",
+        # which can hang, too. So the timer also starts at "connect".
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -981,8 +983,8 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in driver_arguments.)
         """
         del self.timers[record]
-        # driver_connection is None if a new connection failed before its "checkout":
-        # then there is no "checkin", so the timer goes on. There is nothing to abort.
+        # driver_connection is None if a new connection failed before its "checkout". No
+        # "checkin" has stopped the timer then. It ends here, with nothing to abort.
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -1065,7 +1067,7 @@ def begin_transaction(connection: sa.Connection) -> None:
 
     This is all that is needed: the driver's commit() and rollback() still end a
     transaction that was begun by hand. (With DEBUG, SQLAlchemy logs that COMMIT has no
-    effect in autocommit. Here, it has one.)
+    effect in autocommit. That is wrong here.)
 
     SQLAlchemy's own way, execution_options(isolation_level=…), would switch autocommit
     off and on for each transaction. If a request is cancelled during the switch, its
@@ -1121,10 +1123,10 @@ class SteppedTimer:
 async def timeout_in_steps(seconds: float) -> AsyncIterator[None]:
     """Like asyncio.timeout, but it does not end only because the loop was blocked.
 
-    After a block, an event loop runs the timers that are due before a task gets an
-    answer that has already come. Here, the time is four timers, each started by the one
-    before: a block can end only one of them, and the task gets its answer before the
-    next one ends.
+    If a loop was blocked, it first runs the timers that are due, and only then the task
+    whose answer has come. So asyncio.timeout would end a task that has its answer in
+    time. Here, four timers run, each started by the one before: a block ends only one
+    of them, and the task runs before the next one ends.
     """
     async with asyncio.timeout(None) as timeout:  # no end yet: SteppedTimer sets it
         stepped_timer = SteppedTimer(timeout, seconds / 4)
@@ -1297,8 +1299,8 @@ class Database(MonitoredBackend):
             max_overflow=0,
             pool_timeout=self.settings.DATABASE_TIMEOUT_SECONDS,
             hide_parameters=True,  # or every error would log them
-            # Without this, SQLAlchemy would warn of ping, which selects from all tables
-            # without a join.
+            # Otherwise, SQLAlchemy would warn about the query in `ping`, which selects
+            # from all tables without a join.
             enable_from_linting=False,
         )
         event.listen(engine.sync_engine, "handle_error", cut_message)
@@ -1375,9 +1377,9 @@ class Database(MonitoredBackend):
 
     async def recover(self) -> None:
         self.replace_connections()
-        # The server may have come back without any table, for example on a new disk:
-        # then create them. If only some are missing, a migration may be running: do
-        # nothing. (At a start, `prepare` creates those: migrations have run before.)
+        # No table at all: the server has come back empty (a new disk), so create them.
+        # Some are missing: a migration may be running, so leave them. (`prepare` may
+        # create missing ones, because at a start, all migrations are done.)
         if not await self.table_names(self.check_engine):
             await self.create_missing_tables()
 
@@ -1682,8 +1684,8 @@ class TokenClaims(BaseModel):
 def signing_key(settings: Settings) -> dict[str, str]:
     """Return the secret as a JSON Web Key.
 
-    If it were a text that happens to be JSON, such as "abc" with the quotes, jwt.decode
-    would parse it, but not jwt.encode. So every token would be refused.
+    If the secret were a text that is also JSON, such as "abc" with the quotes,
+    jwt.decode would parse it, but jwt.encode would not: every token would be refused.
     """
     # SECRET_KEY may have bytes that are not UTF-8, because pydantic does not check the
     # Unicode of a SecretStr. Python reads them as surrogates; surrogateescape restores
@@ -1731,9 +1733,9 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # The types are given, because sa.tuple_ (below) does not infer them.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# The items of an owner with an id greater than `after`. The two queries have the same
-# result, but each database uses the index items_of_owner only for its own one. With the
-# index, the last page costs what the first does.
+# The items of an owner with an id greater than `after`. Both queries give the same
+# rows, but SQLite uses the index items_of_owner only for the first one, and PostgreSQL
+# reliably only for the second. With it, the last page costs what the first does.
 LIST_ITEMS_QUERIES = {
     #     owner_id = :owner AND id > :after
     # For a comparison of rows, as below, SQLite would use only the first column of the
@@ -2217,8 +2219,8 @@ class RedisRateLimiter(MonitoredBackend):
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
-            # No timeout, because a lookup cannot be cancelled. (With SOCK_STREAM,
-            # uvloop skips the lookup if the host is an address.)
+            # A lookup cannot be cancelled: so wait for its end, and measure the time.
+            # (With SOCK_STREAM, uvloop skips the lookup if the host is an address.)
             await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except OSError as error:
             raise ConnectionError(f"{host}: {error}") from None
@@ -2450,9 +2452,10 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, it has taken `address` from this header. So if
-            # `address` is not in the header, the peer is not trusted. (Search the text:
-            # an entry can be "address:port". A false match only omits the warning.)
+            # uvicorn has taken `address` from this header if it trusts the peer. So an
+            # `address` that is not in the header is that of an untrusted peer. (Search
+            # the text, because an entry can be "address:port". A false match only omits
+            # the warning.)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2603,8 +2606,8 @@ class LimitsAndErrorsMiddleware:
         finally:
             timer.cancel()
             if "timed_out" in scope["state"]:
-                # time_out's cancel() has increased task.cancelling(). Take it back, as
-                # asyncio.timeout does, because an outer asyncio.timeout looks at it.
+                # time_out has cancelled this task, and that is handled now. uncancel()
+                # tells so to an asyncio.timeout in a middleware outside, if any.
                 task.uncancel()
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
@@ -2754,7 +2757,8 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app's own setting does not reach these routes: see there, at `routes`.)
+    # (create_app's setting does not apply to these routes, because it does not include
+    # them by include_router.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -3068,8 +3072,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
         # Not include_router: since FastAPI 0.137, it nests the router, which makes a
-        # health check a fifth slower. The price: dependency_overrides have no effect on
-        # these routes, which only include_router tells of them. So give them none.
+        # health check a fifth slower. The price: dependency_overrides do not work for
+        # these routes. So write health routes without Depends.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
