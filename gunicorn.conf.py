@@ -36,7 +36,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     An early response is complete before the body of its request has arrived. uvicorn
     would then close the connection, and the client could lose the response. So here, a
     `cycle` (uvicorn's word for a request and its response) gets this object as its
-    `transport`: write and is_closing are the real transport's, but close waits for the
+    `transport`, of which it calls write, is_closing and close: our close waits for the
     end of the body. An early response says `Connection: close`.
     """
 
@@ -56,7 +56,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
-        self.write = lambda _: None  # ignore what an unfinished response still writes
+        self.write = lambda _: None  # an earlier, pipelined request may still write
         if self.cycle:  # break the circular reference: its memory is free at once then
             self.cycle.transport = self.transport
 
@@ -164,7 +164,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         # After its shutdown, uvicorn raises SIGTERM again, for the handler that was set
         # before. handle_quit, which is gunicorn's, exits with status 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
-        # 4 copies of each socket: see the row "Gunicorn" in README's "Practices".
+        # Listen 4 times on each socket: see the row "Gunicorn" in README's "Practices".
         self.sockets += [s.dup() for s in self.sockets for _ in range(3)]
         super().run()
 

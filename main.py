@@ -124,7 +124,8 @@ def check_libpq_options(url: sa.URL) -> None:
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
     if "connect_timeout" in options:
-        # This checks that it is a number. (mypy wants a dict.)
+        # This checks that it is a number. (If it were missing, this would check the
+        # variable PGCONNECT_TIMEOUT, which the service overrides. mypy wants a dict.)
         timeout_from_conninfo(dict(options))
 
 
@@ -732,9 +733,9 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # If you mount StaticFiles at /x, its 405 also arrives here. Starlette has then set
-    # root_path to /x, and matches only what follows it: so /x/health would look like
-    # our /health. With our own root_path, it does not.
+    # StaticFiles, or a router, that you mount at /x leaves its 405 to us. Starlette has
+    # then set root_path to /x, and matches only what follows it: so /x/health would
+    # look like our /health. With our own root_path, it does not.
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
     # app.routes has one entry for an included router (since FastAPI 0.137). FastAPI's
@@ -829,9 +830,9 @@ class User(Base):
     username: Mapped[str] = mapped_column(sa.String(32), unique=True)
     password_hash: Mapped[str]
     # Each token carries this number. Incrementing it makes all earlier tokens invalid.
-    # It starts at random: if a backup is restored, users who registered after it are
-    # gone, and new users get their ids. If all versions began at 0, the token of a user
-    # who is gone would be valid for the new user.
+    # It starts at random: after a backup is restored, users who registered since the
+    # backup are gone, and new users get their ids. If all versions began at 0, the
+    # token of a user who is gone would be valid for the new user.
     token_version: Mapped[int] = mapped_column(default=lambda: secrets.randbits(31))
 
 
@@ -1121,12 +1122,12 @@ class SteppedTimer:
 
 @asynccontextmanager
 async def timeout_in_steps(seconds: float) -> AsyncIterator[None]:
-    """Like asyncio.timeout, but it does not end only because the loop was blocked.
+    """Like asyncio.timeout, but a blocked event loop alone does not make it end.
 
     If a loop was blocked, it first runs the timers that are due, and only then the task
     whose answer has come. So asyncio.timeout would end a task that has its answer in
-    time. Here, four timers run, each started by the one before: a block ends only one
-    of them, and the task runs before the next one ends.
+    time. Here, four timers follow each other, each for a quarter of the time: a block
+    ends only one of them, and the task runs before the next one ends.
     """
     async with asyncio.timeout(None) as timeout:  # no end yet: SteppedTimer sets it
         stepped_timer = SteppedTimer(timeout, seconds / 4)
@@ -1384,7 +1385,7 @@ class Database(MonitoredBackend):
             await self.create_missing_tables()
 
     async def ping(self) -> None:
-        """Check that the database answers, has all columns, and is not read-only."""
+        """Check that it answers, has all columns, and (PostgreSQL) is not read-only."""
         query = (
             sa.select(*Base.metadata.tables.values())  # names every column
             .limit(0)  # so no row is read or locked
@@ -1676,7 +1677,7 @@ class TokenClaims(BaseModel):
     """
 
     # Another program with the same key could sign any number. With more than 64 bits,
-    # the driver would raise an exception: a 500 in place of a 401.
+    # the driver or PostgreSQL would raise an exception: a 500 in place of a 401.
     sub: Annotated[int, Field(ge=1, le=MAX_ID)]  # in the token, it is a text: "5"
     version: pydantic.StrictInt  # strict, or `false` would count as 0
 
@@ -1734,8 +1735,9 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
 # The items of an owner with an id greater than `after`. Both queries give the same
-# rows, but SQLite uses the index items_of_owner only for the first one, and PostgreSQL
-# reliably only for the second. With it, the last page costs what the first does.
+# rows, but SQLite uses both columns of items_of_owner only for the first one, and
+# PostgreSQL surely only for the second. Only then, the last page costs what the first
+# does.
 LIST_ITEMS_QUERIES = {
     #     owner_id = :owner AND id > :after
     # For a comparison of rows, as below, SQLite would use only the first column of the
@@ -2210,8 +2212,8 @@ class RedisRateLimiter(MonitoredBackend):
     async def check_lookup(self) -> None:
         """Try a lookup of the host. Raise an exception if it fails or is slow.
 
-        So a bad name server costs one lookup, not one for each connection. (uvloop runs
-        two lookups at a time: if Redis's are slow, those for PostgreSQL have to wait.)
+        So lookups that hang do not pile up, one per check. (uvloop runs two lookups at
+        a time: if both are for Redis, and hang, those for PostgreSQL have to wait.)
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2757,8 +2759,8 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app's setting does not apply to these routes, because it does not include
-    # them by include_router.)
+    # (create_app's own setting does not reach these routes, because they do not pass
+    # through include_router.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -3072,8 +3074,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
         # Not include_router: since FastAPI 0.137, it nests the router, which makes a
-        # health check a fifth slower. The price: dependency_overrides do not work for
-        # these routes. So write health routes without Depends.
+        # health check a fifth slower. The price: generate_unique_id_function and
+        # dependency_overrides do not reach these routes. So write them without Depends.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.

@@ -378,8 +378,8 @@ def test_docstring_names_the_sections_in_their_order() -> None:
 @pytest.fixture
 def environment(monkeypatch: Patch) -> Any:  # to set it and read settings
     def read_settings(**variables: str) -> main.Settings:
-        for variable in {"SECRET_KEY": KEY, **variables}.items():
-            monkeypatch.setenv(*variable)
+        for pair in {"SECRET_KEY": KEY, "PGCONNECT_TIMEOUT": "x", **variables}.items():
+            monkeypatch.setenv(*pair)
         return main.get_settings()
 
     return read_settings
