@@ -57,7 +57,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
         self.write = lambda _: None  # an earlier, pipelined request may still write
-        if self.cycle:  # break the circular reference: its memory is free at once then
+        if self.cycle:  # no circular reference: the memory is freed at once then
             self.cycle.transport = self.transport
 
     def refuse_slow(self) -> None:
@@ -71,7 +71,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parse(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.refuse(400)  # HttpParserUpgrade: a CONNECT has raised it again
+            self.refuse(400)  # HttpParserUpgrade: from a CONNECT; see `parse`
         if self.header_bytes > MAX_HEADER_BYTES:  # on_headers_complete sets it to 0
             self.refuse(431)
 

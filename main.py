@@ -124,9 +124,9 @@ def check_libpq_options(url: sa.URL) -> None:
     _, options = dialect_class().create_connect_args(url)
     make_conninfo(**options)  # checks their names
     if "connect_timeout" in options:
-        # This checks that it is a number. (If it were missing, this would check the
-        # variable PGCONNECT_TIMEOUT, which the service overrides. mypy wants a dict.)
-        timeout_from_conninfo(dict(options))
+        # Check that it is a number, but only if it is given: otherwise, psycopg would
+        # check the variable PGCONNECT_TIMEOUT, which the service does not use.
+        timeout_from_conninfo(dict(options))  # a dict for mypy
 
 
 def parse_database_url(value: str) -> sa.URL:
@@ -294,8 +294,8 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A text that has only spaces counts as not set. (The sources are merged before
-        this runs: so if it is in the environment, the value in .env is lost.)
+        A text that has only spaces counts as not set. (But in the environment, such a
+        text still hides the value in .env: the default is used.)
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -1734,10 +1734,9 @@ ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # The types are given, because sa.tuple_ (below) does not infer them.
 OWNER = sa.bindparam("owner", type_=BigInt)
 AFTER = sa.bindparam("after", type_=BigInt)
-# The items of an owner with an id greater than `after`. Both queries give the same
-# rows, but SQLite uses both columns of items_of_owner only for the first one, and
-# PostgreSQL surely only for the second. Only then, the last page costs what the first
-# does.
+# The items of an owner with an id greater than `after`, in two forms of the same query:
+# each database is sure to use both columns of the index items_of_owner only for its own
+# form. Otherwise, later pages would be slower than the first.
 LIST_ITEMS_QUERIES = {
     #     owner_id = :owner AND id > :after
     # For a comparison of rows, as below, SQLite would use only the first column of the
@@ -2212,8 +2211,9 @@ class RedisRateLimiter(MonitoredBackend):
     async def check_lookup(self) -> None:
         """Try a lookup of the host. Raise an exception if it fails or is slow.
 
-        So lookups that hang do not pile up, one per check. (uvloop runs two lookups at
-        a time: if both are for Redis, and hang, those for PostgreSQL have to wait.)
+        This waits for the end of the lookup, however long. There is one check at a
+        time, so lookups that hang do not pile up. (uvloop runs two at a time: if both
+        hang, a lookup of PostgreSQL's host has to wait.)
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2221,8 +2221,8 @@ class RedisRateLimiter(MonitoredBackend):
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
-            # A lookup cannot be cancelled: so wait for its end, and measure the time.
-            # (With SOCK_STREAM, uvloop skips the lookup if the host is an address.)
+            # No timeout, because a lookup cannot be cancelled. (With SOCK_STREAM,
+            # uvloop skips the lookup if the host is an address.)
             await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except OSError as error:
             raise ConnectionError(f"{host}: {error}") from None
@@ -2608,8 +2608,8 @@ class LimitsAndErrorsMiddleware:
         finally:
             timer.cancel()
             if "timed_out" in scope["state"]:
-                # time_out has cancelled this task, and that is handled now. uncancel()
-                # tells so to an asyncio.timeout in a middleware outside, if any.
+                # The cancellation by time_out has been answered. Without uncancel(), an
+                # asyncio.timeout in an outer middleware would still count it.
                 task.uncancel()
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
@@ -3075,7 +3075,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         # Not include_router: since FastAPI 0.137, it nests the router, which makes a
         # health check a fifth slower. The price: generate_unique_id_function and
-        # dependency_overrides do not reach these routes. So write them without Depends.
+        # dependency_overrides do not reach these routes. So give them no Depends.
         routes=health_router.routes,
         # FastAPI has OpenTelemetry built in (as of 0.165), which costs time. To use it,
         # see "Operate" in README.
