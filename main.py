@@ -294,8 +294,7 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A text that has only spaces counts as not set. (But in the environment, such a
-        text still hides the value in .env: the default is used.)
+        A text that has only spaces counts as not set.
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -484,14 +483,9 @@ class JsonFormatter(logging.Formatter):
             return self.format_slowly(fields)
 
     def format_slowly(self, fields: dict[str, object]) -> str:
-        """Write what to_json refuses: invalid Unicode, or a cycle.
-
-        json.dumps accepts invalid Unicode, but fails for a cycle. It would write NaN,
-        which is not JSON: so allow_nan=False makes it fail, too. If it has failed,
-        write each value as text.
-        """
+        """Write what to_json refuses, such as invalid Unicode, or a cycle."""
         try:
-            return json.dumps(fields, default=str, allow_nan=False)
+            return json.dumps(fields, default=str, allow_nan=False)  # NaN is not JSON
         except Exception:  # noqa: BLE001 - a failing __str__ can raise anything
             return json.dumps({name: safe_text(v) for name, v in fields.items()})
 
@@ -830,9 +824,8 @@ class User(Base):
     username: Mapped[str] = mapped_column(sa.String(32), unique=True)
     password_hash: Mapped[str]
     # Each token carries this number. Incrementing it makes all earlier tokens invalid.
-    # It starts at random: after a backup is restored, users who registered since the
-    # backup are gone, and new users get their ids. If all versions began at 0, the
-    # token of a user who is gone would be valid for the new user.
+    # It starts at random: after a backup is restored, a new user can get the id of a
+    # lost one, whose tokens must not be valid for the new user.
     token_version: Mapped[int] = mapped_column(default=lambda: secrets.randbits(31))
 
 
@@ -984,8 +977,7 @@ class FairPool(AsyncAdaptedQueuePool):
         server. The wait for its lock has a timeout in driver_arguments.)
         """
         del self.timers[record]
-        # driver_connection is None if a new connection failed before its "checkout". No
-        # "checkin" has stopped the timer then. It ends here, with nothing to abort.
+        # driver_connection is None if a new connection failed before its "checkout".
         connection = record.driver_connection
         if isinstance(connection, psycopg.AsyncConnection) and not connection.closed:
             shut_down_socket(connection.fileno())
@@ -1068,7 +1060,7 @@ def begin_transaction(connection: sa.Connection) -> None:
 
     This is all that is needed: the driver's commit() and rollback() still end a
     transaction that was begun by hand. (With DEBUG, SQLAlchemy logs that COMMIT has no
-    effect in autocommit. That is wrong here.)
+    effect in autocommit: ignore that.)
 
     SQLAlchemy's own way, execution_options(isolation_level=…), would switch autocommit
     off and on for each transaction. If a request is cancelled during the switch, its
@@ -1379,8 +1371,7 @@ class Database(MonitoredBackend):
     async def recover(self) -> None:
         self.replace_connections()
         # No table at all: the server has come back empty (a new disk), so create them.
-        # Some are missing: a migration may be running, so leave them. (`prepare` may
-        # create missing ones, because at a start, all migrations are done.)
+        # Some are missing: a migration may be running, so leave them.
         if not await self.table_names(self.check_engine):
             await self.create_missing_tables()
 
@@ -1624,8 +1615,7 @@ MAX_WAITING_HASHES = 100  # the last one waits for 50 turns of some 30 ms: 1.5 s
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
 # The futures of hashes that wait or run. (If a request is cancelled, its future is
-# removed at once, even if its thread goes on. So up to HASHES_AT_A_TIME hashes can run
-# uncounted, which does no harm.)
+# removed at once, although its hash may still run.)
 UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
@@ -2454,10 +2444,8 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # uvicorn has taken `address` from this header if it trusts the peer. So an
-            # `address` that is not in the header is that of an untrusted peer. (Search
-            # the text, because an entry can be "address:port". A false match only omits
-            # the warning.)
+            # If uvicorn trusts the peer, `address` is an entry of this header. (Search
+            # the text, because an entry can be "address:port".)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
@@ -2608,9 +2596,7 @@ class LimitsAndErrorsMiddleware:
         finally:
             timer.cancel()
             if "timed_out" in scope["state"]:
-                # The cancellation by time_out has been answered. Without uncancel(), an
-                # asyncio.timeout in an outer middleware would still count it.
-                task.uncancel()
+                task.uncancel()  # undo time_out's cancel(), as asyncio.timeout does
         # If status_code is set (by RequestLoggingMiddleware), a response has started. A
         # second one cannot be sent: only the log line tells of the error. If the first
         # one is incomplete, uvicorn closes the connection.
@@ -2759,8 +2745,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app's own setting does not reach these routes, because they do not pass
-    # through include_router.)
+    # (create_app sets this only for routes that pass through include_router.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
