@@ -1706,7 +1706,9 @@ def decode_access_token(token: str, settings: Settings) -> TokenClaims:
     key = signing_key(settings)
     try:
         # Without this list, python-jose would accept the algorithm that a token names.
-        claims = jwt.decode(token, key, [settings.ALGORITHM], TOKEN_OPTIONS)
+        claims = jwt.decode(
+            token, key, algorithms=[settings.ALGORITHM], options=TOKEN_OPTIONS
+        )
         return TokenClaims.model_validate(claims)
     except Exception:  # noqa: BLE001 - such as RecursionError for deeply nested JSON
         raise UnauthorizedException from None
@@ -2745,7 +2747,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app sets this only for routes that pass through include_router.)
+    # (create_app sets this for included routes only. It says why these are not.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
