@@ -1360,8 +1360,8 @@ class Database(MonitoredBackend):
         After a failover of PostgreSQL, those to the former primary can be silent, but
         not closed: each would make a request time out. At a checkout, SQLAlchemy
         replaces a connection that was opened before the pool's `_invalidate_time` (a
-        private attribute, as of 2.1.9). write_engine shares this pool.
-        (SQLAlchemy replaces check_engine's connection if it is lost or read-only.)
+        private attribute, as of 2.1.9). write_engine shares this pool. check_engine
+        needs nothing: SQLAlchemy replaces its connection if it is lost or read-only.
 
         dispose() is no alternative: it would begin a new pool while connections of the
         old one are in use, and together, they could be too many.
@@ -1515,7 +1515,8 @@ class UserIn(RequestBody):
     password: NewPassword = Field(examples=["correct horse battery staple"])
 
 
-# from_attributes: model_validate accepts a User, also in the list of a UserPage.
+# For responses that are made from rows, such as a UserOut from a User.
+# from_attributes: model_validate accepts rows, also in the list of a UserPage.
 # hide_input_in_errors: if a row does not fit, the log does not show it.
 class ResponseBody(BaseModel, from_attributes=True, hide_input_in_errors=True):
     pass
@@ -3024,10 +3025,7 @@ def register_exception_handlers(app: FastAPI) -> None:
 
 
 def customize_openapi(app: FastAPI) -> None:
-    """Put the token URL into the OpenAPI document, for /docs's Authorize button.
-
-    (oauth2_scheme is made at the import, before the settings are known.)
-    """
+    """Put the token URL into the OpenAPI document, for /docs's Authorize button."""
     settings: Settings = app.state.settings
     token_url = f"{settings.ROOT_PATH}{settings.API_V1_PREFIX}/auth/token"
     generate_document = app.openapi
