@@ -425,12 +425,13 @@ STANDARD_FIELDS = set(vars(logging.makeLogRecord({}))) | {"color_message"}
 # could be mixed with others. 2800 leaves room for the other fields.
 MAX_TRACEBACK_BYTES = 2800
 # A library's part of a traceback: the line "  File …", and the indented code under it.
-LIBRARY_FRAME = re.compile(r"^  File .*site-packages.*\n(    .*\n)*", re.MULTILINE)
+# (The folder is site-packages, or on Debian's own Python dist-packages.)
+LIBRARY_FRAME = re.compile(r"^  File .*-packages/.*\n(    .*\n)*", re.MULTILINE)
 LIBRARY_LEVELS = {
     "asyncio": "WARNING",  # logs the name of its selector at each start
     # These log each statement or URL, some with parameters.
     "aiosqlite": "WARNING",
-    "httpx": "WARNING",  # if you use it, as the tests do
+    "httpx": "WARNING",  # the tests use it; to use it yourself, see requirements.txt
     "sqlalchemy": "WARNING",
     "uvicorn.asgi": "WARNING",  # with LOG_LEVEL=NOTSET, it would log query strings
     # These repeat what the request's own line says.
@@ -1319,7 +1320,8 @@ class Database(MonitoredBackend):
     def session(self, writes: bool) -> AsyncSession:
         """Return a new session.
 
-        Raises ServiceUnavailableException until `prepare` has succeeded.
+        Raises ServiceUnavailableException until `prepare` has succeeded. (A script that
+        makes a Database has to await `start_check()` first, and `close()` at the end.)
         """
         if not self.is_prepared:
             raise ServiceUnavailableException("the database is not ready")
@@ -1721,8 +1723,9 @@ def decode_access_token(token: str, settings: Settings) -> TokenClaims:
 Rows = Sequence[Any]  # of objects such as User, or of plain rows
 # The queries of the busiest routes are built once, because that takes 0.2 ms.
 FIND_USER_QUERY = sa.select(User).where(User.id == sa.bindparam("id"))
-# `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects, but have no
-# relationships. The order is that of the index items_of_owner, so no sorting is needed.
+# `Item.__table__`, not `Item`: plain rows are cheaper than ORM objects, but have only
+# the columns, under their names in the table. The order is that of the index
+# items_of_owner, so no sorting is needed.
 ITEMS_QUERY = sa.select(Item.__table__).order_by(Item.owner_id, Item.id)
 # The types are given, because sa.tuple_ (below) does not infer them.
 OWNER = sa.bindparam("owner", type_=BigInt)
@@ -2687,7 +2690,12 @@ BearerToken = Annotated[str, Depends(oauth2_scheme)]
 
 
 async def get_db(request: Request) -> AsyncIterator[AsyncSession]:
-    """A session for a route that writes. What the service does not commit is lost."""
+    """A session for a route that writes. What the service does not commit is lost.
+
+    On SQLite, such sessions run one after the other. On PostgreSQL, two of them can
+    pass the same check. So put the check into the UPDATE, as update_user does, or read
+    the row by `with_for_update()`.
+    """
     async with request.app.state.database.session(writes=True) as session:
         yield session
 
@@ -2988,7 +2996,8 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
     Add yours at the end. Two kinds go directly after RequestLoggingMiddleware:
 
         one that must see every response, as for metrics: at the end, it would miss
-            those of the middleware before it, such as 429 and 504
+            those of the middleware before it, such as 429 and 504. (In memory, each
+            worker counts for itself.)
         a BaseHTTPMiddleware: at the end, it would wrap the HTTPException of a large
             body in an ExceptionGroup, and the client would not get a 413
 
@@ -2998,6 +3007,7 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
     cors = Middleware(
         OriginCORSMiddleware,
         allow_origins=settings.CORS_ORIGINS,
+        # If a route uses another method or header, add it, or browsers will refuse it.
         allow_methods=("GET", "POST", "PATCH", "DELETE"),
         allow_headers=("Authorization", "Content-Type", "X-Request-ID"),
         # No allow_credentials, because the token is in a header, not in a cookie.

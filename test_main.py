@@ -85,7 +85,7 @@ CapLog = pytest.LogCaptureFixture
 Patch = pytest.MonkeyPatch
 PASSWORD = "correct horse battery staple"
 KEY = "k" * 32  # of tokens
-PATIENCE_SECONDS = 10  # for what another task or process does, before its test fails
+PATIENCE_SECONDS = 30  # for what another task or process does, before its test fails
 ADDRESSES = (f"198.18.{n >> 8}.{n & 255}" for n in itertools.count(1))
 
 
@@ -1174,7 +1174,7 @@ async def test_tables_are_made_beside_others(database_url: str) -> None:
     async with connected(DATABASE_URL=database_url) as database:
         await execute(database, f"DROP TABLE {table.name}")
     async with connected(DATABASE_URL=database_url) as database:
-        await execute(database, f"SELECT id FROM {table.name}")
+        await execute(database, f"SELECT 1 FROM {table.name}")
 
 
 async def test_empty_database_gets_its_tables_again(database: main.Database) -> None:
@@ -1786,7 +1786,7 @@ async def test_list_uses_an_index(name: str, database: Any, statements: Any) -> 
         await execute(database, statement)
     async with database.session(writes=False) as db:
         await LISTS[name](db)
-        statement, parameters = statements[-1]
+        statement, parameters = next(x for x in statements if "LIMIT" in x[0])
         dialect = db.get_bind().dialect.name
         explain = "EXPLAIN QUERY PLAN " if dialect == "sqlite" else "EXPLAIN "
         connection = await db.connection()
@@ -2592,7 +2592,7 @@ async def test_cors_allows_the_methods_and_headers_of_the_api(odd: Client) -> No
     methods = response.headers["Access-Control-Allow-Methods"].split(", ")
     headers = response.headers["Access-Control-Allow-Headers"].split(", ")
     always = {"Accept", "Accept-Language", "Content-Language"}
-    assert set(methods) == {"GET", "POST", "PATCH", "DELETE"}
+    assert set(methods) == {name.split()[0] for name in operations()}
     assert set(headers) == {"Authorization", "Content-Type", "X-Request-ID", *always}
 
 
@@ -2848,7 +2848,7 @@ async def test_pagination_has_20_rows_by_default(kind: str, ada: Client) -> None
     for number in range(21):
         await ada.add_item(f"item {number}")
         await add_user(ada.app.state.database, f"user-{number}")
-    page = (await ada.get(f"/{kind}")).json()
+    page = (await ada.get(f"/{kind}")).raise_for_status().json()
     assert (len(page[kind]), page["next"]) == (20, 20)
 
 
@@ -2994,7 +2994,7 @@ def test_openapi_error_is_an_error_response() -> None:
 def test_openapi_operation_has_tag_name_and_description() -> None:
     for name, operation in operations().items():
         assert operation["tags"][0] in name.split("/")
-        assert re.fullmatch(r"[a-z]+(_[a-z]+)+", operation["operationId"])
+        assert re.fullmatch(r"[a-z]+(_[a-z0-9]+)+", operation["operationId"])
         assert re.fullmatch(r"[A-Z].+[.?]", operation.get("description", "")), name
 
 
