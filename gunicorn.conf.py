@@ -76,9 +76,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.refuse(431)
 
     def parse(self, data: bytes) -> None:
-        # At an `Upgrade`, httptools raises after the headers. By then, our callbacks
-        # have only collected url and headers. So give a new parser the same headers
-        # without `Upgrade`, and then the rest of `data`. (A CONNECT raises again.)
+        # httptools raises after headers with `Upgrade`, which our callbacks have only
+        # collected. Then a new parser gets the same headers without `Upgrade`, and, by
+        # the loop, the rest of `data`. (A CONNECT raises again.)
         while data:
             try:
                 return self.parser.feed_data(data)
@@ -95,7 +95,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()
-        if self.header_timer.cancelled():  # by on_headers_complete of a former request
+        if self.header_timer.cancelled():  # else it has been running since the connect
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:
@@ -113,7 +113,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # the last response may have started it
         super().on_headers_complete()
-        self.cycle.keep_alive = False  # until on_message_complete sets the real value
+        self.cycle.keep_alive = False  # so an early response says `Connection: close`
         self.cycle.transport = self  # type: ignore[assignment]
         self.headers = []  # or uvicorn would add trailers to the request's headers
 
@@ -130,7 +130,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self.cycle.response_complete:  # an early response: now close
             self.transport.close()
             raise httptools.HttpParserError  # stops the parser, as above
-        if not self.cycle.response_started:  # no `Connection: close` has been sent
+        if not self.cycle.response_started:  # else it has said `Connection: close`
             is_kept = self.parser.should_keep_alive() and not self.is_stopping
             is_http_1_0 = self.scope["http_version"] == "1.0"  # as in uvicorn: not kept
             self.cycle.keep_alive = is_kept and not is_http_1_0

@@ -728,9 +728,9 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # StaticFiles, or a router, that you mount at /x leaves its 405 to us. Starlette has
-    # then set root_path to /x, and matches only what follows it: so /x/health would
-    # look like our /health. With our own root_path, it does not.
+    # A 405 of StaticFiles, or of a router, that you mount at /x also arrives here. Then
+    # Starlette has set root_path to /x, and would match only what follows it: /x/health
+    # would look like our /health. So match the whole path, by our own root_path.
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
     # app.routes has one entry for an included router (since FastAPI 0.137). FastAPI's
@@ -845,8 +845,9 @@ class Item(Base):
 
 
 # --- Database -------------------------------------------------------------------------
-# A request holds a connection only while it talks to the database. Each worker has
-# three engines, all in autocommit: so a read needs no round trips for BEGIN and COMMIT.
+# A session takes a connection at its first statement, and returns it at commit(), at
+# rollback(), or when the dependency closes it. Each worker has three engines, all in
+# autocommit: so a read needs no round trips for BEGIN and COMMIT.
 #
 #     read_engine   for sessions that only read
 #     write_engine  for sessions that write: begin_transaction sends their BEGIN
@@ -1618,7 +1619,7 @@ MAX_WAITING_HASHES = 100  # the last one waits for 50 turns of some 30 ms: 1.5 s
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
 # The futures of hashes that wait or run. (If a request is cancelled, its future is
-# removed at once, although its hash may still run.)
+# removed at once, although its hash may still run: at most HASHES_AT_A_TIME do.)
 UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
@@ -1733,15 +1734,16 @@ AFTER = sa.bindparam("after", type_=BigInt)
 # The items of an owner with an id greater than `after`, in two forms of the same query:
 # each database is sure to use both columns of the index items_of_owner only for its own
 # form. Otherwise, later pages would be slower than the first.
+#
+#     SQLite      owner_id = :owner AND id > :after
+#     PostgreSQL  (owner_id, id) > (:owner, :after) AND owner_id <= :owner
+#
+# For PostgreSQL's form, SQLite would use only the first column, and read all items of
+# the owner. For SQLite's form, PostgreSQL may scan the primary key, and skip the items
+# of all other owners one by one. (Its last condition excludes the items of later
+# owners: (8, 1) > (7, 100) is true.)
 LIST_ITEMS_QUERIES = {
-    #     owner_id = :owner AND id > :after
-    # For a comparison of rows, as below, SQLite would use only the first column of the
-    # index, and read all items of the owner.
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
-    #     (owner_id, id) > (:owner, :after) AND owner_id <= :owner
-    # With SQLite's query, PostgreSQL may scan the primary key, and skip the items of
-    # all other owners one by one. The comparison of rows alone would also find the
-    # items of later owners: (8, 1) > (7, 100).
     "postgresql": ITEMS_QUERY.where(
         sa.tuple_(Item.owner_id, Item.id) > sa.tuple_(OWNER, AFTER),
         Item.owner_id <= OWNER,
@@ -1815,10 +1817,8 @@ async def remove_item(db: AsyncSession, owner_id: int, item_id: int) -> bool:
 
 
 # --- Services -------------------------------------------------------------------------
-# Business logic. A service that changes data calls commit() as its last step. A session
-# takes a connection at its first statement, and returns it at commit(), at rollback(),
-# or when the dependency closes it. No service holds one while a password is hashed,
-# which takes 30 ms.
+# Business logic. A service that changes data calls commit() as its last step. No
+# service holds a connection while a password is hashed, which takes 30 ms.
 
 Page = dict[str, Any]  # from which a route makes a UserPage or ItemPage
 
@@ -2208,8 +2208,8 @@ class RedisRateLimiter(MonitoredBackend):
         """Try a lookup of the host. Raise an exception if it fails or is slow.
 
         This waits for the end of the lookup, however long. There is one check at a
-        time, so lookups that hang do not pile up. (uvloop runs two at a time: if both
-        hang, a lookup of PostgreSQL's host has to wait.)
+        time, so lookups that hang do not pile up. (uvloop runs two lookups at a time:
+        while one hangs, those of PostgreSQL's host can still be made.)
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2692,9 +2692,9 @@ BearerToken = Annotated[str, Depends(oauth2_scheme)]
 async def get_db(request: Request) -> AsyncIterator[AsyncSession]:
     """A session for a route that writes. What the service does not commit is lost.
 
-    On SQLite, such sessions run one after the other. On PostgreSQL, two of them can
-    pass the same check. So put the check into the UPDATE, as update_user does, or read
-    the row by `with_for_update()`.
+    On SQLite, such sessions run one after the other. On PostgreSQL, they run at the
+    same time: two can both read that a seat is free, and both take it. So put the
+    condition into the UPDATE, as update_user does, or read by `with_for_update()`.
     """
     async with request.app.state.database.session(writes=True) as session:
         yield session
@@ -2756,7 +2756,7 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app sets this for included routes only. It says why these are not.)
+    # (What create_app sets is only for included routers. It says why this one is not.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2993,7 +2993,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Middleware]:
     """Return the middleware for `FastAPI(middleware=…)`, outermost first.
 
-    Add yours at the end. Two kinds go directly after RequestLoggingMiddleware:
+    Add yours at the end, but two kinds directly after RequestLoggingMiddleware:
 
         one that must see every response, as for metrics: at the end, it would miss
             those of the middleware before it, such as 429 and 504. (In memory, each
