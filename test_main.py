@@ -151,6 +151,7 @@ def empty_tables() -> bytes:  # a SQLite file: to copy it is faster than to make
     with tempfile.TemporaryDirectory() as folder:
         engine = sa.create_engine(f"sqlite:///{folder}/app.db")
         with engine.begin() as connection:
+            connection.exec_driver_sql("PRAGMA journal_mode = WAL")  # slow at a start
             main.Base.metadata.create_all(connection)
         engine.dispose()
         return Path(folder, "app.db").read_bytes()
@@ -289,10 +290,9 @@ async def db(database: main.Database) -> AsyncIterator[AsyncSession]:  # Ada 1, 
         yield session
 
 
-SLUGS_TEXT = """400 bad_request 401 unauthorized 403 forbidden 404 not_found
+SLUGS_TEXT = """400 bad_request 401 unauthorized 403 forbidden 404 not_found 504 timeout
 405 method_not_allowed 409 conflict 413 payload_too_large 415 unsupported_media_type
-422 validation_error 429 rate_limited 500 internal_error 503 service_unavailable
-504 timeout"""
+422 validation_error 429 rate_limited 500 internal_error 503 service_unavailable"""
 SLUGS = {int(code): slug for code, slug in re.findall(r"(\d+) (\w+)", SLUGS_TEXT)}
 
 
