@@ -2360,14 +2360,14 @@ async def test_redis_may_end_connections(own_redis: OwnRedis, patience: Patch) -
 
 @pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})])
 async def test_answer_of_redis_is_read_late(own_redis: OwnRedis, patience: Any) -> None:
-    patience.setattr(main, "REDIS_TIMEOUT_SECONDS", 1)
+    patience.setattr(main, "REDIS_TIMEOUT_SECONDS", 0.4)
     async with redis_limiter(own_redis.url) as limiter:
         assert await admitted(limiter, 1) == 1
         own_redis.pause()
         request = asyncio.create_task(limiter.redis.run_script("key", 3, 1))
         await asyncio.sleep(0.01)  # it is sent
         own_redis.process.send_signal(signal.SIGCONT)
-        own_redis.client.blpop(["nothing"], 1.2)  # holds up the loop for over a second
+        own_redis.client.blpop(["nothing"], 0.6)  # holds up the loop for over 0.4 s
         assert (await request).allowed
 
 
