@@ -33,11 +33,11 @@ on_starting = prepare_process  # before the workers are forked
 class LimitedHttpProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol (0.54), limited as README's "Practices" explain.
 
-    An early response is complete before the body of its request has arrived. uvicorn
-    would then close the connection, and the client could lose the response. So here, a
-    `cycle` (uvicorn's word for a request and its response) gets this object as its
-    `transport`, of which it calls write, is_closing and close: our close waits for the
-    end of the body. An early response says `Connection: close`.
+    An early response is complete before the body of its request has arrived. uvicorn's
+    `cycle` (a request and its response) would then close the connection, and the client
+    could lose the response. So a cycle gets this object in place of the real transport,
+    of which it calls write, is_closing and close: our close waits for the end of the
+    body. An early response says `Connection: close`.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -56,7 +56,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self.header_timer.cancel()
         self._unset_keepalive_if_required()  # private: stops the keep-alive timer
-        self.write = lambda _: None  # an earlier, pipelined request may still write
+        self.write = lambda _: None  # or an earlier, pipelined request would raise
         if self.cycle:  # no circular reference: the memory is freed at once then
             self.cycle.transport = self.transport
 
@@ -95,7 +95,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:  # the parser has found a request's first byte
         super().on_message_begin()  # which empties `url` and `headers`
         self._unset_keepalive_if_required()
-        if self.header_timer.cancelled():  # else it runs, as since the connect
+        if self.header_timer.cancelled():  # the first one's runs since the connect
             self.header_timer = self.loop.call_later(HEADER_SECONDS, self.refuse_slow)
 
     def on_headers_complete(self) -> None:

@@ -1618,8 +1618,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 50 turns of some 30 ms: 1.5 s
 # The threads run beside other Python code, because argon2 releases the GIL. They start
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
-# The futures of hashes that wait or run. (If a request is cancelled, its future is
-# removed at once, although its hash may still run: at most HASHES_AT_A_TIME do.)
+# The futures of hashes that wait or run. (That of a cancelled request is removed at
+# once. Its hash may still run, so HASHES_AT_A_TIME more can exist than are counted.)
 UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
@@ -1740,8 +1740,8 @@ AFTER = sa.bindparam("after", type_=BigInt)
 #
 # For PostgreSQL's form, SQLite would use only the first column, and read all items of
 # the owner. For SQLite's form, PostgreSQL may scan the primary key, and skip the items
-# of all other owners one by one. (Its last condition excludes the items of later
-# owners: (8, 1) > (7, 100) is true.)
+# of all other owners one by one. (PostgreSQL's form needs `owner_id <= :owner`, because
+# (8, 1) > (7, 100) is true: otherwise, items of later owners would appear.)
 LIST_ITEMS_QUERIES = {
     "sqlite": ITEMS_QUERY.where(Item.owner_id == OWNER, Item.id > AFTER),
     "postgresql": ITEMS_QUERY.where(
@@ -2756,7 +2756,8 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (What create_app sets is only for included routers. It says why this one is not.)
+    # (create_app sets it, too, but only for routers that it includes. At `routes=`, it
+    # says why it does not include this one.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
@@ -2993,7 +2994,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Middleware]:
     """Return the middleware for `FastAPI(middleware=…)`, outermost first.
 
-    Add yours at the end, but two kinds directly after RequestLoggingMiddleware:
+    Put yours at the end. Two kinds come second, after RequestLoggingMiddleware:
 
         one that must see every response, as for metrics: at the end, it would miss
             those of the middleware before it, such as 429 and 504. (In memory, each
