@@ -426,7 +426,9 @@ STANDARD_FIELDS = set(vars(logging.makeLogRecord({}))) | {"color_message"}
 MAX_TRACEBACK_BYTES = 2800
 # A library's part of a traceback: the line "  File …", and the indented code under it.
 # (The folder is site-packages, or on Debian's own Python dist-packages.)
-LIBRARY_FRAME = re.compile(r"^  File .*-packages/.*\n(    .*\n)*", re.MULTILINE)
+LIBRARY_FRAME = re.compile(
+    r"^  File .*(site|dist)-packages.*\n(    .*\n)*", re.MULTILINE
+)
 LIBRARY_LEVELS = {
     "asyncio": "WARNING",  # logs the name of its selector at each start
     # These log each statement or URL, some with parameters.
@@ -2307,15 +2309,17 @@ class RateLimiter:
             await self.redis.close_connections()
 
 
-async def enforce_rate_limit(limiter: RateLimiter, name: str, scope: Scope) -> None:
-    """Count a request of the client. Raises RateLimitedException.
+async def enforce_rate_limit(
+    limiter: RateLimiter, name: str, scope: Scope, client: str | None = None
+) -> None:
+    """Count a request of `client`, by default its address. Raises RateLimitedException.
 
     It sets `rate_limit` in `request.state`, for the headers of the response. Some
     requests, such as logins, count in several limits: the headers show the limit that
     refused, else the one with the fewest requests remaining.
     """
     state = scope["state"]  # RequestLoggingMiddleware (below) sets `client` in it
-    rate_limit = await limiter.hit(name, client_key(state["client"]))
+    rate_limit = await limiter.hit(name, client or client_key(state["client"]))
     previous: RateLimitResult | None = state.get("rate_limit")
     if not rate_limit.allowed:
         state["rate_limit"] = rate_limit
