@@ -859,6 +859,7 @@ class Item(Base):
 
 CHECK_INTERVAL_SECONDS = 1  # from a failed check to the next one
 HEALTH_CHECK_TIMEOUT_SECONDS = 2  # the longest time until a health check is answered
+TABLES_TIMEOUT_SECONDS = 60  # how long creating the tables may take
 START_TIMEOUT_SECONDS = 2  # how long the start waits for the first checks
 STOP_TIMEOUT_SECONDS = 1  # how long the stop waits for a check that it has cancelled
 # SQLite's WAL file grows during a long read, such as a backup. Later, SQLite cuts it to
@@ -1281,7 +1282,9 @@ class Database(MonitoredBackend):
             "options": f"{defaults} {url_parameters.get('options', '')}".rstrip(),
         }
 
-    def create_engine(self, pool_size: int) -> AsyncEngine:
+    def create_engine(
+        self, pool_size: int, timeout_seconds: float | None = None
+    ) -> AsyncEngine:
         url = self.settings.DATABASE_URL
         if not self.is_sqlite:
             url = url.set(query=self.postgresql_parameters())
@@ -1294,7 +1297,7 @@ class Database(MonitoredBackend):
             # pool_size includes DATABASE_MAX_OVERFLOW, so all connections stay open. To
             # close and reopen some of them under load would be slow.
             max_overflow=0,
-            pool_timeout=self.settings.DATABASE_TIMEOUT_SECONDS,
+            pool_timeout=timeout_seconds or self.settings.DATABASE_TIMEOUT_SECONDS,
             hide_parameters=True,  # or every error would log them
             # Otherwise, SQLAlchemy would warn about the query in `ping`, which selects
             # from all tables without a join.
@@ -1345,7 +1348,13 @@ class Database(MonitoredBackend):
 
     async def create_missing_tables(self) -> None:
         """Create missing tables, under a lock: many workers and hosts may do so."""
-        async with self.write_engine.begin() as connection:
+        # An engine of its own, with a longer timeout: each table takes several round
+        # trips, so many tables, or a slow network, would exceed that of requests.
+        engine = self.create_engine(1, TABLES_TIMEOUT_SECONDS)
+        event.listen(engine.sync_engine, "begin", begin_transaction)
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(engine.dispose)
+            connection = await stack.enter_async_context(engine.begin())
             if not self.is_sqlite:  # BEGIN IMMEDIATE has locked SQLite's file
                 lock = sa.func.pg_advisory_xact_lock(7411)  # an arbitrary number
                 await connection.execute(sa.select(lock))

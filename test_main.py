@@ -680,7 +680,6 @@ def test_description_of_an_error_is_one_line() -> None:
 
 RESPONSE_FAULT = {"input": "hunter2", "ctx": "hunter2", "msg": "hunter2"}
 USUAL_500 = "Something went wrong. Quote the request_id if you report it."
-
 FAILURES: dict[str, tuple[BaseException, int, str]] = {
     "base": (main.AppException(), 500, USUAL_500),
     "credentials": (main.WrongCredentialsException(), 401, "Wrong username or passwo"),
@@ -794,9 +793,7 @@ REFUSED_REQUESTS: dict[str, tuple[int, str, Any]] = {
 
 
 @cases("status, line, sent", REFUSED_REQUESTS)
-async def test_error_does_not_contain_the_invalid_value(
-    status: int, line: str, sent: Any, odd: Client
-) -> None:
+async def test_error_has_no_input(status: int, line: str, sent: Any, odd: Any) -> None:
     response = await odd.request(*line.split(), **sent)
     assert response.status_code == status
     assert (error_of(response)["details"] is None) == (status != 422)
@@ -1126,9 +1123,7 @@ async def test_no_statement_while_all_is_well(database: Any, statements: Any) ->
     assert not statements
 
 
-async def test_readiness_is_checked_once_for_all_callers(
-    database: main.Database, statements: list[Any]
-) -> None:
+async def test_readiness_has_one_check_for_all(database: Any, statements: Any) -> None:
     assert await database.is_ready()
     count = len(statements)
     assert all(await asyncio.gather(*[database.is_ready() for _ in range(10)]))
@@ -1165,6 +1160,13 @@ async def execute(database: main.Database, statement: str) -> None:
     async with database.session(writes=True) as db:
         await db.execute(sa.text(statement))
         await db.commit()
+
+
+async def test_tables_may_take_long_to_make(postgresql_url: str) -> None:
+    listen = sa.event.listens_for(main.Base.metadata, "before_create", once=True)
+    listen(lambda *_, **__: await_(let_others_run(after=50)))
+    async with connected(DATABASE_URL=postgresql_url) as database:
+        assert database.is_prepared
 
 
 async def test_tables_are_made_beside_others(database_url: str) -> None:
@@ -2081,15 +2083,14 @@ def run_processes(work: Callable[[int], object], count: int) -> list[int | None]
 
 @forks
 def test_rate_limit_is_shared_by_all_workers() -> None:
-    limiter = make_limiter(500)
-    counts = FORK.Array("q", 4)
-
     def clock_ns() -> int:
         time.sleep(0)  # gives way to other processes, in the middle of a check
         return SECOND
 
+    limiter = make_limiter(500, clock_ns)
+    counts = FORK.Array("q", 4)
+
     def count(number: int) -> None:
-        limiter.clock_ns = clock_ns
         counts[number] = sum(limiter.hit("a").allowed for _ in range(300))
 
     run_processes(count, 4)
@@ -2436,9 +2437,8 @@ async def answer(request: pytest.FixtureRequest, log: Log) -> Answer:  # to each
     return Answer(kind, response, log.lines())
 
 
-SECURE = """
-Content-Security-Policy: default-src 'none'; frame-ancestors 'none'; base-uri 'none'; \
-form-action 'none'
+SECURE = """Content-Security-Policy: default-src 'none'; frame-ancestors 'none'; \
+base-uri 'none'; form-action 'none'
 X-Content-Type-Options: nosniff
 X-Frame-Options: DENY
 Referrer-Policy: no-referrer
@@ -2449,7 +2449,7 @@ Cross-Origin-Embedder-Policy: require-corp
 X-XSS-Protection: 0
 Cache-Control: no-store
 Strict-Transport-Security: max-age=63072000"""
-SECURITY = dict(line.split(": ", 1) for line in SECURE.strip().splitlines())
+SECURITY = dict(line.split(": ", 1) for line in SECURE.splitlines())
 WIDER_IN_DOCS = ("Content-Security-Policy", "Cross-Origin-Embedder-Policy")
 BREAKS = [("ERROR", b"seconds=0", "hunter2"), ("WARNING", b"seconds=999", "TIMEOUT")]
 REASONS = {503: ("It burns. " * 99)[:500], 504: "REQUEST_TIMEOUT_SECONDS is over"}
