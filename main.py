@@ -1349,7 +1349,9 @@ class Database(MonitoredBackend):
     async def create_missing_tables(self) -> None:
         """Create missing tables, under a lock: many workers and hosts may do so."""
         # An engine of its own, with a longer timeout: each table takes several round
-        # trips, so many tables, or a slow network, would exceed that of requests.
+        # trips, so many tables, or a slow network, would exceed that of requests. (A
+        # single statement still has the timeout of requests: if the wait for the lock
+        # exceeds it, the check fails, and is repeated after a second.)
         engine = self.create_engine(1, TABLES_TIMEOUT_SECONDS)
         event.listen(engine.sync_engine, "begin", begin_transaction)
         async with AsyncExitStack() as stack:
@@ -1923,6 +1925,7 @@ async def change_password(db: AsyncSession, user: User, change: PasswordChange) 
     if not is_valid:
         raise WrongPasswordException
     new_hash = await hash_password(change.new_password)
+    # Python may add here, because update_user fails if the version has changed.
     version = user.token_version + 1
     if not await update_user(db, user, password_hash=new_hash, token_version=version):
         raise UnauthorizedException
@@ -2463,8 +2466,8 @@ class RequestLoggingMiddleware:
         address, _ = scope["client"] or ("unknown", 0)
         state["client"] = address[:64]  # a proxy may send any text
         if headers.get(b"x-forwarded-for"):
-            # If uvicorn trusts the peer, `address` is an entry of this header. (Search
-            # the text, because an entry can be "address:port".)
+            # If uvicorn trusts the peer, it has replaced `address` by an entry of this
+            # header. (Search the text, because an entry can be "address:port".)
             forwarded_for = Headers(scope=scope).getlist("x-forwarded-for")
             if address not in ", ".join(forwarded_for):
                 warn_of_untrusted_proxy()
