@@ -3016,7 +3016,9 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
             those of the middleware before it, such as 429 and 504. (In memory, each
             worker counts for itself.)
         a BaseHTTPMiddleware: at the end, it would wrap the HTTPException of a large
-            body in an ExceptionGroup, and the client would not get a 413
+            body in an ExceptionGroup, and the client would not get a 413. (Behind it,
+            a request that a shutdown cancels gets a 500 in place of a 503, and some
+            tests fail: so better write a class like those above.)
 
     Do not use `app.add_middleware`: it puts yours outside RequestLoggingMiddleware,
     which then logs neither its time nor its errors.
