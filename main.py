@@ -3017,8 +3017,9 @@ def setup_middleware(settings: Settings, rate_limiter: RateLimiter) -> list[Midd
             worker counts for itself.)
         a BaseHTTPMiddleware: at the end, it would wrap the HTTPException of a large
             body in an ExceptionGroup, and the client would not get a 413. (Behind it,
-            a request that a shutdown cancels gets a 500 in place of a 503, and some
-            tests fail: so better write a class like those above.)
+            a request that a shutdown cancels gets a 500 in place of a 503, a stream
+            that fails looks complete to the client, and some tests fail: so better
+            write a class like those above.)
 
     Do not use `app.add_middleware`: it puts yours outside RequestLoggingMiddleware,
     which then logs neither its time nor its errors.
@@ -3083,7 +3084,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         # The base URL of the requests that /docs sends. (RequestLoggingMiddleware says
         # why ROOT_PATH is not FastAPI's argument root_path.)
         servers=[{"url": settings.ROOT_PATH or "/"}],
-        redirect_slashes=False,  # its redirects would be made from the Host header
+        # Redirects would be made from the Host header. (So an application that is
+        # mounted at /x answers only /x/: for /metrics, write a route.)
+        redirect_slashes=False,
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,

@@ -2512,9 +2512,9 @@ async def test_request_id_is_taken_over_if_it_is_short_and_plain(guest: Client) 
 
 
 async def send_raw(app: Any, path: str, **changes: Any) -> list[Message]:  # by ASGI
-    scope: dict[str, Any] = {"type": "http", "method": "GET", "scheme": "http"}
-    scope |= {"headers": [], "query_string": b"", "client": (next(ADDRESSES), 5)}
-    scope |= {"path": path, "asgi": {"spec_version": "2.4"}, **changes}
+    scope: dict[str, Any] = {"type": "http", "method": "GET", "query_string": b""}
+    scope |= {"headers": [(b"host", b"test")], "asgi": {"spec_version": "2.4"}}
+    scope |= {"path": path, "scheme": "http", "client": (next(ADDRESSES), 5), **changes}
     receive = mock.AsyncMock(return_value={"type": "http.request"})
     send = mock.AsyncMock()
     await app(scope, receive, send)
@@ -3395,10 +3395,10 @@ HOST = "[::ffff:127.0.0.1]" if socket.has_dualstack_ipv6() else "127.0.0.1"
 
 class Service:  # gunicorn alone; its clients look like ::ffff:127.0.0.1
     def __init__(self, folder: Path, **variables: str) -> None:
-        for name in (Path(main.__file__).name, "gunicorn.conf.py"):
-            (folder / name).symlink_to(ROOT / name)
+        (folder / "gunicorn.conf.py").symlink_to(ROOT / "gunicorn.conf.py")
         self.port = free_port()
-        env = {"SECRET_KEY": KEY, "BIND": f"{HOST}:{self.port}"} | variables
+        env = {"SECRET_KEY": KEY, "BIND": f"{HOST}:{self.port}", **variables}
+        env["PYTHONPATH"] = f"{folder}:{ROOT}"  # for main.py, where its own folders are
         options: Any = {"cwd": folder, "env": env, "process_group": 0}
         self.log = folder / "log"
         command = [Path(sys.executable).with_name("gunicorn")]
@@ -3459,7 +3459,7 @@ def test_proxy_on_this_host_tells_the_scheme(service: Service) -> None:
 def test_worker_stops_when_gunicorn_is_killed(tmp_path: Path) -> None:
     clock = "import time; time.time = lambda: 1e9 - time.monotonic()"  # runs backwards
     (tmp_path / "sitecustomize.py").write_text(clock)
-    with running_service(tmp_path, WORKERS="1", PYTHONPATH=f"{tmp_path}") as service:
+    with running_service(tmp_path, WORKERS="1") as service:
         service.process.kill()
         service.await_text("Application shutdown complete.")
 
