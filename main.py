@@ -433,7 +433,7 @@ LIBRARY_LEVELS = {
     "asyncio": "WARNING",  # logs the name of its selector at each start
     # These log each statement or URL, some with parameters.
     "aiosqlite": "WARNING",
-    "httpx": "WARNING",  # the tests use it; to use it yourself, see requirements.txt
+    "httpx": "WARNING",  # used by the tests only; requirements.txt says more
     "sqlalchemy": "WARNING",
     "uvicorn.asgi": "WARNING",  # with LOG_LEVEL=NOTSET, it would log query strings
     # These repeat what the request's own line says.
@@ -730,9 +730,9 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # A 405 of StaticFiles, or of a router, that you mount at /x also arrives here. Then
-    # Starlette has set root_path to /x, and would match only what follows it: /x/health
-    # would look like our /health. So match the whole path, by our own root_path.
+    # In an application that you mount at /x, Starlette sets root_path to /x, and matches
+    # only the rest of the path. Its 405s also arrive here, and one for /x/health would
+    # list the methods of our /health. So match the whole path, by our own root_path.
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
     # app.routes has one entry for an included router (since FastAPI 0.137). FastAPI's
@@ -910,9 +910,9 @@ class FairPool(AsyncAdaptedQueuePool):
         # A timer for each connection. A ConnectionPoolEntry, or record, stays in the
         # pool. It holds one connection, and opens another if that is lost.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # A request holds a connection from "checkout" to "checkin". But with the first
-        # connection, the engine asks for the server's version before the "checkout",
-        # which can hang, too. So the timer also starts at "connect".
+        # A request holds a connection from "checkout" to "checkin". But between the
+        # first "connect" and its "checkout", the engine asks for the server's version.
+        # This query can hang, too, so the timer also starts at "connect".
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -1063,9 +1063,9 @@ BEGIN_STATEMENTS = {
 def begin_transaction(connection: sa.Connection) -> None:
     """Begin a transaction: in autocommit, the driver sends no BEGIN itself.
 
-    This is all that is needed: the driver's commit() and rollback() still end a
-    transaction that was begun by hand. (With DEBUG, SQLAlchemy logs that COMMIT has no
-    effect in autocommit: ignore that.)
+    This is all that is needed: the driver's commit() and rollback() look at whether a
+    transaction is open, and end this one, too, in spite of autocommit. (With DEBUG,
+    SQLAlchemy logs that COMMIT has no effect in autocommit: ignore that.)
 
     SQLAlchemy's own way, execution_options(isolation_level=…), would switch autocommit
     off and on for each transaction. If a request is cancelled during the switch, its
