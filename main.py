@@ -730,9 +730,9 @@ def allowed_methods(request: Request) -> str:
 
     (The framework's own 405 names the methods of one route only.)
     """
-    # In an application that you mount at /x, Starlette sets root_path to /x, and matches
-    # only the rest of the path. Its 405s also arrive here, and one for /x/health would
-    # list the methods of our /health. So match the whole path, by our own root_path.
+    # In an application that you mount at /x, Starlette sets root_path to /x, and only
+    # matches the rest of the path. Its 405s also arrive here, and one for /x/health
+    # would list the methods of our /health. So match the whole path, by our root_path.
     scope = {**request.scope, "root_path": request.app.state.settings.ROOT_PATH}
     allowed: set[str] = set()
     # app.routes has one entry for an included router (since FastAPI 0.137). FastAPI's
