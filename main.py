@@ -2975,7 +2975,8 @@ async def delete_item(item_id: IdPath, user: CurrentUser, db: WriteSession) -> N
 # Wiring only: create_app reads as a list of parts, which are defined above.
 
 # create_app puts API_V1_PREFIX before these routes. (A second prefix has no rate limit
-# until you add it in RateLimitMiddleware.)
+# until you add it in RateLimitMiddleware. There are no redirects, so an application
+# that you mount at /x answers only /x/: for /metrics, write a route.)
 api_router = APIRouter(responses=document_errors(429, 500, 503, 504))
 api_router.include_router(users_router)
 api_router.include_router(auth_router)
@@ -3084,9 +3085,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         # The base URL of the requests that /docs sends. (RequestLoggingMiddleware says
         # why ROOT_PATH is not FastAPI's argument root_path.)
         servers=[{"url": settings.ROOT_PATH or "/"}],
-        # Redirects would be made from the Host header. (So an application that is
-        # mounted at /x answers only /x/: for /metrics, write a route.)
-        redirect_slashes=False,
+        redirect_slashes=False,  # its redirects would be made from the Host header
         generate_unique_id_function=attrgetter("name"),
         middleware=setup_middleware(settings, rate_limiter),
         lifespan=lifespan,
