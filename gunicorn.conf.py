@@ -17,7 +17,7 @@ wsgi_app = "main:app"
 bind = read_addresses()
 workers = read_number("WORKERS", read_number("WEB_CONCURRENCY", usable_cpus()))
 errorlog = None  # gunicorn adds no handler of its own: main.setup_logging adds ours
-preload_app = True  # so bad settings end gunicorn, and the workers share the limits
+preload_app = True  # so bad settings end gunicorn, and workers share the rate limits
 max_requests = read_number("MAX_REQUESTS", 0, minimum=0)  # 0: replace no worker
 max_requests_jitter = max_requests // 10  # or all workers would be replaced at once
 graceful_timeout = read_number("GRACEFUL_TIMEOUT", 30)
