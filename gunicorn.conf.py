@@ -36,8 +36,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     An early response is complete before the body of its request has arrived. uvicorn's
     `cycle` (a request and its response) would then close the connection, and the client
     could lose the response. So a cycle gets this object in place of the real transport,
-    of which it calls write, is_closing and close: our close waits for the end of the
-    body. An early response says `Connection: close`.
+    of which it calls write, is_closing and close: our close waits for the body's end.
     """
 
     is_in_body = False  # True between the end of the headers and the end of the body
@@ -104,8 +103,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         size += sum(len(k + v + b": \r\n") for k, v in self.headers)
         if size > MAX_HEADER_BYTES:
             self.refuse(431)
-            # Stop the parser. data_received then calls refuse(400), which does nothing.
-            raise httptools.HttpParserError
+            raise httptools.HttpParserError  # stops parsing; refuse(400) adds nothing
         if self.parser.should_upgrade():
             return  # `parse` repeats these headers, which calls this again
         self.is_in_body = True
@@ -136,7 +134,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = is_kept and not is_http_1_0
 
     def refuse(self, status: int) -> None:
-        if not self.transport.is_closing():  # else nothing more may be sent
+        if self.cycle and not self.cycle.response_complete and not self.is_in_body:
+            self.cycle.keep_alive = False  # send only the response that is due
+            self.flow.pause_reading()  # or an endless head could fill the memory
+        elif not self.transport.is_closing():  # else nothing more may be sent
             lines = [b"%s: %s\r\n" % pair for pair in self.server_state.default_headers]
             ending = b"content-length: 0\r\nconnection: close\r\n\r\n"
             self.transport.write(STATUS_LINE[status] + b"".join(lines) + ending)
@@ -161,8 +162,7 @@ class ServiceWorker(UvicornWorker):  # type: ignore[misc]
         self.config.timeout_notify = float("-inf")  # always, even if a clock goes back
         # At 80 % of the time, uvicorn cancels the requests; the rest is for their 503s.
         self.config.timeout_graceful_shutdown = self.cfg.graceful_timeout * 4 // 5
-        # After its shutdown, uvicorn raises SIGTERM again, for the handler that was set
-        # before. handle_quit, which is gunicorn's, exits with status 0.
+        # After its shutdown, uvicorn raises SIGTERM again: handle_quit exits with 0.
         signal.signal(signal.SIGTERM, self.handle_quit)
         # Listen 4 times on each socket: see the row "Gunicorn" in README's "Practices".
         self.sockets += [s.dup() for s in self.sockets for _ in range(3)]

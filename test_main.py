@@ -45,7 +45,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timezone
 from functools import cache, partial
@@ -927,15 +927,13 @@ async def test_pool_drops_a_lost_connection(database: Any) -> None:
     assert database.read_engine.pool.checkedin() == 1
 
 
-async def status_after(
-    seconds: float, request: Awaitable[httpx.Response], is_waiting: Any = lambda: True
-) -> int:  # the status of a request that waits for the database as long as that
-    task = asyncio.ensure_future(request)
+async def status_after(seconds: float, request: Any, waits: Any = lambda: True) -> int:
+    task = asyncio.ensure_future(request)  # it waits for the database for so long
     await let_others_run()
-    await eventually(is_waiting, "the request waits")
+    await eventually(waits, "the request waits")
     assert not task.done()
     skip_time(seconds)
-    return (await task).status_code
+    return int((await task).status_code)
 
 
 def reasons(caplog: CapLog) -> list[str]:
@@ -1703,6 +1701,7 @@ BAD_TOKENS = {
     "another key": jwt.encode(CLAIMS, "j" * 32, "HS256"),
     "tampered": f"{HEAD}.{token_of(sub='2').split('.')[1]}.{SIGNATURE}",
     "appended": f"{token_of()}!!!!",
+    "an unused bit set": token_of()[:-1] + chr(ord(SIGNATURE[-1]) + 1),
     "expired": token_of(exp=int(time.time()) - 1),
     "without sub": token_of("sub"),
     "sub beyond 64 bits": token_of(sub=str(2**63)),
@@ -1923,10 +1922,9 @@ async def test_user_is_deleted_with_items_and_tokens(db: AsyncSession) -> None:
     assert (await db.scalars(sa.select(main.Item.id))).all() == [2]
     with pytest.raises(main.NotFoundException):
         await main.read_user(db, 1)
-    with pytest.raises(main.UnauthorizedException):
-        await main.read_token_owner(db, 1, 0)
-    with pytest.raises(main.UnauthorizedException):
-        await add_item(db, 1, "too late")
+    for late in (main.read_token_owner(db, 1, 0), add_item(db, 1, "too late")):
+        with pytest.raises(main.UnauthorizedException):
+            await late
 
 
 @pytest.mark.parametrize("patch", EDITS, ids=str)
@@ -2102,8 +2100,7 @@ def test_rate_limit_goes_on_when_a_process_is_killed_with_the_lock() -> None:
     limiter = make_limiter(5)
 
     def be_killed(_: int) -> None:
-        clock: Any = lambda: os.kill(os.getpid(), signal.SIGKILL)
-        limiter.clock_ns = clock  # which is read while the lock is held
+        limiter.clock_ns = lambda: os.kill(os.getpid(), signal.SIGKILL)  # in the lock
         limiter.hit("a")
 
     assert run_processes(be_killed, 1) == [-signal.SIGKILL]
@@ -2515,9 +2512,8 @@ async def send_raw(app: Any, path: str, **changes: Any) -> list[Message]:  # by 
     scope: dict[str, Any] = {"type": "http", "method": "GET", "query_string": b""}
     scope |= {"headers": [(b"host", b"test")], "asgi": {"spec_version": "2.4"}}
     scope |= {"path": path, "scheme": "http", "client": (next(ADDRESSES), 5), **changes}
-    receive = mock.AsyncMock(return_value={"type": "http.request"})
     send = mock.AsyncMock()
-    await app(scope, receive, send)
+    await app(scope, mock.AsyncMock(return_value={"type": "http.request"}), send)
     return [call.args[0] for call in send.await_args_list]
 
 
@@ -3042,8 +3038,7 @@ places = cases("root_path, prefix", PLACES)
 @asynccontextmanager
 async def serve_at(root_path: str, prefix: str) -> AsyncIterator[Client]:
     names = {"PROJECT_NAME": "Tea", "PROJECT_DESCRIPTION": "Hot.", "VERSION": "9"}
-    places = {"ROOT_PATH": root_path, "API_V1_PREFIX": prefix}
-    async with serve(**names, **places) as client:
+    async with serve(**names, ROOT_PATH=root_path, API_V1_PREFIX=prefix) as client:
         client.base_url = httpx.URL(f"http://test{prefix}")
         yield client
 
@@ -3301,6 +3296,7 @@ LAST_REQUESTS_OF_A_CONNECTION = {
     "upgrade and close": [POST + UPGRADE + b"connection: close\r\n" + HELLO + GET],
     "close in a trailer": [POST + CHUNKED + b"0\r\nconnection: close\r\n\r\n" + GET],
     "early stream": [EARLY.replace(b"early", b"stream"), b"hello" + GET],
+    "bytes behind it": [POST + HELLO + b"xyz"],
 }
 
 
@@ -3308,6 +3304,11 @@ LAST_REQUESTS_OF_A_CONNECTION = {
 async def test_last_request_is_answered(segments: Any, connection: Connection) -> None:
     await connection.send(*segments)
     assert (connection.statuses(), connection.is_open) == ([200], False)
+
+
+async def test_endless_head_behind_a_request_is_not_read(connection: Any) -> None:
+    await connection.send(SLOW + GET[:9], LARGE, LARGE)
+    assert connection.protocol.flow.read_paused
 
 
 @pytest.mark.parametrize("sent", [EARLY, GET + GET[:9], SLOW])
@@ -3362,10 +3363,9 @@ async def test_client_of_a_unix_socket_is_local(connection: Connection) -> None:
 
 async def test_stop_closes_an_idle_connection_late(connection: Connection) -> None:
     connection.protocol.shutdown()
-    await connection.forward(0.4)
-    assert connection.is_open
-    await connection.forward(0.1)
-    assert not connection.is_open
+    for seconds, is_open in ((0.4, True), (0.1, False)):
+        await connection.forward(seconds)
+        assert connection.is_open == is_open
 
 
 async def test_stop_does_not_wait_for_a_body(connection: Connection) -> None:
