@@ -125,7 +125,7 @@ def check_libpq_options(url: sa.URL) -> None:
     make_conninfo(**options)  # checks their names
     if "connect_timeout" in options:
         # Check that it is a number, but only if it is given: otherwise, psycopg would
-        # check the variable PGCONNECT_TIMEOUT, which the service does not use.
+        # check PGCONNECT_TIMEOUT, which postgresql_parameters always overrides.
         timeout_from_conninfo(dict(options))  # a dict for mypy
 
 
@@ -223,8 +223,8 @@ def parse_json(value: object) -> object:
 
 
 # pydantic-settings decodes a variable as JSON if its type is a list or a tuple.
-# NoDecode prevents this. DatabaseUrl needs it, because a sa.URL is a tuple, but not
-# written as JSON. Origins needs it, because parse_json's error shows an example.
+# NoDecode prevents this. DatabaseUrl needs it, because sa.URL is a kind of tuple, but
+# not written as JSON. Origins needs it so that parse_json's error shows an example.
 DatabaseUrl = Annotated[sa.URL, NoDecode, BeforeValidator(parse_database_url)]
 RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
 Origin = Annotated[str, AfterValidator(parse_origin)]
@@ -294,7 +294,7 @@ class Settings(BaseSettings):
     def strip_white_space(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Strip texts: `docker run --env-file` keeps spaces at the ends of lines.
 
-        A text that has only spaces counts as not set.
+        A text that has only spaces then counts as not set, like an empty one.
         """
         texts = {k: v.strip() for k, v in values.items() if isinstance(v, str)}
         stripped = values | texts
@@ -910,9 +910,9 @@ class FairPool(AsyncAdaptedQueuePool):
         # A timer for each connection. A ConnectionPoolEntry, or record, stays in the
         # pool. It holds one connection, and opens another if that is lost.
         self.timers: dict[ConnectionPoolEntry, asyncio.TimerHandle] = {}
-        # A request holds a connection from "checkout" to "checkin". But between the
-        # first "connect" and its "checkout", the engine asks for the server's version.
-        # This query can hang, too, so the timer also starts at "connect".
+        # A request holds a connection from "checkout" to "checkin". But the engine asks
+        # the first connection that it opens for the server's version, before there is a
+        # "checkout". This query can hang, too, so the timer also starts at "connect".
         event.listen(self, "connect", self.start_timer)
         event.listen(self, "checkout", self.start_timer)
         event.listen(self, "checkin", self.stop_timer)
@@ -1316,8 +1316,8 @@ class Database(MonitoredBackend):
             # SQLite has one writer at a time: they take turns with one connection.
             engine = self.create_engine(1)
         else:
-            # A copy of the engine, with the same pool and listeners. A listener that is
-            # added to the copy is only the copy's: so read_engine sends no BEGIN.
+            # This returns a copy of the engine, with the same pool and listeners. The
+            # copy alone gets the listener added below: so read_engine sends no BEGIN.
             engine = self.read_engine.execution_options()
         # SQLAlchemy sends this event before the first statement, in autocommit, too.
         event.listen(engine.sync_engine, "begin", begin_transaction)
@@ -1631,8 +1631,8 @@ MAX_WAITING_HASHES = 100  # the last one waits for 50 turns of some 30 ms: 1.5 s
 # The threads run beside other Python code, because argon2 releases the GIL. They start
 # at the first hash, so after the fork.
 HASH_THREADS = ThreadPoolExecutor(HASHES_AT_A_TIME)
-# The futures of hashes that wait or run. (That of a cancelled request is removed at
-# once. Its hash may still run, so HASHES_AT_A_TIME more can exist than are counted.)
+# The futures of hashes that wait or run. (If a request is cancelled, its future is
+# removed at once, but its hash may still run: up to HASHES_AT_A_TIME are not counted.)
 UNFINISHED_HASHES: set[object] = set()
 
 Result = TypeVar("Result")
@@ -2018,8 +2018,8 @@ REDIS_TIMEOUT_SECONDS = 0.1
 REDIS_CONNECT_SECONDS = 1  # for each step of `prepare`, such as opening a connection
 # The longest wait of a request for one of the worker's connections. After that, Redis
 # counts as failed. It is long, because a wait usually means that this worker is busy.
-# (REQUEST_TIMEOUT_SECONDS does not include this wait, because RateLimitMiddleware runs
-# before LimitsAndErrorsMiddleware.)
+# (REQUEST_TIMEOUT_SECONDS does not include the wait in RateLimitMiddleware, because
+# LimitsAndErrorsMiddleware, which limits the time, comes after it.)
 REDIS_WAIT_SECONDS = 10
 REDIS_CONNECTIONS = 9  # of a worker: 8 for requests at the same time, 1 for `ping`
 # The times of allowed requests are in a sorted set, in microseconds of Redis's clock.
@@ -2222,8 +2222,8 @@ class RedisRateLimiter(MonitoredBackend):
         """Try a lookup of the host. Raise an exception if it fails or is slow.
 
         This waits for the end of the lookup, however long. There is one check at a
-        time, so lookups that hang do not pile up. (uvloop runs two lookups at a time:
-        while one hangs, those of PostgreSQL's host can still be made.)
+        time, so lookups that hang do not pile up. (uvloop runs at most two at a time:
+        while this one hangs, PostgreSQL's host can still be looked up.)
         """
         host = self.client.connection_pool.connection_kwargs.get("host")
         if host is None:  # a unix socket, or the default, localhost
@@ -2326,9 +2326,9 @@ async def enforce_rate_limit(
 ) -> None:
     """Count a request of `client`, by default its address. Raises RateLimitedException.
 
-    It sets `rate_limit` in `request.state`, for the headers of the response. Some
-    requests, such as logins, count in several limits: the headers show the limit that
-    refused, else the one with the fewest requests remaining.
+    It sets `rate_limit` in `scope["state"]`, which is `request.state`, for the headers
+    of the response. A login counts in two limits, for example: the headers show the one
+    that refused, else the one with the fewest requests remaining.
     """
     state = scope["state"]  # RequestLoggingMiddleware (below) sets `client` in it
     rate_limit = await limiter.hit(name, client or client_key(state["client"]))
@@ -2427,9 +2427,9 @@ class RequestLoggingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.perf_counter()
-        # A client asks for /shop/health, and the proxy strips /shop. In ASGI, the
-        # prefix is in both root_path and `path`: so put it back. (FastAPI's argument
-        # root_path would set only root_path.)
+        # If a client asks for /shop/health, a proxy that strips /shop sends /health. In
+        # ASGI, the prefix is in both root_path and `path`, so put it back. (FastAPI's
+        # argument root_path would set only root_path.)
         scope["root_path"] = self.root_path
         scope["path"] = self.root_path + scope["path"]
         state = scope.setdefault("state", {})
@@ -2485,8 +2485,8 @@ class RequestLoggingMiddleware:
         }
         optional = ("client", "user_id", "trace_id", "reason")
         fields |= {name: state[name] for name in optional if name in state}
-        # An error after the headers were sent leaves the status at 200, for example. So
-        # a `reason` makes the line a WARNING, too, and an `exception` an ERROR.
+        # If an error occurs after the headers were sent, the status can be 200. So a
+        # `reason` makes the line a WARNING, too, and an `exception` an ERROR.
         is_warning = status_code >= 500 or "reason" in state
         level = logging.WARNING if is_warning else logging.INFO
         if exception:
@@ -2653,8 +2653,8 @@ class LimitsAndErrorsMiddleware:
     def drop_long_content_type(self, scope: Scope) -> None:
         """Drop a Content-Type that is too long, because it is slow to parse.
 
-        A route with a body then answers 422, as if the client had sent none. Other
-        routes are not affected.
+        A route with a body then answers 422, as if the client had sent none. Routes
+        without a body do not need it, so they answer as usual.
         """
         scope["headers"] = [
             (name, value)
@@ -2772,8 +2772,8 @@ health_router = APIRouter(
     # and /health also send a 503 with another body, and document both bodies.
     responses=document_errors(500, 503, 504),
     # The operation id is the function's name: generated clients name methods after it.
-    # (create_app sets it, too, but only for routers that it includes. At `routes=`, it
-    # says why it does not include this one.)
+    # (create_app sets it for the routers that it includes. This one is not included:
+    # create_app says why, at `routes=`.)
     generate_unique_id_function=attrgetter("name"),
 )
 HEALTHY = CheckResult(status="healthy")
